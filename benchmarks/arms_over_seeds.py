@@ -1,0 +1,91 @@
+"""Is one arm of a recipe better than another? Every arm over several seeds, with the spread between seeds.
+
+    python benchmarks/arms_over_seeds.py recipes/gsm8k.yaml --set data.train=FOLDER --output runs/gsm8k
+
+Each seed is a run of its own in OUTPUT/seed-N; a finished one is not done again, and an interrupted one goes on. Give
+single seeds to several processes to use more cores, then all of them for the table.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.logging import RichHandler
+
+from kvgraft.recipe import load_recipe
+from kvgraft.report.results import ArmResult, RunResult
+from kvgraft.run import RESULT_FILE, run
+
+
+def main(
+    recipe: Annotated[Path, typer.Argument(help="A recipe with a baseline arm.")],
+    output: Annotated[Path, typer.Option(help="Folder of the runs.")],
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Change one field: a.b=value.")] = None,
+) -> None:
+    """Run what is missing and print the table in Markdown."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    results = []
+    for seed in seeds.split(","):
+        folder = output / f"seed-{seed}"
+        if (folder / RESULT_FILE).is_file():
+            results.append(RunResult.read(folder / RESULT_FILE))
+        else:
+            results.append(run(load_recipe(recipe, [*(overrides or []), f"seed={seed}"]), folder, resume=True))
+    typer.echo(table(results))
+
+
+def table(results: list[RunResult]) -> str:
+    """One row for each arm: mean over seeds with the standard deviation between them, and the paired difference."""
+    lines = [
+        f"{results[0].name}: seeds {', '.join(str(result.seed) for result in results)}; "
+        f"{results[0].train_texts} training texts, {results[0].held_out_texts} held out; "
+        "mean (standard deviation between seeds)",
+        "",
+        "| arm | held-out loss at the end | lowest on the way | against the baseline, paired | each seed | "
+        "steps to the baseline's final loss | held-out KV loss, end | KV's share of the gradient |",
+        "| --- | ---: | ---: | ---: | --- | --- | ---: | ---: |",
+    ]
+    for name in (arm.arm for arm in results[0].arms):
+        arms = [_arm(result, name) for result in results]
+        bars = [_arm(result, "baseline").last["loss"] for result in results]
+        differences = [arm.last["loss"] - bar for arm, bar in zip(arms, bars, strict=True)]
+        steps = [arm.steps_to(bar) for arm, bar in zip(arms, bars, strict=True)]
+        reached = ", ".join("never" if step is None else f"{step}" for step in steps)
+        cells = [
+            name,
+            _spread(arms, lambda arm: arm.last["loss"]),
+            _spread(arms, lambda arm: min(point.metrics["loss"] for point in arm.evaluations)),
+            _mean_and_deviation(differences, "+.3f"),
+            ", ".join(f"{difference:+.3f}" for difference in differences),
+            f"{reached} of {arms[0].steps}",
+            _spread(arms, lambda arm: arm.last["kv_loss"]) if "kv_loss" in arms[0].last else "-",
+            _spread(arms, lambda arm: arm.gradient_shares["kv"]) if arms[0].gradient_shares else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _arm(result: RunResult, name: str) -> ArmResult:
+    arm = result.arm(name)
+    if arm is None:
+        raise typer.BadParameter(f"seed {result.seed} has no arm {name}; it has {[arm.arm for arm in result.arms]}")
+    return arm
+
+
+def _spread(arms: list[ArmResult], number: Callable[[ArmResult], float]) -> str:
+    return _mean_and_deviation([number(arm) for arm in arms], ".3f")
+
+
+def _mean_and_deviation(values: list[float], form: str) -> str:
+    deviation = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

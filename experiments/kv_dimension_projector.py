@@ -1,0 +1,5 @@
+"""The import path that the guide prints."""
+
+from kvgraft.projector.projector import KVDimensionProjector
+
+__all__ = ["KVDimensionProjector"]

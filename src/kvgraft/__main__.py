@@ -1,0 +1,5 @@
+"""``python -m kvgraft``, as ``accelerate launch -m kvgraft`` needs it."""
+
+from kvgraft.cli import main
+
+main()

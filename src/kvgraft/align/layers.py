@@ -1,0 +1,80 @@
+"""Which teacher layer each student layer learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvgraft.errors import AlignmentError
+
+
+def map_layers(
+    spec: str | Sequence[Sequence[int]], num_student_layers: int, num_teacher_layers: int
+) -> list[tuple[int, int]]:
+    """Pairs ``(student_layer, teacher_layer)`` in the order of the student's layers, each student layer at most once.
+
+    Args:
+        spec: ``"ratio"``: every student layer, teacher layers spread evenly with both ends kept (a deeper student
+            repeats teacher layers). ``"last"``: the top ``n = min(student, teacher)`` layers of both, one to one and
+            in order, so that the two last layers meet; a deeper student's lowest layers get no teacher, a deeper
+            teacher's lowest layers are not used. Or an explicit list of ``[student, teacher]`` pairs, in any order,
+            layers counted from 0; a teacher layer may serve several student layers, but a student layer has one
+            target per teacher and may not appear twice.
+        num_student_layers: number of the student's layers, at least 1.
+        num_teacher_layers: number of the teacher's layers, at least 1.
+
+    Raises:
+        AlignmentError: an unknown ``spec``, an empty list, or a pair that is malformed, out of range or repeated.
+    """
+    for name, count in (("student", num_student_layers), ("teacher", num_teacher_layers)):
+        if count < 1:
+            raise AlignmentError(f"layer mapping needs a {name} of at least 1 layer; got {count}")
+    if spec == "ratio":
+        return list(enumerate(uniform_layer_map(num_teacher_layers, num_student_layers)))
+    if spec == "last":
+        count = min(num_student_layers, num_teacher_layers)
+        return [(num_student_layers - back, num_teacher_layers - back) for back in range(count, 0, -1)]
+    if isinstance(spec, str):
+        raise AlignmentError(
+            f"unknown layer mapping {spec!r}; use 'ratio', 'last' or a list of [student, teacher] pairs, as [[0, 0]]"
+        )
+    return _explicit_pairs(spec, num_student_layers, num_teacher_layers)
+
+
+def uniform_layer_map(num_teacher_layers: int, num_student_layers: int) -> list[int]:
+    """Teacher layer for each student layer, spread evenly with both ends kept.
+
+    Returns a list of length ``num_student_layers``; entry ``s`` is in ``[0, num_teacher_layers)`` and is
+    ``s * (num_teacher_layers - 1) / (num_student_layers - 1)`` rounded half up. A student of one layer has no two
+    ends to keep: it gets the teacher's last layer.
+    """
+    if num_student_layers == 1:
+        return [num_teacher_layers - 1]
+    steps = num_student_layers - 1
+    # In whole numbers, so that a half is never rounded down by floating point.
+    return [(2 * layer * (num_teacher_layers - 1) + steps) // (2 * steps) for layer in range(num_student_layers)]
+
+
+def _explicit_pairs(
+    spec: Sequence[Sequence[int]], num_student_layers: int, num_teacher_layers: int
+) -> list[tuple[int, int]]:
+    legal = f"student layers are 0..{num_student_layers - 1} and teacher layers 0..{num_teacher_layers - 1}"
+    if not isinstance(spec, Sequence) or not spec:
+        raise AlignmentError(f"layer mapping must hold at least one [student, teacher] pair; got {spec!r}; {legal}")
+    teacher_of: dict[int, int] = {}
+    for pair in spec:
+        if (
+            not isinstance(pair, Sequence)
+            or len(pair) != 2
+            or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in pair)
+        ):
+            raise AlignmentError(f"layer pair {pair!r} must be two whole numbers [student, teacher]; {legal}")
+        student, teacher = pair
+        if not (0 <= student < num_student_layers and 0 <= teacher < num_teacher_layers):
+            raise AlignmentError(f"layer pair [{student}, {teacher}] is out of range; {legal}")
+        if student in teacher_of:
+            raise AlignmentError(
+                f"layer pair [{student}, {teacher}] names student layer {student} again (already paired with teacher "
+                f"layer {teacher_of[student]}); give each student layer one teacher layer; {legal}"
+            )
+        teacher_of[student] = teacher
+    return sorted(teacher_of.items())

@@ -1,0 +1,147 @@
+"""The command line: each command reads its arguments and calls one function."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+app = typer.Typer(
+    help="Move knowledge between language models through their key/value caches.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_console = Console()
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="A.B=VALUE", help="Change one field, e.g. --set training.steps=100; may be repeated."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what RECIPE takes (layers, adapters, memory, disk) and whether it can work. Loads no weights.
+
+    Exit code 1 where it cannot work.
+    """
+    from kvgraft.plan import make_plan
+    from kvgraft.recipe import load_recipe
+    from kvgraft.report.tables import plan_tables
+
+    made = make_plan(load_recipe(recipe, overrides))
+    if as_json:
+        typer.echo(made.model_dump_json(indent=2))
+    else:
+        _console.print(*plan_tables(made), sep="\n")
+        for problem in made.problems:
+            _console.print(f"cannot work: {problem}", style="red", markup=False)
+    if made.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Run RECIPE's teachers once and keep their KV on disk. What is there already is not done again."""
+    from kvgraft.plan import require_workable
+    from kvgraft.prepare import prepare
+    from kvgraft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    require_workable(loaded)
+    for teacher in prepare(loaded).teachers:
+        speed = teacher.report.tokens_per_second
+        done = f"captured at {speed:,.0f} tokens per second" if speed else "was there already"
+        _console.print(
+            f"{teacher.recipe.name}: KV of {teacher.store.num_tokens:,} tokens, "
+            f"{teacher.store.total_bytes / 1e6:,.1f} MB, {done}: {teacher.store.folder}",
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run in the folder first.")] = False,
+) -> None:
+    """Do everything RECIPE says: store the teachers' KV, train every arm, compare them, write a run folder.
+
+    Several processes: accelerate launch -m kvgraft train RECIPE
+    """
+    from accelerate import PartialState
+
+    from kvgraft.distill.arms import TrainingInterruptedError
+    from kvgraft.recipe import load_recipe
+    from kvgraft.report.tables import cost_table, result_table
+    from kvgraft.run import run
+
+    loaded = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / loaded.name
+    try:
+        result = run(loaded, folder, resume=resume, overwrite=overwrite)
+    except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
+        changes = "".join(f" --set {change}" for change in overrides or [])
+        _console.print(f"{stopped or 'stopped'}", markup=False, soft_wrap=True)
+        _console.print(
+            f"go on with: kvgraft train {recipe}{changes} --output {folder} --resume", markup=False, soft_wrap=True
+        )
+        raise typer.Exit(130) from stopped
+    if PartialState().is_main_process:
+        _console.print(result_table(result), cost_table(result), sep="\n")
+        _console.print(f"everything is in {folder}: results.md, curves.png, experiment.yaml, students", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `kvgraft train` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Measure the saved students of RUN again on its held-out text."""
+    from kvgraft.report.tables import evaluation_table
+    from kvgraft.run import evaluate as evaluate_run
+
+    result = evaluate_run(run_folder)
+    if as_json:
+        typer.echo(json.dumps({arm.arm: arm.last for arm in result.arms}, indent=2))
+    else:
+        _console.print(evaluation_table(result))
+
+
+def main() -> None:
+    """Entry point of ``kvgraft``: errors meant for users are printed without a traceback."""
+    from kvgraft.errors import KVGraftError
+
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )
+    logging.getLogger("kvgraft").setLevel(logging.INFO)
+    # Bars and warnings of the libraries would cut through ours; what matters of them comes back as an error.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        app()
+    except KVGraftError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

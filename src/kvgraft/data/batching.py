@@ -1,0 +1,78 @@
+"""Texts as token ids and labels, and how many of them fit into one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from kvgraft.align.spans import Spans, encode_with_spans
+from kvgraft.data.datasets import Example
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """One text as the student reads it.
+
+    Attributes:
+        input_ids: token ids; an end-of-text closes a text that was not cut.
+        labels: the same ids, ``-100`` where no loss is taken: the first token, which nothing predicts, and the prompt
+            where only completions count.
+        spans: int32 ``[tokens, 2]`` byte spans of the text, empty for special tokens.
+        truncated_bytes: bytes cut off at the end.
+        text_bytes: length of the whole text in bytes.
+        sample_key: sha256 of the text, under which a store holds its KV.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    spans: Spans
+    truncated_bytes: int
+    text_bytes: int
+    sample_key: str
+
+
+def encode_example(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    loss_on: Literal["all", "completion"] = "all",
+) -> EncodedExample:
+    """``example`` in at most ``max_length`` tokens, its end-of-text among them.
+
+    Raises:
+        DataError, AlignmentError: as :func:`kvgraft.align.spans.encode_with_spans`.
+    """
+    encoded = encode_with_spans(tokenizer, example.text, max_length - 1)
+    input_ids, spans = list(encoded.input_ids), encoded.spans
+    end_of_text = tokenizer.eos_token_id
+    if end_of_text is not None and not encoded.truncated_bytes and input_ids[-1] != end_of_text:
+        input_ids.append(end_of_text)
+        spans = np.concatenate([spans, np.full((1, 2), spans[-1, 1], dtype=np.int32)])
+    labels = list(input_ids)
+    labels[0] = IGNORED
+    if loss_on == "completion":
+        prompt_bytes = len(example.text[: example.prompt_characters].encode())
+        in_prompt = spans[:, 0] < prompt_bytes
+        labels = [IGNORED if prompt else label for label, prompt in zip(labels, in_prompt, strict=True)]
+    return EncodedExample(input_ids, labels, spans, encoded.truncated_bytes, encoded.text_bytes, encoded.sample_key)
+
+
+def length_buckets(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices grouped so that each group, padded to its longest, takes at most ``token_budget`` tokens.
+
+    Groups hold texts of like length, longest first, so that a pass that does not fit fails at once. A text longer than
+    the budget is alone.
+    """
+    buckets: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        # The first of a group is its longest.
+        if not buckets or (len(buckets[-1]) + 1) * lengths[buckets[-1][0]] > token_budget:
+            buckets.append([])
+        buckets[-1].append(index)
+    return buckets

@@ -1,0 +1,276 @@
+"""Text to train and test on: the built-in word problems, JSONL files, folders and data sets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from kvgraft.data import word_problems
+from kvgraft.errors import DataError
+
+Split = Literal["train", "held_out"]
+Row = tuple[str, Mapping[str, Any]]  # where the row stands (for errors), and its columns
+
+KNOWN_FORMS = "`messages`, `prompt` + `completion`, `question` + `answer`, or `text`"
+KNOWN_SOURCES = "word_problems, a JSONL file, a folder, or a hub data set as owner/name or owner/name:config"
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "held_out": ("held_out", "test", "validation", "valid", "eval", "dev"),
+}
+WORD_PROBLEM_COUNTS: dict[Split, int] = {"train": 4000, "held_out": 400}
+HUB_ALIASES = {"gsm8k": "openai/gsm8k:main", "openai/gsm8k": "openai/gsm8k:main"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text; the completion starts at character ``prompt_characters`` (0: there is no prompt, all of it counts)."""
+
+    text: str
+    prompt_characters: int = 0
+
+
+def load_examples(
+    source: str,
+    split: Split = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    *,
+    shuffle: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Example]:
+    """The texts of ``source``, in its own order.
+
+    Args:
+        source: ``word_problems`` (built in), a JSONL file (read whole, whatever ``split`` says), a folder with
+            ``train.jsonl`` and ``test.jsonl`` (or another name in ``SPLIT_NAMES``) or with files that ``datasets``
+            reads, ``gsm8k``, or a hub data set as ``owner/name`` or ``owner/name:config``.
+        split: which part; ``held_out`` is the first of ``SPLIT_NAMES["held_out"]`` that the source has.
+        limit: keep the first so many (all by default; 4000 and 400 for ``word_problems``).
+        seed: draws the word problems, and the order if ``shuffle``.
+        shuffle: take the texts in an order drawn from ``seed``, the same on every machine.
+        tokenizer: its chat template renders ``messages``; without one they become lines of ``role: content``.
+
+    Columns, the first form that a row has: ``messages`` (up to the last assistant turn, which is the completion),
+    ``prompt`` + ``completion`` (joined as they are), ``question`` + ``answer`` (joined by a line break), ``text``.
+
+    Raises DataError naming the file and line of a row that is unreadable, empty or in no such form.
+    """
+    if not source.strip():
+        raise DataError(f"the data source is {source!r}; name {KNOWN_SOURCES}")
+    _check_limit(source, limit)
+    if source == "word_problems":
+        count = limit or WORD_PROBLEM_COUNTS[split]
+        rows: Iterable[Row] = _numbered(f"word_problems ({split})", word_problems.generate(split, count, seed))
+    else:
+        rows = _rows(source, split)
+    examples = (_example(where, row, tokenizer) for where, row in rows)
+    chosen = _shuffled(examples, seed)[:limit] if shuffle else list(islice(examples, limit))
+    if not chosen:
+        raise DataError(f"{source} ({split}) holds no examples; give a source with at least one row of {KNOWN_FORMS}")
+    if limit is not None and len(chosen) < limit:
+        logger.warning("%s (%s) holds %d examples, fewer than the %d asked for", source, split, len(chosen), limit)
+    return chosen
+
+
+def load_train_and_held_out(
+    train: str,
+    held_out: str | None = None,
+    train_limit: int | None = None,
+    held_out_limit: int | None = None,
+    seed: int = 0,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out texts that share none.
+
+    Without ``held_out`` it is the held-out part of ``train``. A single JSONL file has no parts, so one text in ten,
+    chosen by its sha256, is held out: a text keeps its side when the file grows, and equal texts are on one side.
+
+    A training text that is held out too is left out of training, with a warning.
+
+    Raises DataError if nothing is left to train on, or as ``load_examples`` does.
+    """
+    if held_out is None and _is_file(train):
+        _check_limit(train, train_limit)
+        _check_limit(train, held_out_limit)
+        examples = load_examples(train, seed=seed, tokenizer=tokenizer)
+        sides: tuple[list[Example], list[Example]] = ([], [])
+        for example in examples:
+            sides[_digest(example.text) % 10 == 0].append(example)
+        if not all(sides):
+            raise DataError(
+                f"{train} holds {len(examples)} examples, too few to hold one in ten out; "
+                "name a second file as held_out"
+            )
+        return sides[0][:train_limit], sides[1][:held_out_limit]
+    trained = load_examples(train, "train", train_limit, seed, tokenizer=tokenizer)
+    tested = load_examples(held_out or train, "held_out", held_out_limit, seed, tokenizer=tokenizer)
+    tested_texts = {example.text for example in tested}
+    kept = [example for example in trained if example.text not in tested_texts]
+    if not kept:
+        raise DataError(
+            f"every training text of {train} is a held-out text of {held_out or train} too, and a held-out loss over "
+            "texts that were trained on measures memory; name another held_out"
+        )
+    if len(kept) < len(trained):
+        logger.warning("left out %d training texts of %s that are held out too", len(trained) - len(kept), train)
+    return kept, tested
+
+
+def _check_limit(source: str, limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise DataError(f"cannot take {limit} examples of {source}; give a limit of at least 1, or none to take all")
+
+
+def _rows(source: str, split: Split) -> Iterator[Row]:
+    path = Path(source).expanduser()
+    if _is_file(source):
+        return _read_jsonl(path)
+    if path.is_dir():
+        for name in SPLIT_NAMES[split]:
+            if (path / f"{name}.jsonl").is_file():
+                return _read_jsonl(path / f"{name}.jsonl")
+        found = sorted(file.name for file in path.glob("*.jsonl"))
+        if found:
+            raise DataError(
+                f"{path} holds {', '.join(found)} but no {split} part; expected "
+                f"{' or '.join(f'{name}.jsonl' for name in SPLIT_NAMES[split])}, or name the file itself"
+            )
+        source = str(path)  # `datasets` does not know ~
+    return _read_hub(HUB_ALIASES.get(source, source), split)
+
+
+def _is_file(source: str) -> bool:
+    path = Path(source).expanduser()
+    looks_local = path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~"))
+    if looks_local and not path.exists():
+        raise DataError(f"no file or folder at {path} (looked in {Path.cwd()}); give {KNOWN_SOURCES}")
+    return path.is_file()
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # both bad JSON and bytes that are no UTF-8
+                raise DataError(f"{where}: not readable as JSON ({error}); expected one JSON object a line") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: holds a {type(row).__name__}; expected a JSON object with {KNOWN_FORMS}")
+            yield where, row
+
+
+def _read_hub(source: str, split: Split) -> Iterator[Row]:
+    import datasets  # slow to import, and only needed here
+
+    name, _, config = source.partition(":")
+    try:
+        parts = datasets.get_dataset_split_names(name, config or None)
+        part = next((part for part in SPLIT_NAMES[split] if part in parts), None)
+        if part is None:
+            raise DataError(
+                f"data set {source} has no {split} part: it has {', '.join(parts)}, and {split} would be "
+                f"{' or '.join(SPLIT_NAMES[split])}; name another source for it"
+            )
+        rows = datasets.load_dataset(name, config or None, split=part)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"cannot load data set {source}: {error}. Give {KNOWN_SOURCES}; without a network, one that is in the cache"
+        ) from error
+    return _numbered(f"{source} ({part})", rows)
+
+
+def _numbered(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    return ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _example(where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Example:
+    if "messages" in row:
+        return _from_messages(where, row["messages"], tokenizer)
+    if "prompt" in row and "completion" in row:
+        prompt = _string(where, row, "prompt")
+        return Example(prompt + _filled_string(where, row, "completion"), len(prompt))
+    if "question" in row and "answer" in row:
+        question = _filled_string(where, row, "question")
+        return Example(f"{question}\n{_filled_string(where, row, 'answer')}", len(question) + 1)
+    if "text" in row:
+        return Example(_filled_string(where, row, "text"))
+    raise DataError(f"{where}: found columns {sorted(row)}; known forms are {KNOWN_FORMS}")
+
+
+def _from_messages(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase | None) -> Example:
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise DataError(f"{where}: `messages` must be a list of {{role, content}}; got {str(messages)[:60]!r}")
+    turns = [(_string(where, message, "role"), _string(where, message, "content")) for message in messages]
+    last = max((index for index, (role, _) in enumerate(turns) if role == "assistant"), default=None)
+    if last is None or not turns[last][1].strip():
+        raise DataError(f"{where}: `messages` need an assistant turn with text; the roles are {[r for r, _ in turns]}")
+    if tokenizer is not None and tokenizer.chat_template:
+        return _from_chat_template(where, messages[: last + 1], tokenizer)
+    text = "\n".join(f"{role}: {content}" for role, content in turns[: last + 1])
+    return Example(text, len(text) - len(f" {turns[last][1]}"))
+
+
+def _from_chat_template(where: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+    from jinja2 import TemplateError  # transformers needs jinja2 only where there is a chat template
+
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        prompt = ""
+        if len(messages) > 1:  # transformers refuses to render an empty conversation
+            prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise DataError(f"{where}: the tokenizer's chat template refuses these `messages`: {error}") from error
+    # Some templates render a turn otherwise once another follows it: the prompt is what both have in common.
+    differences = (index for index, (one, other) in enumerate(zip(text, prompt, strict=False)) if one != other)
+    prompt_characters = next(differences, min(len(text), len(prompt)))
+    # The tokenizer adds its own BOS; one in the text as well would be a second.
+    bos = tokenizer.bos_token
+    if isinstance(bos, str) and bos and text.startswith(bos) and _adds_bos(tokenizer):
+        text, prompt_characters = text.removeprefix(bos), max(0, prompt_characters - len(bos))
+    return Example(text, prompt_characters)
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id in tokenizer("a")["input_ids"]
+
+
+def _filled_string(where: str, row: Mapping[str, Any], column: str) -> str:
+    value = _string(where, row, column)
+    if not value.strip():
+        raise DataError(f"{where}: `{column}` is empty; take the row out or fill it")
+    return value
+
+
+def _string(where: str, row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: `{column}` must be text; got {type(value).__name__} {str(value)[:60]!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell and no tokenizer reads
+        raise DataError(f"{where}: `{column}` holds a character that is no valid Unicode: {error}") from error
+    return value
+
+
+def _shuffled(examples: Iterable[Example], seed: int) -> list[Example]:
+    return sorted(examples, key=lambda example: _digest(f"{seed} {example.text}"))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

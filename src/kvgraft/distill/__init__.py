@@ -1,0 +1,1 @@
+"""Training a student beside its teachers' KV: losses, objectives, the batch, and the Trainer."""

@@ -1,0 +1,209 @@
+"""The arms of a run: what is trained from the same weights on the same batches, with one thing changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from kvgraft.data.batching import EncodedExample
+from kvgraft.distill.build import build_distillation
+from kvgraft.distill.callbacks import InterruptCallback, MetricsCallback, ProgressCallback
+from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, TeacherSource
+from kvgraft.distill.model import DistillationModel
+from kvgraft.distill.trainer import PROJECTOR_FOLDER, KVTrainer
+from kvgraft.errors import KVGraftError, RecipeError
+from kvgraft.evaluate.quality import held_out_quality
+from kvgraft.models.loading import load_weights
+from kvgraft.progress import progress_bar
+from kvgraft.projector.projector import KVDimensionProjector
+from kvgraft.recipe import Arm, Recipe
+from kvgraft.report.log import read_metrics
+
+STUDENT_FOLDER = "student"
+CHECKPOINTS_FOLDER = "checkpoints"
+_SHARE_MEASUREMENTS = 10
+
+
+class TrainingInterruptedError(KVGraftError):
+    """Training was stopped on request and left a checkpoint."""
+
+
+@dataclass(frozen=True)
+class ArmData:
+    """What every arm of a run shares."""
+
+    make_student: Callable[[], PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    train: list[EncodedExample]
+    held_out: list[EncodedExample]
+    train_sources: list[TeacherSource]
+    held_out_sources: list[TeacherSource]
+    teacher_configs: dict[str, dict[str, int]]
+    layer_maps: dict[str, list[tuple[int, int]]]
+
+    def train_set(self, arm: Arm, seed: int) -> DistillationDataset:
+        """Training text as ``arm`` sees it."""
+        sources = [] if arm == "baseline" else self.train_sources
+        return DistillationDataset(self.train, sources, mismatch_seed=seed if arm == "mismatched" else None)
+
+    def held_out_set(self, arm: Arm) -> DistillationDataset:
+        """Held-out text as ``arm`` sees it; its KV is always its own."""
+        return DistillationDataset(self.held_out, [] if arm == "baseline" else self.held_out_sources)
+
+    @property
+    def collator(self) -> DistillationCollator:
+        """Pads with the student's padding token."""
+        return DistillationCollator(self.tokenizer.pad_token_id)
+
+
+def build_arm(recipe: Recipe, arm: Arm, data: ArmData) -> DistillationModel:
+    """Student and projector of ``arm`` before training."""
+    objective = "shared" if arm == "shared_objective" else recipe.kv_loss.objective
+    return build_distillation(
+        recipe,
+        data.make_student(),
+        recipe.kv_loss.model_copy(update={"objective": objective}),
+        {} if arm == "baseline" else data.layer_maps,
+        data.teacher_configs,
+        data.train_set(arm, recipe.seed),
+        data.collator,
+    )
+
+
+def measure_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> dict[str, float]:
+    """Held-out metrics of the student and projector that :func:`train_arm` saved in ``folder``."""
+    model = build_arm(recipe, arm, data)
+    load_weights(model.student, folder / STUDENT_FOLDER)
+    if model.projector is not None:
+        model.projector.load_state_dict(KVDimensionProjector.from_pretrained(folder / PROJECTOR_FOLDER).state_dict())
+    loader = DataLoader(data.held_out_set(arm), batch_size=recipe.training.eval_batch_size, collate_fn=data.collator)
+    return held_out_quality(model, loader).metrics()
+
+
+def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> int:
+    """Train one arm, from its last checkpoint if ``folder`` has one, and save student and projector into ``folder``.
+
+    Metrics go to ``folder/metrics.jsonl``. Returns the number of the projector's parameters.
+
+    Raises:
+        TrainingInterruptedError: Ctrl-C; a checkpoint was left.
+    """
+    model = build_arm(recipe, arm, data)
+    checkpoints = folder / CHECKPOINTS_FOLDER
+    last_checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    interrupt = InterruptCallback()
+    steps = recipe.training.steps
+    done = int(last_checkpoint.rsplit("-", 1)[1]) if last_checkpoint else 0
+    with progress_bar(f"training {arm}", steps, "steps", done=done) as advance:
+        trainer = KVTrainer(
+            model,
+            training_arguments(recipe, checkpoints),
+            data.train_set(arm, recipe.seed),
+            data.held_out_set(arm),
+            data.tokenizer,
+            data_collator=data.collator,
+            callbacks=[ProgressCallback(advance), MetricsCallback(folder / "metrics.jsonl", arm), interrupt],
+            projector_learning_rate=recipe.training.projector_learning_rate,
+            kv_weight_schedule=_SCHEDULES[recipe.kv_loss.schedule],
+            measure_shares_every=max(1, steps // _SHARE_MEASUREMENTS) if model.layer_maps else 0,
+        )
+        # With its own bars off, the Trainer would print every log.
+        trainer.remove_callback(PrinterCallback)
+        if last_checkpoint is None:
+            trainer.evaluate()
+        trainer.train(resume_from_checkpoint=last_checkpoint)
+        if interrupt.interrupted and trainer.state.global_step < steps:
+            raise TrainingInterruptedError(
+                f"stopped at step {trainer.state.global_step} of {steps} of arm {arm}; a checkpoint is in {checkpoints}"
+            )
+        if steps % recipe.training.evaluate_every:
+            trainer.evaluate()
+    trainer.save_model(str(folder / STUDENT_FOLDER))
+    if trainer.is_world_process_zero():
+        _keep_projector_beside(folder)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return model.projector.count_parameters() if model.projector is not None else 0
+
+
+def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
+    """The Trainer's arguments for a recipe; the global batch is split over processes and accumulation steps."""
+    training = recipe.training
+    pieces = training.gradient_accumulation_steps * PartialState().num_processes
+    if training.batch_size % pieces:
+        raise RecipeError(
+            f"training.batch_size {training.batch_size} cannot be split over {PartialState().num_processes} processes "
+            f"and {training.gradient_accumulation_steps} accumulation steps; make it a multiple of {pieces}"
+        )
+    checkpointing: dict[str, Any] = (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        if recipe.student.gradient_checkpointing
+        else {}
+    )
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size // pieces,
+        per_device_eval_batch_size=training.eval_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        eval_strategy="steps",
+        eval_steps=training.evaluate_every,
+        save_steps=training.save_every,
+        save_total_limit=2,
+        logging_steps=max(1, min(10, training.evaluate_every)),
+        bf16=training.bf16,
+        report_to=training.report_to or "none",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+        disable_tqdm=True,
+        **checkpointing,
+    )
+
+
+def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """Held-out metrics by step, from an arm's log; after a resume the later record of a step counts."""
+    by_step = {}
+    for record in read_metrics(folder / "metrics.jsonl"):
+        if "eval_loss" in record:
+            metrics = {name.removeprefix("eval_"): value for name, value in record.items() if name.startswith("eval_")}
+            by_step[int(record["step"])] = metrics
+    return sorted(by_step.items())
+
+
+def gradient_shares(folder: Path) -> dict[str, float]:
+    """Mean share of each loss part in the student's gradient norm over an arm's log."""
+    found: dict[str, list[float]] = {}
+    for record in read_metrics(folder / "metrics.jsonl"):
+        for name, value in record.items():
+            if name.startswith("gradient_share/"):
+                found.setdefault(name.removeprefix("gradient_share/"), []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda share_done: 1.0,
+    "linear_decay": lambda share_done: max(0.0, 1.0 - share_done),
+}
+
+
+def _keep_projector_beside(folder: Path) -> None:
+    inside, beside = folder / STUDENT_FOLDER / PROJECTOR_FOLDER, folder / PROJECTOR_FOLDER
+    if inside.is_dir():
+        shutil.rmtree(beside, ignore_errors=True)
+        inside.rename(beside)

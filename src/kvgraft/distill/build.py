@@ -1,0 +1,141 @@
+"""A student and its projector, ready to train: adapters by the recipe, targets scaled, first weights fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, TeacherSource
+from kvgraft.distill.losses import KVScale
+from kvgraft.distill.model import DistillationModel
+from kvgraft.distill.objectives import projector_direction
+from kvgraft.kv import KV
+from kvgraft.models.capture import capture, kv_geometry
+from kvgraft.projector.closed_form import LeastSquares
+from kvgraft.projector.projector import KVDimensionProjector
+from kvgraft.recipe import KVLossRecipe, Recipe
+
+_CALIBRATION_TEXTS = 128
+_CALIBRATION_BATCH = 8
+
+LayerMaps = Mapping[str, list[tuple[int, int]]]
+
+
+def build_projector(
+    recipe: Recipe, objective: str, student_kv_dim: int, teacher_configs: Mapping[str, dict[str, int]]
+) -> KVDimensionProjector:
+    """The recipe's adapters for ``objective``, the same at every call.
+
+    ``teacher_configs`` are as :class:`KVDimensionProjector` takes them, with the number of compared layers.
+    """
+    settings = recipe.projector
+    fitted = objective == "teacher_to_student"
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return KVDimensionProjector(
+            teacher_configs,
+            student_kv_dim,
+            settings.mlp_ratio,
+            settings.dropout,
+            settings.init_method,
+            trainable=not fitted,
+            per_layer=settings.per_layer,
+            direction=projector_direction(objective),
+            layer_norm=settings.layer_norm,
+            activation=settings.activation,
+            # The closed-form map enters through the linear part.
+            skip=settings.skip or fitted,
+        )
+
+
+def build_distillation(
+    recipe: Recipe,
+    student: PreTrainedModel,
+    loss: KVLossRecipe,
+    layer_maps: LayerMaps,
+    teacher_configs: Mapping[str, dict[str, int]],
+    train: DistillationDataset,
+    collator: DistillationCollator,
+) -> DistillationModel:
+    """Student and projector; without ``layer_maps`` the student alone.
+
+    The target of ``student_to_teacher`` is the teacher's KV, whose centre and spread its store knows. The other
+    objectives move the student's KV: they are scaled by what it is before training, once, so that the scale neither
+    follows a student that shrinks nor depends on how a batch is split.
+    """
+    if not layer_maps:
+        return DistillationModel(student, loss=loss)
+    projector = build_projector(recipe, loss.objective, kv_geometry(student.config).kv_dim, teacher_configs)
+    if loss.objective == "student_to_teacher":
+        scales = {source.name: _stored_scale(source) for source in train.sources}
+        for name, scale in scales.items():
+            projector.standardise_outputs(name, scale.mean, scale.deviation)
+    else:
+        pairs = _initial_kv(student, layer_maps, train, collator)
+        scales = {name: KVScale.from_tokens(*_joined(pairs, name)) for name in layer_maps}
+        if loss.objective == "teacher_to_student":
+            _fit_closed_form(projector, pairs)
+    return DistillationModel(
+        student,
+        projector,
+        layer_maps=dict(layer_maps),
+        scales=scales,
+        loss=loss,
+        teacher_weights={teacher.name: teacher.weight for teacher in recipe.teachers},
+    )
+
+
+def _stored_scale(source: TeacherSource) -> KVScale:
+    statistics = source.store.statistics(layers=source.teacher_layers)
+    return KVScale.from_moments(statistics.mean, statistics.variance)
+
+
+InitialKV = list[dict[str, tuple[KV, KV]]]
+
+
+def _initial_kv(
+    student: PreTrainedModel, layer_maps: LayerMaps, train: DistillationDataset, collator: DistillationCollator
+) -> InitialKV:
+    """For batches of calibration texts and each teacher: the untrained student's KV and the teacher's."""
+    indices = range(min(_CALIBRATION_TEXTS, len(train)))
+    loader: Iterable[dict[str, Any]] = DataLoader(
+        torch.utils.data.Subset(train, indices), batch_size=_CALIBRATION_BATCH, collate_fn=collator
+    )
+    pairs: InitialKV = []
+    for batch in loader:
+        kv = capture(student, batch["input_ids"], batch["attention_mask"]).to("cpu")
+        pairs.append(
+            {
+                name: (kv.select_layers([layer for layer, _ in layer_maps[name]]), target)
+                for name, target in batch["teacher_kv"].items()
+            }
+        )
+    return pairs
+
+
+def _joined(pairs: InitialKV, name: str) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """All calibration tokens of the student side of ``name`` as one text, and which of them count."""
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    masks = []
+    for batch in pairs:
+        own, target = batch[name]
+        for part, found in zip(own.flatten(), (keys, values), strict=True):
+            found.append(part.transpose(1, 2)[target.mask])
+        masks.append(target.mask[target.mask])
+    rows = [torch.cat(found).transpose(0, 1)[None] for found in (keys, values)]
+    return (rows[0], rows[1]), torch.cat(masks)[None]
+
+
+def _fit_closed_form(projector: KVDimensionProjector, pairs: InitialKV) -> None:
+    for name in projector.teachers:
+        for kind, adapter in enumerate(projector.adapters(name)):
+            fit = LeastSquares(adapter.num_layers, adapter.in_dim, adapter.out_dim)
+            for batch in pairs:
+                own, target = batch[name]
+                fit.add(target.flatten()[kind], own.flatten()[kind], target.mask)
+            adapter.load_linear(*(tensor.float() for tensor in fit.solve()))

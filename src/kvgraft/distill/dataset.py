@@ -1,0 +1,168 @@
+"""Student tokens joined with the teachers' stored KV: what a training batch is made of."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kvgraft.align.tokens import AlignmentPolicy, TokenAlignment, align_tokens, gather_aligned
+from kvgraft.data.batching import IGNORED, EncodedExample
+from kvgraft.errors import AlignmentError
+from kvgraft.kv import KV, stack_kv
+from kvgraft.store.reader import KVStore
+
+
+@dataclass(frozen=True)
+class AlignmentCounts:
+    """How much of the student's text a teacher answers for."""
+
+    coverage: float
+    dropped: Mapping[str, int]
+
+
+@dataclass
+class TeacherSource:
+    """One teacher's stored KV, seen from the student's tokens and layers.
+
+    Args:
+        name: the teacher.
+        store: its KV.
+        teacher_layers: the teacher layer for each compared student layer.
+        policy: token alignment (``cover``, ``causal`` or ``mean``).
+        skip_first_tokens: student tokens at the start of each text that take no part.
+    """
+
+    name: str
+    store: KVStore
+    teacher_layers: Sequence[int]
+    policy: AlignmentPolicy = "cover"
+    skip_first_tokens: int = 2
+    _alignments: dict[str, TokenAlignment] = field(default_factory=dict, repr=False)
+
+    def alignment(self, example: EncodedExample) -> TokenAlignment:
+        """Teacher tokens for each student token of ``example``."""
+        key = example.sample_key
+        if key not in self._alignments:
+            self._alignments[key] = align_tokens(example.spans, self.store.read_tokens(key).spans, self.policy)
+        return self._alignments[key]
+
+    def aligned(self, example: EncodedExample) -> KV:
+        """Teacher KV ``[1, layers, heads, student tokens, head_dim]``; the mask says which tokens count."""
+        stored = self.store.read(example.sample_key, layers=list(self.teacher_layers))
+        kv = gather_aligned(stored.kv, self.alignment(example))
+        mask = kv.mask.clone()
+        mask[:, : self.skip_first_tokens] = False
+        return replace(kv, mask=mask)
+
+    def counts(self, examples: Sequence[EncodedExample]) -> AlignmentCounts:
+        """Coverage and reasons for dropped tokens over all texts."""
+        covered, text_tokens = 0, 0
+        dropped: Counter[str] = Counter()
+        for example in examples:
+            alignment = self.alignment(example)
+            covered += int(alignment.aligned.sum())
+            text_tokens += len(alignment.ranges) - alignment.dropped["special"]
+            dropped.update(alignment.dropped)
+        return AlignmentCounts(covered / max(text_tokens, 1), dict(dropped))
+
+
+class DistillationDataset(Dataset[dict[str, Any]]):
+    """Texts as the student reads them, each with every teacher's aligned KV.
+
+    Args:
+        examples: encoded texts.
+        sources: the teachers; none for cross-entropy alone.
+        mismatch_seed: if given, every text gets the teacher KV of another text (the control of SPEC R8).
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[EncodedExample],
+        sources: Sequence[TeacherSource] = (),
+        mismatch_seed: int | None = None,
+    ) -> None:
+        self.examples = examples
+        self.sources = sources
+        self.partner = (
+            list(range(len(examples))) if mismatch_seed is None else _derangement(len(examples), mismatch_seed)
+        )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.examples[index]
+        partner = self.examples[self.partner[index]]
+        labels = torch.tensor(example.labels)
+        teacher_kv = {}
+        for source in self.sources:
+            kv = _fit_length(source.aligned(partner), len(labels))
+            # What the labels ignore takes no part in any loss.
+            teacher_kv[source.name] = replace(kv, mask=kv.mask & (labels != IGNORED))
+        return {"input_ids": torch.tensor(example.input_ids), "labels": labels, "teacher_kv": teacher_kv}
+
+
+@dataclass(frozen=True)
+class DistillationCollator:
+    """Pads samples to one batch: tokens with ``pad_token_id``, labels with -100, KV with zeros and a false mask."""
+
+    pad_token_id: int
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {
+            "input_ids": _pad([sample["input_ids"] for sample in samples], self.pad_token_id),
+            "labels": _pad([sample["labels"] for sample in samples], IGNORED),
+            "attention_mask": _pad([torch.ones_like(sample["input_ids"]) for sample in samples], 0),
+        }
+        teachers = samples[0]["teacher_kv"]
+        if teachers:
+            batch["teacher_kv"] = {
+                name: stack_kv([sample["teacher_kv"][name] for sample in samples]) for name in teachers
+            }
+        return batch
+
+
+def _pad(rows: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def _derangement(count: int, seed: int) -> list[int]:
+    """A fixed random partner for every text, never itself: one step along a random cycle."""
+    if count < 2:
+        raise AlignmentError("KV of another text needs at least two texts")
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    partner = [0] * count
+    for index, text in enumerate(order):
+        partner[text] = order[(index + 1) % count]
+    return partner
+
+
+def _fit_length(kv: KV, tokens: int) -> KV:
+    """``kv`` cut, or padded with masked zeros, to ``tokens``."""
+    missing = tokens - kv.mask.shape[1]
+    if missing == 0:
+        return kv
+    if missing < 0:
+        return replace(
+            kv,
+            keys=kv.keys[..., :tokens, :],
+            values=kv.values[..., :tokens, :],
+            positions=kv.positions[:, :tokens],
+            mask=kv.mask[:, :tokens],
+        )
+    pad_kv = (0, 0, 0, missing)
+    return replace(
+        kv,
+        keys=torch.nn.functional.pad(kv.keys, pad_kv),
+        values=torch.nn.functional.pad(kv.values, pad_kv),
+        positions=torch.nn.functional.pad(kv.positions, (0, missing)),
+        mask=torch.nn.functional.pad(kv.mask, (0, missing)),
+    )

@@ -1,0 +1,200 @@
+"""How far one KV is from another: the losses between a student's KV and what its teachers say it should be.
+
+Every loss is a sum over real tokens divided by ``num_tokens``, so that accumulating micro-batches or processes gives
+the gradient of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvgraft.errors import KVGraftError
+from kvgraft.kv import KV
+
+LossForm = Literal["mse", "l1", "smooth_l1", "cosine"]
+KVPair = KV | tuple[Tensor, Tensor]
+
+# Each form maps predicted and target ``[tokens, layers, kv_dim]`` to ``[tokens, layers]``.
+_FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": lambda predicted, target: (predicted - target).square().mean(-1),
+    "l1": lambda predicted, target: (predicted - target).abs().mean(-1),
+    "smooth_l1": lambda predicted, target: F.smooth_l1_loss(predicted, target, reduction="none").mean(-1),
+    "cosine": lambda predicted, target: 1 - F.cosine_similarity(predicted, target, dim=-1),
+}
+
+
+@dataclass(frozen=True)
+class KVScale:
+    """Centre and spread of a target, fixed before training, so that every layer weighs the same.
+
+    Attributes:
+        mean: ``[2, layers, kv_dim]``, keys first.
+        deviation: ``[2, layers]``, root of the channels' mean variance (first-measurements.md: "mean squared error
+            over the mean variance of the target").
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, variance: Tensor) -> KVScale:
+        """From per-channel ``mean`` and ``variance``, both ``[layers, 2, kv_dim]`` as a store keeps them."""
+        floor = torch.finfo(torch.float32).tiny
+        return cls(mean.transpose(0, 1), variance.mean(-1).clamp_min(floor).sqrt().transpose(0, 1))
+
+    @classmethod
+    def from_tokens(cls, pair: KVPair, mask: Tensor) -> KVScale:
+        """From the real tokens (``mask [batch, tokens]``) of one KV, without gradient."""
+        rows = [_real_tokens(tensor.detach(), mask) for tensor in _as_tensors(pair, "target")]
+        mean = torch.stack([row.mean(0) for row in rows], 1)
+        variance = torch.stack([row.var(0, unbiased=False) for row in rows], 1)
+        return cls.from_moments(mean, variance)
+
+
+def kv_regression_loss(
+    predicted: KVPair,
+    target: KVPair,
+    mask: Tensor,
+    *,
+    scale: KVScale | None = None,
+    form: LossForm = "mse",
+    keys_weight: float = 1.0,
+    values_weight: float = 1.0,
+    layer_weights: Sequence[float] | None = None,
+    num_tokens: Tensor | int | None = None,
+) -> Tensor:
+    """Loss between ``predicted`` and ``target`` KV of one teacher: a scalar.
+
+    Args:
+        predicted: keys and values ``[batch, layers, tokens, kv_dim]``, or with heads, or a ``KV``.
+        target: the same shape.
+        mask: ``[batch, tokens]`` bool, true where the token counts.
+        scale: centre and spread of the target; default: measured on this batch's real tokens.
+        form: ``mse`` (default), ``l1``, ``smooth_l1`` or ``cosine``, on the scaled KV.
+        keys_weight, values_weight: relative weights, their mean over keys and values is taken.
+        layer_weights: relative weight of each layer, default equal.
+        num_tokens: what to divide by; default the number of true entries of ``mask``. Give the count of the whole
+            batch when it is split over accumulation steps or processes.
+    """
+    predicted_parts, target_parts = _as_tensors(predicted, "predicted"), _as_tensors(target, "target")
+    _require_same_shape(predicted_parts, target_parts, mask)
+    if num_tokens is None:
+        num_tokens = mask.sum()
+    scale = scale or KVScale.from_tokens(target_parts, mask)
+    weights = _normalised_layer_weights(layer_weights, predicted_parts[0])
+    total = predicted_parts[0].new_zeros((), dtype=torch.float32)
+    for index, weight in enumerate((keys_weight, values_weight)):
+        if weight == 0:
+            continue
+        centre, deviation = scale.mean[index], scale.deviation[index][:, None]
+        error = _FORMS[form](
+            (_real_tokens(predicted_parts[index], mask) - centre) / deviation,
+            (_real_tokens(target_parts[index], mask) - centre) / deviation,
+        )
+        total = total + weight * (error * weights).sum()
+    weight_sum = keys_weight + values_weight
+    return total / (weight_sum * torch.as_tensor(num_tokens, device=total.device).clamp_min(1))
+
+
+def compute_kv_loss(
+    student_kv: KVPair,
+    aligned_kvs: Mapping[str, KVPair],
+    *,
+    mask: Tensor | None = None,
+    scales: Mapping[str, KVScale] | None = None,
+    teacher_weights: Mapping[str, float] | None = None,
+    form: LossForm = "mse",
+    keys_weight: float = 1.0,
+    values_weight: float = 1.0,
+    layer_weights: Sequence[float] | None = None,
+    num_tokens: Tensor | int | None = None,
+) -> Tensor:
+    """The guide's ``compute_kv_loss``: the student's KV against every teacher's aligned KV, averaged by weight.
+
+    Args:
+        student_kv: keys and values ``[batch, layers, tokens, kv_dim]`` (or with heads, or a ``KV``).
+        aligned_kvs: for each teacher, KV of the student's shape, as ``project_multi_teacher_kv`` returns it.
+        mask: ``[batch, tokens]``; default: the mask of ``student_kv`` if it is a ``KV``, otherwise all tokens.
+        scales: for each teacher, the centre and spread of its aligned KV; default: measured on this batch.
+        teacher_weights: relative weights, default equal.
+
+    The other arguments are those of :func:`kv_regression_loss`.
+    """
+    if not aligned_kvs:
+        raise KVGraftError("aligned_kvs is empty: give the projected KV of at least one teacher, {name: (K, V)}")
+    if mask is None:
+        mask = student_kv.mask if isinstance(student_kv, KV) else _all_tokens(student_kv[0])
+    weights = {name: (teacher_weights or {}).get(name, 1.0) for name in aligned_kvs}
+    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise KVGraftError(f"teacher_weights must be positive in sum and none negative; got {weights}")
+    losses = [
+        weights[name]
+        * kv_regression_loss(
+            student_kv,
+            aligned,
+            mask,
+            scale=(scales or {}).get(name),
+            form=form,
+            keys_weight=keys_weight,
+            values_weight=values_weight,
+            layer_weights=layer_weights,
+            num_tokens=num_tokens,
+        )
+        for name, aligned in aligned_kvs.items()
+    ]
+    return torch.stack(losses).sum() / sum(weights.values())
+
+
+def _as_tensors(pair: KVPair, name: str) -> tuple[Tensor, Tensor]:
+    if isinstance(pair, KV):
+        return pair.flatten()
+    keys, values = pair
+    if keys.shape != values.shape:
+        raise KVGraftError(f"{name}: keys {list(keys.shape)} and values {list(values.shape)} differ in shape")
+    if keys.dim() == 5:
+        return keys.transpose(2, 3).flatten(3), values.transpose(2, 3).flatten(3)
+    if keys.dim() != 4:
+        raise KVGraftError(
+            f"{name}: expected [batch, layers, tokens, kv_dim] or [batch, layers, heads, tokens, head_dim]; "
+            f"got {list(keys.shape)}"
+        )
+    return keys, values
+
+
+def _real_tokens(tensor: Tensor, mask: Tensor) -> Tensor:
+    """``[batch, layers, tokens, kv_dim]`` to ``[real tokens, layers, kv_dim]`` in float32.
+
+    Padding is left out rather than multiplied by zero: a NaN there would survive the product.
+    """
+    return tensor.transpose(1, 2)[mask].float()
+
+
+def _require_same_shape(predicted: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], mask: Tensor) -> None:
+    if predicted[0].shape != target[0].shape:
+        raise KVGraftError(
+            f"student KV {list(predicted[0].shape)} and aligned teacher KV {list(target[0].shape)} differ; both must "
+            "be [batch, layers, tokens, kv_dim]. Align tokens and layers and project the width first."
+        )
+    batch, _, tokens, _ = predicted[0].shape
+    if mask.shape != (batch, tokens):
+        raise KVGraftError(f"mask must be [{batch}, {tokens}] to go with the KV; got {list(mask.shape)}")
+
+
+def _normalised_layer_weights(layer_weights: Sequence[float] | None, like: Tensor) -> Tensor:
+    num_layers = like.shape[1]
+    if layer_weights is None:
+        return torch.full((num_layers,), 1.0 / num_layers, device=like.device)
+    if len(layer_weights) != num_layers or sum(layer_weights) <= 0:
+        raise KVGraftError(f"layer_weights must hold {num_layers} weights with a positive sum; got {layer_weights}")
+    weights = torch.tensor(layer_weights, dtype=torch.float32, device=like.device)
+    return weights / weights.sum()
+
+
+def _all_tokens(keys: Tensor) -> Tensor:
+    return torch.ones(keys.shape[0], keys.shape[-2], dtype=torch.bool, device=keys.device)

@@ -1,0 +1,148 @@
+"""The student and its projector as one module: a forward pass that gives every part of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvgraft.distill.losses import KVScale, kv_regression_loss
+from kvgraft.distill.objectives import OBJECTIVES, Comparison
+from kvgraft.kv import KV
+from kvgraft.models.capture import record_kv
+from kvgraft.projector.projector import KVDimensionProjector
+from kvgraft.recipe import KVLossRecipe
+
+
+class DistillationModel(nn.Module):
+    """A student, and the adapters that tie its KV to its teachers'.
+
+    One module, so that data-parallel wrappers see every parameter that the loss reaches.
+
+    Args:
+        student: a causal language model of transformers.
+        projector: adapters for every teacher, or None for cross-entropy alone.
+        layer_maps: for each teacher, the pairs of (student layer, teacher layer) that are compared.
+        scales: for each teacher, centre and spread of the target.
+        loss: the recipe's ``kv_loss`` section.
+        teacher_weights: relative weight of each teacher.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        projector: KVDimensionProjector | None = None,
+        *,
+        layer_maps: Mapping[str, list[tuple[int, int]]] | None = None,
+        scales: Mapping[str, KVScale] | None = None,
+        loss: KVLossRecipe | None = None,
+        teacher_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.projector = projector
+        self.layer_maps = dict(layer_maps or {})
+        self.scales = dict(scales or {})
+        self.loss = loss or KVLossRecipe()
+        self.teacher_weights = dict(teacher_weights or dict.fromkeys(self.layer_maps, 1.0))
+        self.kv_weight = self.loss.weight if projector is not None else 0.0
+
+    @property
+    def student_layers(self) -> list[int]:
+        """Student layers whose KV is compared with some teacher's."""
+        return sorted({student for pairs in self.layer_maps.values() for student, _ in pairs})
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute the student's activations in backward; called by the Trainer."""
+        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        teacher_kv: Mapping[str, KV] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        num_kv_tokens: Mapping[str, Tensor | int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss and its parts for ``input_ids [batch, tokens]``.
+
+        Args:
+            labels: ``[batch, tokens]``, -100 where no loss is taken.
+            teacher_kv: for each teacher, its KV aligned to the student's tokens and layers; its mask says which count.
+            num_items_in_batch: labelled tokens in the whole batch; default those of this call.
+            num_kv_tokens: for each teacher, aligned tokens in the whole batch; default those of this call.
+
+        Returns:
+            ``loss``, ``ce_loss``, and with teachers ``kv_loss`` and ``kv_loss/<teacher>`` (unweighted).
+        """
+        if not self.layer_maps:
+            ce_loss = self._cross_entropy(input_ids, attention_mask, labels, num_items_in_batch)
+            return {"loss": ce_loss, "ce_loss": ce_loss}
+        ce_loss, student_kv = self.student_pass(input_ids, attention_mask, labels, num_items_in_batch)
+        parts = self._kv_losses(student_kv, teacher_kv or {}, num_kv_tokens or {})
+        weight_sum = sum(self.teacher_weights.values())
+        kv_loss = sum(
+            (self.teacher_weights[name] / weight_sum * part for name, part in parts.items()), ce_loss.new_zeros(())
+        )
+        named = {f"kv_loss/{name}": part for name, part in parts.items()}
+        return {"loss": ce_loss + self.kv_weight * kv_loss, "ce_loss": ce_loss, "kv_loss": kv_loss, **named}
+
+    def student_pass(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> tuple[Tensor, KV]:
+        """Cross-entropy and the student's KV of the compared layers (all of them where no teacher is compared)."""
+        with record_kv(self.student, layers=self.student_layers or None) as recorder:
+            ce_loss = self._cross_entropy(input_ids, attention_mask, labels, num_items_in_batch)
+        return ce_loss, recorder.kv(attention_mask)
+
+    def comparison_loss(
+        self, comparison: Comparison, teacher: str, mask: Tensor, num_tokens: Tensor | int | None = None
+    ) -> Tensor:
+        """The recipe's KV loss of one comparison, over the true tokens of ``mask``."""
+        return kv_regression_loss(
+            comparison.predicted,
+            comparison.target,
+            mask,
+            scale=self.scales.get(teacher),
+            form=self.loss.form,
+            keys_weight=self.loss.keys_weight,
+            values_weight=self.loss.values_weight,
+            layer_weights=self.loss.layer_weights,
+            num_tokens=num_tokens,
+        )
+
+    def compared(self, student_kv: KV, teacher: str) -> KV:
+        """The layers of ``student_kv`` that ``teacher`` answers for, in the order of its layer map."""
+        return student_kv.select_layers([student for student, _ in self.layer_maps[teacher]])
+
+    def _cross_entropy(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, num_items: Tensor | int | None
+    ) -> Tensor:
+        # The batch may be all ignored labels; dividing by at least one keeps its loss at zero instead of NaN.
+        count = (labels[:, 1:] != -100).sum() if num_items is None else torch.as_tensor(num_items)
+        output = self.student(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            num_items_in_batch=count.clamp_min(1).to(input_ids.device),
+            use_cache=False,
+        )
+        return output.loss  # type: ignore[no-any-return]
+
+    def _kv_losses(
+        self, student_kv: KV, teacher_kv: Mapping[str, KV], num_kv_tokens: Mapping[str, Tensor | int]
+    ) -> dict[str, Tensor]:
+        assert self.projector is not None
+        losses = {}
+        for name, target in teacher_kv.items():
+            comparisons = OBJECTIVES[self.loss.objective](self.projector, name, self.compared(student_kv, name), target)
+            parts = [
+                self.comparison_loss(comparison, name, target.mask, num_kv_tokens.get(name))
+                for comparison in comparisons
+            ]
+            losses[name] = torch.stack(parts).sum()
+        return losses

@@ -1,0 +1,208 @@
+"""The transformers Trainer with a KV loss beside cross-entropy and a second optimizer group, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+
+from kvgraft.distill.dataset import DistillationCollator, DistillationDataset
+from kvgraft.distill.model import DistillationModel
+from kvgraft.evaluate.quality import held_out_quality
+from kvgraft.models.loading import load_weights
+from kvgraft.projector.projector import KVDimensionProjector
+
+PROJECTOR_FOLDER = "projector"
+
+
+class KVTrainer(Trainer):  # type: ignore[misc]
+    """Trains a :class:`DistillationModel`.
+
+    Args:
+        model: student and projector.
+        args: the Trainer's own arguments; ``learning_rate`` is the student's.
+        projector_learning_rate: rate of the second optimizer group (the guide: student 5e-5, projector 1e-3).
+        kv_weight_schedule: factor on the KV loss's weight for a share of training done, in [0, 1]; default constant.
+        measure_shares_every: steps between measurements of each loss part's share of the student's gradient; 0 never.
+        The others are the Trainer's.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: DistillationModel,
+        args: TrainingArguments,
+        train_dataset: DistillationDataset,
+        eval_dataset: DistillationDataset,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        data_collator: DistillationCollator,
+        callbacks: list[TrainerCallback] | None = None,
+        projector_learning_rate: float = 1e-3,
+        kv_weight_schedule: Callable[[float], float] | None = None,
+        measure_shares_every: int = 0,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            callbacks=callbacks,
+        )
+        # The loss below is a sum over the whole batch's count, so the Trainer must count and must not divide again.
+        self.model_accepts_loss_kwargs = True
+        self.projector_learning_rate = projector_learning_rate
+        self.kv_weight_schedule = kv_weight_schedule or (lambda share_done: 1.0)
+        self.measure_shares_every = measure_shares_every
+        self._num_kv_tokens: dict[str, Tensor] = {}
+        self._part_sums: dict[str, Tensor] = {}
+        self._parts_from_step = 0
+        self._shares: dict[str, float] = {}
+        self._shares_measured_at = -1
+
+    @property
+    def distillation(self) -> DistillationModel:
+        """The model without what the Trainer or Accelerate wrapped around it."""
+        return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or what ``args.optim`` names) with student and projector in groups of their own."""
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in (model or self.model).named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((".projector." in f".{name}", name in decayed), []).append(parameter)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.projector_learning_rate if of_projector else self.args.learning_rate,
+                        "weight_decay": self.args.weight_decay if has_decay else 0.0,
+                    }
+                    for (of_projector, has_decay), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """The micro-batches of one step; counts their aligned tokens over all processes beside the labelled ones."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._num_kv_tokens = {}
+        for name in self.distillation.layer_maps if samples else ():
+            # With two teachers one may be missing for some samples, so each has its own count.
+            count = sum(int(batch["teacher_kv"][name].mask.sum()) for batch in samples)
+            self._num_kv_tokens[name] = self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
+        return samples, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy plus the weighted KV loss, each over the whole batch's own count of tokens."""
+        share_done = self.state.global_step / max(self.state.max_steps, 1)
+        self.distillation.kv_weight = self.distillation.loss.weight * self.kv_weight_schedule(share_done)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, num_kv_tokens=self._num_kv_tokens)
+        self._measure_shares(outputs)
+        self._add_parts(outputs)
+        # Data parallelism averages gradients over processes, while the counts above are sums over them.
+        loss = outputs["loss"] * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self,
+        eval_dataset: DistillationDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out loss, perplexity and KV similarity (see :func:`kvgraft.evaluate.quality.held_out_quality`)."""
+        quality = held_out_quality(self.distillation, self._held_out_batches(eval_dataset or self.eval_dataset))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in quality.metrics().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each loss part's mean since the last log, and its share of the gradient, to a training log."""
+        steps = self.state.global_step - self._parts_from_step
+        if "loss" in logs and steps > 0:
+            for name, total in self._part_sums.items():
+                logs[name] = float(self.accelerator.reduce(total, reduction="sum")) / steps
+            logs.update(self._shares)
+            self._part_sums, self._shares, self._parts_from_step = {}, {}, self.state.global_step
+        super().log(logs, start_time)
+
+    def _add_parts(self, outputs: dict[str, Tensor]) -> None:
+        for name, value in outputs.items():
+            if name != "loss":
+                self._part_sums[name] = self._part_sums.get(name, 0.0) + value.detach()
+
+    def _measure_shares(self, outputs: dict[str, Tensor]) -> None:
+        step = self.state.global_step
+        due = self.measure_shares_every and step % self.measure_shares_every == 0 and step != self._shares_measured_at
+        if not due or "kv_loss" not in outputs or self.is_fsdp_enabled:
+            return
+        self._shares_measured_at = step
+        parameters = [parameter for parameter in self.distillation.student.parameters() if parameter.requires_grad]
+        weighted = {"ce": outputs["ce_loss"], "kv": self.distillation.kv_weight * outputs["kv_loss"]}
+        norms = {name: _gradient_norm(part, parameters) for name, part in weighted.items()}
+        total = sum(norms.values()) or 1.0
+        self._shares = {f"gradient_share/{name}": norm / total for name, norm in norms.items()}
+
+    def _held_out_batches(self, dataset: DistillationDataset) -> Iterator[dict[str, Any]]:
+        # Every process reads the whole set: it is small, and sums then need no gathering.
+        loader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+        for batch in loader:
+            batch = self._prepare_inputs(batch)
+            if "teacher_kv" in batch:
+                batch["teacher_kv"] = {name: kv.to(self.args.device) for name, kv in batch["teacher_kv"].items()}
+            yield batch
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The student in the Hugging Face layout, the projector in a folder beside its files."""
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.distillation
+        model.student.save_pretrained(folder, state_dict=_strip_prefix(state_dict, "student."))
+        if model.projector is not None:
+            model.projector.save_pretrained(
+                folder / PROJECTOR_FOLDER, state_dict=_strip_prefix(state_dict, "projector.")
+            )
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        target = self.distillation
+        load_weights(target.student, folder)
+        if target.projector is not None:
+            saved = KVDimensionProjector.from_pretrained(folder / PROJECTOR_FOLDER)
+            target.projector.load_state_dict(saved.state_dict())
+
+
+def _gradient_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
+    if not loss.requires_grad:
+        return 0.0
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients if g is not None])))
+
+
+def _strip_prefix(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
+    if state_dict is None:
+        return None
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}

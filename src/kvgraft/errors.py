@@ -1,0 +1,29 @@
+"""Errors a user can act on: each names the thing, what was given, what was expected and what to do."""
+
+
+class KVGraftError(ValueError):
+    """Base of every error that kvgraft raises on purpose; the command line prints it without a traceback."""
+
+
+class RecipeError(KVGraftError):
+    """A recipe that cannot be run as written."""
+
+
+class ModelError(KVGraftError):
+    """A model or tokenizer that cannot be found, loaded or captured."""
+
+
+class DataError(KVGraftError):
+    """Text that is missing, empty or in no form we know."""
+
+
+class AlignmentError(KVGraftError):
+    """Two tokenizations or two layer stacks that cannot be matched."""
+
+
+class ProjectorError(KVGraftError):
+    """A projector asked for a teacher, a width or a shape it was not built for."""
+
+
+class StoreError(KVGraftError):
+    """A KV store that is damaged, incomplete, or was made from something else."""

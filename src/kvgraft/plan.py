@@ -1,0 +1,254 @@
+"""What a recipe will take, and whether it can work at all, before anything runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from kvgraft.align.layers import map_layers
+from kvgraft.align.spans import encode_with_spans
+from kvgraft.data.datasets import Example, load_train_and_held_out
+from kvgraft.distill.objectives import projector_direction
+from kvgraft.errors import KVGraftError, RecipeError
+from kvgraft.kv import KVGeometry
+from kvgraft.models import loading
+from kvgraft.models.capture import kv_geometry
+from kvgraft.prepare import existing_tokenizer, load_student_config, teacher_max_length
+from kvgraft.projector.sizing import adapter_parameters, advise, auto_mlp_ratio
+from kvgraft.recipe import Recipe, TeacherRecipe
+
+# Texts whose teacher tokens are counted; the rest are estimated from their bytes.
+_COUNTED_TEXTS = 300
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Weight, gradient and AdamW's two moments, in float32.
+_TRAINING_BYTES = 16
+
+
+class ModelPlan(BaseModel):
+    """Geometry and size of one model."""
+
+    name: str
+    architecture: str
+    parameters: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    kv_dim: int
+    hidden_size: int
+    context: int | None
+    vocab_size: int
+    weight_bytes: int
+
+
+class TeacherPlan(BaseModel):
+    """What one teacher brings: layers, adapters, bytes of KV, and the guide's advice (SPEC section 3)."""
+
+    model: ModelPlan
+    layer_map: list[tuple[int, int]]
+    mlp_ratio: float | str
+    adapter_parameters: int
+    projector_parameters: int
+    kv_bytes_per_token: int
+    kv_tokens: int
+    kv_bytes: int
+    advised_mlp_ratio: float
+    advised_dropout: float
+    reasons: list[str]
+
+
+class Plan(BaseModel):
+    """Everything that ``kvgraft plan`` tells. ``problems`` is empty where the recipe can run."""
+
+    name: str
+    student: ModelPlan | None
+    teachers: list[TeacherPlan]
+    train_texts: int
+    held_out_texts: int
+    training_memory_bytes: int
+    store_bytes: int
+    free_disk_bytes: int
+    problems: list[str]
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Plan of ``recipe``, from configs and tokenizers alone: no weights are loaded.
+
+    Bytes of KV are estimated from the first few hundred texts. Memory leaves activations out.
+    """
+    problems: list[str] = []
+    train: list[Example] = []
+    held_out: list[Example] = []
+    student_config = None
+    try:
+        tokenizer = existing_tokenizer(recipe)
+        train, held_out = _read(recipe, tokenizer)
+        student_config = load_student_config(recipe, recipe.student.vocab_size if tokenizer is None else tokenizer)
+        problems += _student_problems(recipe, student_config, tokenizer, len(train))
+    except KVGraftError as error:
+        problems.append(str(error))
+    student = None if student_config is None else _model_plan("student", student_config, recipe.student.dtype)
+    teachers = []
+    for teacher in recipe.teachers:
+        try:
+            teachers.append(_teacher_plan(recipe, teacher, student, train + held_out, len(train)))
+        except KVGraftError as error:
+            problems.append(str(error))
+    store_bytes = sum(teacher.kv_bytes for teacher in teachers)
+    free = shutil.disk_usage(_existing_parent(recipe.store.path)).free
+    if store_bytes > free:
+        problems.append(
+            f"the teachers' KV takes about {store_bytes / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free at "
+            f"{recipe.store.path}; take fewer texts, fewer layers or another store.path"
+        )
+    trained = sum(teacher.projector_parameters for teacher in teachers) + (student.parameters if student else 0)
+    largest_teacher = max((teacher.model.weight_bytes for teacher in teachers), default=0)
+    return Plan(
+        name=recipe.name,
+        student=student,
+        teachers=teachers,
+        train_texts=len(train),
+        held_out_texts=len(held_out),
+        # Capture and training do not run at the same time.
+        training_memory_bytes=max(trained * _TRAINING_BYTES, largest_teacher),
+        store_bytes=store_bytes,
+        free_disk_bytes=free,
+        problems=problems,
+    )
+
+
+def require_workable(recipe: Recipe) -> None:
+    """Raise RecipeError with everything that keeps ``recipe`` from working; nothing has run by then."""
+    problems = make_plan(recipe).problems
+    if problems:
+        raise RecipeError(f"recipe {recipe.name} cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _read(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[Example], list[Example]]:
+    data = recipe.data
+    return load_train_and_held_out(
+        data.train, data.held_out, data.train_samples, data.held_out_samples, data.seed, tokenizer=tokenizer
+    )
+
+
+def _student_problems(
+    recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None, train_texts: int
+) -> list[str]:
+    problems = []
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    if context is not None and recipe.data.max_length > context:
+        problems.append(
+            f"data.max_length {recipe.data.max_length} is longer than the student's context {context}; "
+            f"set it to at most {context}"
+        )
+    if tokenizer is not None and len(tokenizer) > text.vocab_size:
+        problems.append(
+            f"the student's tokenizer has {len(tokenizer)} entries and its model only {text.vocab_size}; "
+            "name the tokenizer that belongs to the model"
+        )
+    if train_texts < recipe.training.batch_size:
+        problems.append(
+            f"training.batch_size {recipe.training.batch_size} is more than the {train_texts} training texts; lower it"
+        )
+    layers = recipe.kv_loss.layer_weights
+    if layers is not None and recipe.alignment.layers == "ratio" and len(layers) != kv_geometry(config).num_layers:
+        problems.append(
+            f"kv_loss.layer_weights has {len(layers)} entries for {kv_geometry(config).num_layers} student layers"
+        )
+    return problems
+
+
+def _teacher_plan(
+    recipe: Recipe, teacher: TeacherRecipe, student: ModelPlan | None, examples: list[Example], train_texts: int
+) -> TeacherPlan:
+    config = loading.load_config(teacher.model, teacher.revision)
+    tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
+    model = _model_plan(teacher.name, config, teacher.dtype)
+    if student is None:
+        raise RecipeError(f"teacher {teacher.name} cannot be planned without a student that works")
+    layer_map = map_layers(recipe.alignment.layers, student.num_layers, model.num_layers)
+    distinct = len({teacher_layer for _, teacher_layer in layer_map})
+    bytes_per_token = KVGeometry(distinct, model.num_kv_heads, model.head_dim).bytes_per_token(
+        _BYTES[recipe.store.dtype]
+    )
+    tokens = _count_tokens(tokenizer, examples, teacher_max_length(recipe, config))
+    ratio = recipe.projector.mlp_ratio
+    ratio = auto_mlp_ratio(model.kv_dim) if ratio == "auto" else ratio
+    direction = projector_direction(recipe.kv_loss.objective)
+    widths = (model.kv_dim, student.kv_dim)
+    adapter = adapter_parameters(
+        *(widths if direction == "teacher_to_student" else widths[::-1]),
+        ratio,
+        skip=recipe.projector.skip,
+        layer_norm=recipe.projector.layer_norm,
+        num_layers=len(layer_map) if recipe.projector.per_layer else 1,
+    )
+    advice = advise(
+        model.parameters,
+        model.hidden_size,
+        student.hidden_size,
+        len(layer_map),
+        train_texts or None,
+        teacher_kv_dim=model.kv_dim,
+        student_kv_dim=student.kv_dim,
+        per_layer=recipe.projector.per_layer,
+        skip=recipe.projector.skip,
+        direction=direction,
+        bytes_per_number=_BYTES[recipe.store.dtype],
+    )
+    return TeacherPlan(
+        model=model,
+        layer_map=layer_map,
+        mlp_ratio=ratio,
+        adapter_parameters=adapter,
+        projector_parameters=2 * adapter,
+        kv_bytes_per_token=bytes_per_token,
+        kv_tokens=tokens,
+        kv_bytes=tokens * bytes_per_token,
+        advised_mlp_ratio=advice.mlp_ratio,
+        advised_dropout=advice.dropout,
+        reasons=advice.reasons,
+    )
+
+
+def _model_plan(name: str, config: PretrainedConfig, dtype: str) -> ModelPlan:
+    text, geometry = config.get_text_config(), kv_geometry(config)
+    parameters = _count_parameters(config)
+    return ModelPlan(
+        name=name,
+        architecture=config.model_type,
+        parameters=parameters,
+        num_layers=geometry.num_layers,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        kv_dim=geometry.kv_dim,
+        hidden_size=text.hidden_size,
+        context=getattr(text, "max_position_embeddings", None),
+        vocab_size=text.vocab_size,
+        weight_bytes=parameters * _BYTES[dtype],
+    )
+
+
+def _count_parameters(config: PretrainedConfig) -> int:
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    return int(model.num_parameters())
+
+
+def _count_tokens(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int) -> int:
+    counted = examples[:_COUNTED_TEXTS]
+    if not counted:
+        return 0
+    tokens = sum(len(encode_with_spans(tokenizer, example.text, max_length).input_ids) for example in counted)
+    share = sum(len(example.text) for example in examples) / sum(len(example.text) for example in counted)
+    return round(tokens * share)
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())

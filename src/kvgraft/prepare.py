@@ -1,0 +1,231 @@
+"""From a recipe to everything that training needs: text, tokenizers, teachers' KV on disk, layers and scales."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from accelerate import PartialState
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvgraft.align.layers import map_layers
+from kvgraft.data.batching import EncodedExample, encode_example
+from kvgraft.data.datasets import Example, load_train_and_held_out
+from kvgraft.data.tokenizers import train_tokenizer
+from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
+from kvgraft.errors import DataError, RecipeError
+from kvgraft.kv import KVGeometry
+from kvgraft.models import loading
+from kvgraft.models.capture import kv_geometry
+from kvgraft.models.students import new_student, student_config
+from kvgraft.recipe import Recipe, TeacherRecipe
+from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
+from kvgraft.store.format import StoreIdentity, text_fingerprint
+from kvgraft.store.reader import KVStore
+
+logger = logging.getLogger(__name__)
+
+# A teacher's tokens over the student's maximum: room for vocabularies that cut text finer than the student's.
+_TEACHER_LENGTH_FACTOR = 2
+
+
+@dataclass
+class Phases:
+    """Wall time in seconds of each phase, in the order in which they ran."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the block's time to ``phase``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text of a run, and as the student reads it."""
+
+    train_examples: list[Example]
+    held_out_examples: list[Example]
+    tokenizer: PreTrainedTokenizerBase
+    train: list[EncodedExample]
+    held_out: list[EncodedExample]
+
+
+@dataclass(frozen=True)
+class PreparedTeacher:
+    """A teacher whose KV is on disk for training and held-out text."""
+
+    recipe: TeacherRecipe
+    config: PretrainedConfig
+    layer_map: list[tuple[int, int]]
+    train: TeacherSource
+    held_out: TeacherSource
+    report: FillReport
+    alignment: AlignmentCounts
+
+    @property
+    def store(self) -> KVStore:
+        """KV over the training text."""
+        return self.train.store
+
+    @property
+    def geometry(self) -> KVGeometry:
+        """Layers, heads and head width of the whole model."""
+        return kv_geometry(self.config)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What :func:`prepare` made."""
+
+    recipe: Recipe
+    texts: Texts
+    student_config: PretrainedConfig
+    teachers: list[PreparedTeacher]
+    phases: Phases
+
+    def make_student(self) -> PreTrainedModel:
+        """The student before training, the same at every call."""
+        return make_student(self.recipe, self.texts.tokenizer)
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Read the text and fill the stores; what a store holds already is not done again.
+
+    Raises:
+        KVGraftError: of the room where it went wrong.
+    """
+    phases = Phases()
+    with phases.timed("read text"):
+        texts = read_texts(recipe)
+    config = load_student_config(recipe, texts.tokenizer)
+    teachers = [_prepare_teacher(recipe, teacher, texts, kv_geometry(config), phases) for teacher in recipe.teachers]
+    return Prepared(recipe, texts, config, teachers, phases)
+
+
+def read_texts(recipe: Recipe) -> Texts:
+    """The recipe's text, encoded with the student's tokenizer (trained here if the recipe names none)."""
+    tokenizer = existing_tokenizer(recipe)
+    train, held_out = load_train_and_held_out(
+        recipe.data.train,
+        recipe.data.held_out,
+        recipe.data.train_samples,
+        recipe.data.held_out_samples,
+        recipe.data.seed,
+        tokenizer=tokenizer,
+    )
+    if tokenizer is None:
+        tokenizer = train_tokenizer((example.text for example in train), recipe.student.vocab_size)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise DataError("the student's tokenizer has neither a padding nor an end-of-text token; name another one")
+    encoded = [
+        [encode_example(example, tokenizer, recipe.data.max_length, recipe.data.loss_on) for example in examples]
+        for examples in (train, held_out)
+    ]
+    return Texts(train, held_out, tokenizer, *encoded)
+
+
+def load_student_config(recipe: Recipe, tokenizer_or_size: PreTrainedTokenizerBase | int) -> PretrainedConfig:
+    """Config of the recipe's student, without weights."""
+    student = recipe.student
+    if student.model is not None:
+        return loading.load_config(student.model, student.revision)
+    assert student.new is not None
+    return student_config(student.new, tokenizer_or_size)
+
+
+def make_student(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The student before training."""
+    student = recipe.student
+    if student.model is not None:
+        return loading.load_model(student.model, student.revision, dtype=student.dtype, device="cpu")
+    assert student.new is not None
+    return new_student(student.new, tokenizer, recipe.seed).to(getattr(torch, student.dtype))
+
+
+def teacher_max_length(recipe: Recipe, config: PretrainedConfig) -> int:
+    """Teacher tokens after which a text is cut: its context, or twice the student's length if that is less."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = _TEACHER_LENGTH_FACTOR * recipe.data.max_length
+    return longest if context is None else min(longest, context)
+
+
+def existing_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
+    name = recipe.student.tokenizer or recipe.student.model
+    return None if name is None else loading.load_tokenizer(name, recipe.student.revision)
+
+
+def _prepare_teacher(
+    recipe: Recipe, teacher: TeacherRecipe, texts: Texts, student: KVGeometry, phases: Phases
+) -> PreparedTeacher:
+    with phases.timed(f"identify {teacher.name}"):
+        config = loading.load_config(teacher.model, teacher.revision)
+        tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
+        geometry = kv_geometry(config)
+        layer_map = map_layers(recipe.alignment.layers, student.num_layers, geometry.num_layers)
+        layers = tuple(sorted({teacher_layer for _, teacher_layer in layer_map}))
+        max_length = teacher_max_length(recipe, config)
+        fingerprint = f"{loading.fingerprint(teacher.model, teacher.revision)} in {teacher.dtype}"
+        tokenizer_fingerprint = loading.tokenizer_fingerprint(tokenizer)
+
+    @lru_cache(1)
+    def load_teacher() -> PreTrainedModel:
+        return loading.load_model(teacher.model, teacher.revision, dtype=teacher.dtype, device=teacher.device)
+
+    def store_of(examples: list[Example], part: str) -> tuple[KVStore, FillReport]:
+        encoded = encode_for_teacher([example.text for example in examples], tokenizer, max_length)
+        identity = StoreIdentity(
+            model=fingerprint,
+            tokenizer=tokenizer_fingerprint,
+            text=text_fingerprint(text.sample_key for text in encoded),
+            layers=layers,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            dtype=recipe.store.dtype,
+            max_length=max_length,
+        )
+        # One process fills; the others find everything there.
+        with phases.timed(f"capture {teacher.name} ({part} text)"), PartialState().main_process_first():
+            return fill_store(
+                store_folder(recipe.store.path, teacher.name, identity),
+                identity,
+                teacher.name,
+                load_teacher,
+                encoded,
+                shard_bytes=recipe.store.shard_megabytes * 1_000_000,
+                token_budget=recipe.store.token_budget,
+                verify=recipe.store.verify,
+            )
+
+    train_store, report = store_of(texts.train_examples, "training")
+    held_out_store, _ = store_of(texts.held_out_examples, "held-out")
+    train, held_out = (
+        TeacherSource(
+            teacher.name,
+            store,
+            [teacher_layer for _, teacher_layer in layer_map],
+            recipe.alignment.tokens,
+            recipe.alignment.skip_first_tokens,
+        )
+        for store in (train_store, held_out_store)
+    )
+    with phases.timed(f"align {teacher.name}"):
+        alignment = train.counts(texts.train)
+    if alignment.coverage == 0:
+        raise RecipeError(
+            f"no token of the student's text is answered by teacher {teacher.name} ({alignment.dropped}); "
+            "check that both read the same text and that data.max_length leaves room for it"
+        )
+    return PreparedTeacher(teacher, config, layer_map, train, held_out, report, alignment)

@@ -1,0 +1,236 @@
+"""The Elastic Bottleneck: the small network that maps one teacher's keys (or values) to another width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kvgraft.errors import ProjectorError
+
+MlpRatio = float | Literal["linear"]
+InitMethod = Literal["xavier", "kaiming", "normal"]
+Activation = Literal["silu", "relu", "gelu"]
+
+NORMAL_STD = 0.02
+
+_INITIALISERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "xavier": nn.init.xavier_uniform_,
+    "kaiming": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
+    "normal": lambda weight: nn.init.normal_(weight, std=NORMAL_STD),
+}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+}
+
+
+class StackedLinear(nn.Module):
+    """``num_layers`` linear maps side by side: ``[num_layers, rows, in_dim]`` to ``[num_layers, rows, out_dim]``."""
+
+    def __init__(self, num_layers: int, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_layers, out_dim, in_dim))
+        self.bias = nn.Parameter(torch.zeros(num_layers, out_dim))
+
+    def initialise(self, init_method: str) -> None:
+        """Draw every map on its own: the fans of the stacked tensor would be those of another network."""
+        for weight in self.weight.detach():
+            _INITIALISERS[init_method](weight)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map ``rows [num_layers, rows, in_dim]``, each layer by its own weights."""
+        if len(self.weight) == 1:
+            # The same call as nn.Linear, so that a migrated checkpoint gives the same bits.
+            return functional.linear(rows[0], self.weight[0], self.bias[0])[None]
+        return torch.baddbmm(self.bias[:, None], rows, self.weight.transpose(1, 2))
+
+
+class StackedLayerNorm(nn.Module):
+    """``num_layers`` layer norms side by side over the last axis of ``[num_layers, rows, dim]``."""
+
+    def __init__(self, num_layers: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_layers, dim))
+        self.bias = nn.Parameter(torch.zeros(num_layers, dim))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Normalise ``rows [num_layers, rows, dim]``."""
+        if len(self.weight) == 1:
+            return functional.layer_norm(rows, rows.shape[-1:], self.weight[0], self.bias[0])
+        return functional.layer_norm(rows, rows.shape[-1:]) * self.weight[:, None] + self.bias[:, None]
+
+
+class ElasticBottleneck(nn.Module):
+    """``LayerNorm(d) -> Linear(d, h) -> activation -> Dropout -> Linear(h, d_out)`` for one or many layers.
+
+    Args:
+        in_dim: width ``d`` of what comes in.
+        out_dim: width of what goes out.
+        mlp_ratio: ``h = int(in_dim * mlp_ratio)``, at least 1; ``"linear"`` is one Linear without norm or skip.
+        dropout: share of hidden units dropped in training, in [0, 1).
+        init_method: ``xavier``, ``kaiming`` (both uniform) or ``normal`` (std 0.02); biases start at zero.
+        num_layers: independent adapters; 1 is one adapter shared by all layers.
+        layer_norm: whether the bottleneck normalises its input.
+        activation: ``silu``, ``relu`` or ``gelu``.
+        skip: add a linear map of the raw input. The bottleneck's last layer then starts at zero, so that the adapter
+            is that linear map at step 0.
+
+    Raises:
+        ProjectorError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        mlp_ratio: MlpRatio = 1.0,
+        dropout: float = 0.1,
+        init_method: InitMethod = "xavier",
+        num_layers: int = 1,
+        layer_norm: bool = True,
+        activation: Activation = "silu",
+        skip: bool = False,
+    ) -> None:
+        super().__init__()
+        _require_settings(in_dim, out_dim, mlp_ratio, dropout, init_method, num_layers, activation)
+        self.in_dim, self.out_dim, self.num_layers = in_dim, out_dim, num_layers
+        self.mlp_ratio, self.dropout, self.activation = mlp_ratio, dropout, activation
+        self.norm: StackedLayerNorm | None = None
+        self.up: StackedLinear | None = None
+        self.down: StackedLinear | None = None
+        self.skip: StackedLinear | None = None
+        if isinstance(mlp_ratio, str):
+            self.skip = StackedLinear(num_layers, in_dim, out_dim)
+        else:
+            hidden = hidden_width(in_dim, mlp_ratio)
+            self.norm = StackedLayerNorm(num_layers, in_dim) if layer_norm else None
+            self.up = StackedLinear(num_layers, in_dim, hidden)
+            self.down = StackedLinear(num_layers, hidden, out_dim)
+            self.skip = StackedLinear(num_layers, in_dim, out_dim) if skip else None
+        self._initialise(init_method)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [batch, layers, tokens, in_dim]`` to ``[batch, layers, tokens, out_dim]`` in the weights' dtype.
+
+        ``layers`` is ``num_layers``, or anything where one adapter is shared.
+        """
+        rows = self._as_rows(x)
+        mapped = None
+        if self.down is not None:
+            hidden = functional.dropout(self._hidden(rows), self.dropout, self.training)
+            mapped = self.down(hidden)
+        if self.skip is not None:
+            linear = self.skip(rows)
+            mapped = linear if mapped is None else linear + mapped
+        assert mapped is not None
+        return self._from_rows(mapped, x)
+
+    @torch.no_grad()
+    def load_linear(self, weight: Tensor, bias: Tensor) -> None:
+        """Set the linear part (the skip, or all of a ``"linear"`` adapter) from a closed-form map.
+
+        Args:
+            weight: ``[num_layers, out_dim, in_dim]``.
+            bias: ``[num_layers, out_dim]``.
+        """
+        if self.skip is None:
+            raise ProjectorError(
+                "this adapter has no linear part to load into: build the projector with skip=True or mlp_ratio='linear'"
+            )
+        for name, given, own in (("weight", weight, self.skip.weight), ("bias", bias, self.skip.bias)):
+            if given.shape != own.shape:
+                raise ProjectorError(
+                    f"the {name} of a linear map into this adapter must be {list(own.shape)} ([num_layers, out_dim"
+                    f"{', in_dim' if name == 'weight' else ''}]); got {list(given.shape)}"
+                )
+            own.copy_(given)
+
+    def hidden_units(self, x: Tensor) -> Tensor:
+        """Activated hidden units ``[num_layers, rows, h]`` of ``x``, before dropout; an error if it has none."""
+        return self._hidden(self._as_rows(x))
+
+    def _hidden(self, rows: Tensor) -> Tensor:
+        if self.up is None:
+            raise ProjectorError("an adapter with mlp_ratio='linear' has no hidden units; give a number as mlp_ratio")
+        normed = rows if self.norm is None else self.norm(rows)
+        return _ACTIVATIONS[self.activation](self.up(normed))
+
+    def _as_rows(self, x: Tensor) -> Tensor:
+        """``[batch, layers, tokens, in_dim]`` to ``[num_layers, rows, in_dim]``."""
+        reference = self.up if self.up is not None else self.skip
+        assert reference is not None
+        x = x.to(reference.weight.dtype)
+        if self.num_layers == 1:
+            return x.reshape(1, -1, self.in_dim)
+        return x.transpose(0, 1).reshape(self.num_layers, -1, self.in_dim)
+
+    def _from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        batch, layers, tokens, _ = like.shape
+        if self.num_layers == 1:
+            return rows.reshape(batch, layers, tokens, self.out_dim)
+        return rows.reshape(layers, batch, tokens, self.out_dim).transpose(0, 1)
+
+    def _initialise(self, init_method: str) -> None:
+        if self.up is not None:
+            self.up.initialise(init_method)
+        if self.skip is not None:
+            self.skip.initialise(init_method)
+        elif self.down is not None:
+            self.down.initialise(init_method)
+
+
+@torch.no_grad()
+def dead_unit_share(adapter: ElasticBottleneck, x: Tensor, mask: Tensor | None = None) -> float:
+    """Share of hidden units that give exactly zero on every calibration token, in [0, 1].
+
+    Such a unit passes no gradient. It is ReLU's trouble: SiLU and GELU give zero only far out, where they underflow.
+
+    Args:
+        adapter: a bottleneck (an error for ``"linear"``).
+        x: calibration input ``[batch, layers, tokens, in_dim]``.
+        mask: ``[batch, tokens]`` bool, true where a token is real; default all.
+    """
+    layers = x.shape[1]
+    real = x if mask is None else x.transpose(1, 2)[mask].transpose(0, 1)[None]
+    if real.shape[2] == 0:
+        raise ProjectorError(f"no real token among calibration input {list(x.shape)}: every entry of its mask is false")
+    if adapter.num_layers not in (1, layers):
+        raise ProjectorError(f"calibration input has {layers} layers, the adapter {adapter.num_layers}")
+    alive = (adapter.hidden_units(real) != 0).any(1)
+    return 1 - float(alive.float().mean())
+
+
+def hidden_width(in_dim: int, mlp_ratio: float) -> int:
+    """Hidden units of a bottleneck: ``int(in_dim * mlp_ratio)``, at least 1."""
+    return max(1, int(in_dim * mlp_ratio))
+
+
+def _require_settings(
+    in_dim: int,
+    out_dim: int,
+    mlp_ratio: object,
+    dropout: object,
+    init_method: object,
+    num_layers: int,
+    activation: object,
+) -> None:
+    for name, size in (("in_dim", in_dim), ("out_dim", out_dim), ("num_layers", num_layers)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ProjectorError(f"{name} must be a whole number of at least 1; got {size!r}")
+    if mlp_ratio != "linear" and not (isinstance(mlp_ratio, int | float) and _is_number(mlp_ratio) and mlp_ratio > 0):
+        raise ProjectorError(f"mlp_ratio must be a number over 0 or 'linear'; got {mlp_ratio!r}")
+    if not (isinstance(dropout, int | float) and _is_number(dropout) and 0 <= dropout < 1):
+        raise ProjectorError(f"dropout must be a number in [0, 1); got {dropout!r}")
+    if init_method not in _INITIALISERS:
+        raise ProjectorError(f"init_method must be one of {', '.join(_INITIALISERS)}; got {init_method!r}")
+    if activation not in _ACTIVATIONS:
+        raise ProjectorError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")

@@ -1,0 +1,161 @@
+"""From the old linear-only projector to the Elastic Bottleneck, without losing what it had learned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kvgraft.errors import ProjectorError
+from kvgraft.projector.adapters import Activation
+from kvgraft.projector.projector import KVDimensionProjector
+
+# Keys first. Weight ``[student width, teacher width]``, bias ``[student width]`` or None.
+LinearMap = tuple[Tensor, Tensor | None]
+LinearMaps = dict[str, dict[str, LinearMap]]
+
+_NAME = re.compile(r"^(?:.*?\.)??(?P<kind>key|value|k|v)_adapters\.(?P<teacher>.+)\.(?P<part>weight|bias)$")
+_KINDS = {"k": "key", "key": "key", "v": "value", "value": "value"}
+
+
+def migrate_linear_checkpoint(
+    checkpoint: str | Path | Mapping[str, Tensor] | LinearMaps,
+    teacher_configs: Mapping[str, Mapping[str, int]],
+    *,
+    mlp_ratio: float | Literal["auto"] = 1.0,
+    dropout: float = 0.1,
+    per_layer: bool = False,
+    layer_norm: bool = True,
+    activation: Activation = "silu",
+) -> KVDimensionProjector:
+    """A projector with ``skip=True`` that at step 0 gives exactly what the old linear maps gave.
+
+    Args:
+        checkpoint: one of
+            a path to a ``.safetensors`` file;
+            a state dict ``{"key_adapters.<teacher>.weight": tensor, "value_adapters.<teacher>.bias": ...}`` (any
+            prefix before it, and ``k_adapters`` or ``v_adapters`` for short);
+            ``{teacher: {"key": (weight, bias), "value": (weight, bias)}}``.
+            Weights are ``[student width, teacher width]`` as in ``nn.Linear``; a bias may be missing or None.
+        teacher_configs: as for :class:`KVDimensionProjector`, for exactly the teachers of the checkpoint. A name
+            whose characters were replaced by ``_`` in the checkpoint (modules cannot hold dots) is found.
+        mlp_ratio, dropout, per_layer, layer_norm, activation: of the new bottleneck. With ``per_layer`` every layer
+            starts from the teacher's one map.
+
+    Raises:
+        ProjectorError: a pickle, a damaged file, missing or extra teachers, or widths that do not fit.
+    """
+    maps = _match_teachers(read_linear_maps(checkpoint), list(teacher_configs))
+    student_widths = {weight.shape[0] for teacher in maps.values() for weight, _ in teacher.values()}
+    if len(student_widths) != 1:
+        raise ProjectorError(f"the maps of the old checkpoint lead to several widths: {sorted(student_widths)}")
+    projector = KVDimensionProjector(
+        teacher_configs,
+        student_widths.pop(),
+        mlp_ratio,
+        dropout,
+        per_layer=per_layer,
+        layer_norm=layer_norm,
+        activation=activation,
+        skip=True,
+    )
+    for name, linear_maps in maps.items():
+        for adapter, kind in zip(projector.adapters(name), ("key", "value"), strict=True):
+            weight, bias = linear_maps[kind]
+            if weight.shape[1] != adapter.in_dim:
+                raise ProjectorError(
+                    f"the old {kind} map of teacher {name!r} takes width {weight.shape[1]}, its teacher_configs says "
+                    f"{adapter.in_dim}; set d_model (or kv_dim) to {weight.shape[1]}"
+                )
+            bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+            layers = adapter.num_layers
+            adapter.load_linear(weight.expand(layers, *weight.shape), bias.expand(layers, *bias.shape))
+    return projector
+
+
+def read_linear_maps(checkpoint: str | Path | Mapping[str, Tensor] | LinearMaps) -> LinearMaps:
+    """The maps of an old checkpoint as ``{teacher: {"key": (weight, bias), "value": (weight, bias)}}``.
+
+    Accepts what :func:`migrate_linear_checkpoint` accepts.
+    """
+    if isinstance(checkpoint, str | Path):
+        checkpoint = _read_safetensors(Path(checkpoint))
+    maps: LinearMaps = {}
+    for name, entry in checkpoint.items():
+        if isinstance(entry, Mapping):
+            maps[name] = dict(entry)
+        else:
+            _add_tensor(maps, name, entry)
+    for teacher, kinds in maps.items():
+        _require_complete(teacher, kinds)
+    if not maps:
+        raise ProjectorError("the old checkpoint is empty: expected key_adapters.<teacher>.weight and its like")
+    return maps
+
+
+def _add_tensor(maps: LinearMaps, name: str, tensor: Tensor) -> None:
+    match = _NAME.match(name)
+    if match is None:
+        raise ProjectorError(
+            f"{name!r} is no weight of an old linear projector; expected names such as key_adapters.<teacher>.weight, "
+            "value_adapters.<teacher>.bias. Leave other entries out."
+        )
+    kinds = maps.setdefault(match["teacher"], {})
+    kind = _KINDS[match["kind"]]
+    weight, bias = kinds.get(kind, (torch.empty(0), None))
+    kinds[kind] = (tensor, bias) if match["part"] == "weight" else (weight, tensor)
+
+
+def _require_complete(teacher: str, kinds: Mapping[str, LinearMap]) -> None:
+    for kind in ("key", "value"):
+        weight, bias = kinds.get(kind, (torch.empty(0), None))
+        if weight.dim() != 2:
+            raise ProjectorError(
+                f"the old checkpoint has no {kind} weight [student width, teacher width] for teacher {teacher!r}; "
+                f"it has {sorted(kinds)}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ProjectorError(
+                f"the old {kind} bias of teacher {teacher!r} must be [{weight.shape[0]}] to go with its weight; "
+                f"got {list(bias.shape)}"
+            )
+
+
+def _match_teachers(maps: LinearMaps, names: list[str]) -> LinearMaps:
+    source = {name: name for name in names if name in maps}
+    left = [old for old in maps if old not in source]
+    for name in names:
+        found = [old for old in left if name not in source and _plain(old) == _plain(name)]
+        if len(found) == 1:
+            source[name] = found[0]
+            left.remove(found[0])
+    if len(source) != len(names) or left:
+        raise ProjectorError(
+            f"the old checkpoint holds teachers {sorted(maps)}, teacher_configs names {sorted(names)}; "
+            "give teacher_configs for exactly those of the checkpoint"
+        )
+    return {name: maps[source[name]] for name in names}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^0-9A-Za-z]", "_", name)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ProjectorError(f"no old checkpoint at {path}")
+    if path.suffix != ".safetensors":
+        raise ProjectorError(
+            f"{path} is not a .safetensors file. Pickled checkpoints can run code when read, so kvgraft does not: "
+            "convert it with safetensors.torch.save_file(state_dict, 'old.safetensors') where you trust it."
+        )
+    try:
+        return load_file(path)  # type: ignore[no-any-return]
+    except SafetensorError as error:
+        raise ProjectorError(f"{path} is damaged or not a safetensors file: {error}") from error

@@ -1,0 +1,1 @@
+"""What a run leaves for people: its log, its table and its picture."""

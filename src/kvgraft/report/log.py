@@ -1,0 +1,89 @@
+"""The experiment log: the guide's YAML template, filled from the run, and one line of metrics for every log event."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvgraft.recipe import Recipe
+from kvgraft.report.results import RunResult, as_plain
+
+
+def append_metrics(path: Path, record: dict[str, Any]) -> None:
+    """Add one JSON line to ``path``."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of ``path``; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def experiment_log(recipe: Recipe, result: RunResult) -> dict[str, Any]:
+    """The guide's experiment log ("实验日志模板"), every field measured or taken from the recipe.
+
+    ``results`` tells the held-out KV loss of the ``kv`` arm (the guide's ``loss``); where a run has no such arm, the
+    held-out cross-entropy of its first arm.
+    """
+    arm = result.arm("kv") or result.arms[0]
+    measure = "kv_loss" if "kv_loss" in arm.last else "loss"
+    initial, final = arm.first[measure], arm.last[measure]
+    step = arm.kv_convergence_step() if measure == "kv_loss" else arm.steps_to(final)
+    log = {
+        "experiment": {"name": result.name, "date": result.date},
+        "model": {"teacher": ", ".join(teacher.name for teacher in result.teachers), "student": result.student},
+        "projector": {
+            "mlp_ratio": recipe.projector.mlp_ratio,
+            "dropout": recipe.projector.dropout,
+            "init_method": recipe.projector.init_method,
+            "params": _in_millions(arm.projector_parameters),
+        },
+        "training": {
+            "learning_rate": recipe.training.projector_learning_rate,
+            "student_learning_rate": recipe.training.learning_rate,
+            "batch_size": recipe.training.batch_size,
+            "steps": arm.steps,
+        },
+        "results": {
+            "measure": f"held-out {measure} of the {arm.arm} arm",
+            "initial_loss": initial,
+            "final_loss": final,
+            "reduction": f"{1 - final / initial:.1%}" if initial else "0.0%",
+            "convergence_step": step,
+        },
+        "notes": _notes(result),
+    }
+    return as_plain(log)  # type: ignore[no-any-return]
+
+
+def write_experiment_log(path: Path, recipe: Recipe, result: RunResult) -> None:
+    """Save :func:`experiment_log` as YAML."""
+    text = yaml.safe_dump(experiment_log(recipe, result), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _notes(result: RunResult) -> list[str]:
+    notes = []
+    baseline = result.arm("baseline")
+    for arm in result.arms:
+        line = f"{arm.arm}: held-out loss {arm.first['loss']:.3f} -> {arm.last['loss']:.3f}"
+        if baseline is not None and arm is not baseline:
+            line += f", {arm.last['loss'] - baseline.last['loss']:+.3f} against the baseline"
+        notes.append(line)
+    for teacher in result.teachers:
+        notes.append(
+            f"{teacher.name}: {teacher.alignment_coverage:.1%} of the student's tokens aligned, "
+            f"{teacher.bytes_per_token:,.0f} bytes of KV per token"
+        )
+    return notes
+
+
+def _in_millions(count: int) -> str:
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else str(count)

@@ -1,0 +1,113 @@
+"""What came out of a run: the numbers of each arm, and what compares them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Evaluation(_Record):
+    """Held-out metrics after ``step`` steps."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+class ArmResult(_Record):
+    """One training: its held-out evaluations in order (the first before any step), and what it took."""
+
+    arm: str
+    steps: int
+    seconds: float
+    evaluations: list[Evaluation]
+    gradient_shares: dict[str, float] = {}
+    projector_parameters: int = 0
+
+    @property
+    def first(self) -> dict[str, float]:
+        """Held-out metrics before training."""
+        return self.evaluations[0].metrics
+
+    @property
+    def last(self) -> dict[str, float]:
+        """Held-out metrics after training."""
+        return self.evaluations[-1].metrics
+
+    def steps_to(self, loss: float) -> int | None:
+        """The first evaluated step whose held-out loss is at most ``loss``; None if there is none."""
+        return next((point.step for point in self.evaluations if point.metrics["loss"] <= loss), None)
+
+    def kv_reduction(self) -> float | None:
+        """Share of the held-out KV loss that training took away."""
+        if "kv_loss" not in self.last or not self.first["kv_loss"]:
+            return None
+        return 1 - self.last["kv_loss"] / self.first["kv_loss"]
+
+    def kv_convergence_step(self) -> int | None:
+        """The first evaluated step by which 95 % of the held-out KV loss's fall was done."""
+        if "kv_loss" not in self.last:
+            return None
+        bar = self.last["kv_loss"] + 0.05 * (self.first["kv_loss"] - self.last["kv_loss"])
+        return next((point.step for point in self.evaluations if point.metrics["kv_loss"] <= bar), None)
+
+
+class TeacherResult(_Record):
+    """What one teacher's KV cost, and how much of the student's text it answers for."""
+
+    name: str
+    model: str
+    layer_map: list[tuple[int, int]]
+    tokens: int
+    captured_tokens: int
+    tokens_per_second: float | None
+    store_bytes: int
+    bytes_per_token: float
+    truncated_texts: int
+    alignment_coverage: float
+    alignment_dropped: dict[str, int]
+
+
+class RunResult(_Record):
+    """Everything that a run measured; ``seconds`` holds the wall time of each phase."""
+
+    name: str
+    date: str
+    seed: int
+    student: str
+    student_parameters: int
+    train_texts: int
+    train_tokens: int
+    held_out_texts: int
+    truncated_train_texts: int
+    teachers: list[TeacherResult]
+    arms: list[ArmResult] = []
+    seconds: dict[str, float] = {}
+    versions: dict[str, str] = {}
+
+    def arm(self, name: str) -> ArmResult | None:
+        """The result of arm ``name``, or None if the run has none."""
+        return next((arm for arm in self.arms if arm.arm == name), None)
+
+    def write(self, path: Path) -> None:
+        """Save as JSON."""
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> RunResult:
+        """Load what :meth:`write` saved."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def as_plain(value: Any) -> Any:
+    """``value`` with floats rounded to what a reader can use."""
+    if isinstance(value, dict):
+        return {key: as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

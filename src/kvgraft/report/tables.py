@@ -1,0 +1,162 @@
+"""The table of a run, for a terminal and for a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.table import Table
+
+from kvgraft.plan import Plan
+from kvgraft.report.results import ArmResult, RunResult
+
+Row = tuple[str, list[str]]
+
+
+def result_table(result: RunResult) -> Table:
+    """Everything a reader asks of a run, one column for each arm."""
+    table = Table(title=f"{result.name}: what it bought", title_justify="left")
+    table.add_column("")
+    for arm in result.arms:
+        table.add_column(arm.arm, justify="right")
+    for label, cells in arm_rows(result):
+        table.add_row(label, *cells)
+    return table
+
+
+def cost_table(result: RunResult) -> Table:
+    """What the teachers' KV and each phase cost."""
+    table = Table(title=f"{result.name}: what it cost", title_justify="left")
+    table.add_column("")
+    table.add_column("measured", justify="right")
+    for label, value in cost_rows(result):
+        table.add_row(label, value)
+    return table
+
+
+def evaluation_table(result: RunResult) -> Table:
+    """Every held-out metric, one column for each arm."""
+    table = Table(title=f"{result.name}: {result.held_out_texts} held-out texts", title_justify="left")
+    table.add_column("")
+    for arm in result.arms:
+        table.add_column(arm.arm, justify="right")
+    for name in dict.fromkeys(name for arm in result.arms for name in arm.last):
+        table.add_row(name, *(_metric(arm.last, name) for arm in result.arms))
+    return table
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """Models, and what each teacher takes."""
+    models = Table(title=f"{plan.name}: models", title_justify="left")
+    for heading in ("", "architecture", "parameters", "layers", "KV heads", "head width", "kv_dim", "context"):
+        models.add_column(heading, justify="left" if heading in ("", "architecture") else "right")
+    for model in [plan.student, *(teacher.model for teacher in plan.teachers)]:
+        if model is not None:
+            sizes = (model.parameters, model.num_layers, model.num_kv_heads, model.head_dim, model.kv_dim)
+            context = "-" if model.context is None else f"{model.context:,}"
+            models.add_row(model.name, model.architecture, *(f"{size:,}" for size in sizes), context)
+    tables = [models]
+    for teacher in plan.teachers:
+        table = Table(title=f"teacher {teacher.model.name}", title_justify="left", show_header=False)
+        table.add_row("layers (student <- teacher)", ", ".join(f"{s} <- {t}" for s, t in teacher.layer_map))
+        table.add_row("adapters", f"2 of {teacher.adapter_parameters:,} parameters, mlp_ratio {teacher.mlp_ratio}")
+        table.add_row("KV on disk", f"{teacher.kv_bytes_per_token:,} bytes a token, {_size(teacher.kv_bytes)} in all")
+        table.add_row("advice", f"mlp_ratio {teacher.advised_mlp_ratio}, dropout {teacher.advised_dropout}")
+        for reason in teacher.reasons:
+            table.add_row("", reason)
+        tables.append(table)
+    total = Table(title="in all", title_justify="left", show_header=False)
+    total.add_row("texts", f"{plan.train_texts:,} to train on, {plan.held_out_texts:,} held out")
+    total.add_row("memory, activations aside", _size(plan.training_memory_bytes))
+    total.add_row("disk for KV", f"{_size(plan.store_bytes)} of {_size(plan.free_disk_bytes)} free")
+    return [*tables, total]
+
+
+def markdown(result: RunResult) -> str:
+    """Both tables in Markdown."""
+    names = [arm.arm for arm in result.arms]
+    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    lines += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in arm_rows(result)]
+    lines += ["", "| | measured |", "| --- | ---: |"]
+    lines += [f"| {label} | {value} |" for label, value in cost_rows(result)]
+    return "\n".join(lines) + "\n"
+
+
+def arm_rows(result: RunResult) -> list[Row]:
+    """Labels and one cell for each arm."""
+    baseline = result.arm("baseline")
+    rows: list[Row] = [
+        _row(result, "held-out loss before", lambda arm: f"{arm.first['loss']:.3f}"),
+        _row(result, "held-out loss after", lambda arm: f"{arm.last['loss']:.3f}"),
+        _row(result, "held-out perplexity before", lambda arm: f"{arm.first['perplexity']:,.1f}"),
+        _row(result, "held-out perplexity after", lambda arm: f"{arm.last['perplexity']:,.1f}"),
+    ]
+    if baseline is not None:
+        bar = baseline.last["loss"]
+        rows.append(_row(result, "loss against the baseline", lambda arm: f"{arm.last['loss'] - bar:+.3f}"))
+        rows.append(_row(result, "steps to the baseline's final loss", lambda arm: _steps(arm, bar)))
+    rows += [
+        _row(result, "KV loss at the start (held out)", lambda arm: _metric(arm.first, "kv_loss")),
+        _row(result, "KV loss at the end (held out)", lambda arm: _metric(arm.last, "kv_loss")),
+        _row(result, "KV loss reduction", lambda arm: _percent(arm.kv_reduction())),
+    ]
+    for part, label in (("ce", "cross-entropy's"), ("kv", "KV loss's")):
+        rows.append(_row(result, f"{label} share of the gradient norm", lambda arm, part=part: _share(arm, part)))  # type: ignore[misc]
+    rows += [
+        _row(result, "student KV deviation, before / after", lambda arm: _before_after(arm, "student_kv_deviation")),
+        _row(
+            result,
+            "student KV effective rank, before / after",
+            lambda arm: _before_after(arm, "student_kv_effective_rank"),
+        ),
+        _row(result, "training time", lambda arm: f"{arm.seconds:,.0f} s"),
+    ]
+    return rows
+
+
+def cost_rows(result: RunResult) -> list[tuple[str, str]]:
+    """Labels and values of what the run cost."""
+    rows = [
+        ("student parameters", f"{result.student_parameters:,}"),
+        ("training texts / tokens", f"{result.train_texts:,} / {result.train_tokens:,}"),
+        ("held-out texts", f"{result.held_out_texts:,}"),
+        ("training texts cut to the maximum length", f"{result.truncated_train_texts:,}"),
+    ]
+    for teacher in result.teachers:
+        speed = f"{teacher.tokens_per_second:,.0f}" if teacher.tokens_per_second else "not run: all KV was stored"
+        rows += [
+            (f"{teacher.name}: student tokens aligned", f"{teacher.alignment_coverage:.2%}"),
+            (f"{teacher.name}: tokens per second", speed),
+            (f"{teacher.name}: store bytes per token", f"{teacher.bytes_per_token:,.0f}"),
+            (f"{teacher.name}: store in all", f"{teacher.store_bytes / 1e6:,.1f} MB"),
+        ]
+    rows += [(f"time: {phase}", f"{seconds:,.1f} s") for phase, seconds in result.seconds.items()]
+    return rows
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _row(result: RunResult, label: str, cell: Callable[[ArmResult], str]) -> Row:
+    return label, [cell(arm) for arm in result.arms]
+
+
+def _steps(arm: ArmResult, loss: float) -> str:
+    steps = arm.steps_to(loss)
+    return f"not in {arm.steps}" if steps is None else f"{steps} ({steps / arm.steps:.0%})"
+
+
+def _metric(metrics: dict[str, float], name: str) -> str:
+    return f"{metrics[name]:.3f}" if name in metrics else "-"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _share(arm: ArmResult, part: str) -> str:
+    return _percent(arm.gradient_shares.get(part))
+
+
+def _before_after(arm: ArmResult, name: str) -> str:
+    return f"{arm.first[name]:.2f} / {arm.last[name]:.2f}"

@@ -1,0 +1,190 @@
+"""One run from recipe to report: the place where the rooms meet."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from accelerate import PartialState
+
+from kvgraft.distill.arms import ArmData, evaluations, gradient_shares, measure_arm, train_arm
+from kvgraft.errors import RecipeError
+from kvgraft.plan import require_workable
+from kvgraft.prepare import Prepared, prepare
+from kvgraft.recipe import Recipe, load_recipe
+from kvgraft.report.log import write_experiment_log
+from kvgraft.report.plots import save_curves
+from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
+from kvgraft.report.tables import markdown
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE, RESULT_FILE, ARM_FILE = "recipe.yaml", "result.json", "arm.json"
+_VERSIONS = ("kvgraft", "torch", "transformers", "accelerate")
+
+
+def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> RunResult:
+    """Do what ``recipe`` says and leave everything in ``folder``.
+
+    ``folder`` gets ``recipe.yaml`` (every default written out), ``experiment.yaml``, ``result.json``, ``results.md``,
+    ``metrics.jsonl``, ``curves.png``, and for each arm a folder with ``student`` and ``projector``.
+
+    Args:
+        folder: the run's own.
+        resume: go on with what is there; arms that were finished are not done again.
+        overwrite: start over, removing what is there.
+
+    Raises:
+        RecipeError: the folder exists and neither was asked for, or it holds another recipe's run.
+        TrainingInterruptedError: Ctrl-C; a checkpoint was left.
+    """
+    require_workable(recipe)
+    if PartialState().is_main_process:
+        _open_folder(recipe, folder, resume, overwrite)
+    PartialState().wait_for_everyone()
+    prepared = prepare(recipe)
+    result = _describe(prepared)
+    data = _arm_data(prepared)
+    for arm in recipe.arms:
+        if not (folder / arm / ARM_FILE).is_file():
+            with prepared.phases.timed(f"train {arm}"):
+                parameters = train_arm(recipe, arm, data, folder / arm)
+            _finish_arm(folder / arm, arm, recipe, parameters, prepared.phases.seconds[f"train {arm}"])
+        else:
+            logger.info("arm %s was finished before and is not trained again", arm)
+        result.arms.append(ArmResult.model_validate_json((folder / arm / ARM_FILE).read_text(encoding="utf-8")))
+    result.seconds = dict(prepared.phases.seconds)
+    if PartialState().is_main_process:
+        write_report(recipe, result, folder)
+    return result
+
+
+def write_report(recipe: Recipe, result: RunResult, folder: Path) -> None:
+    """Log, tables and picture of a run."""
+    result.write(folder / RESULT_FILE)
+    (folder / "results.md").write_text(markdown(result), encoding="utf-8")
+    write_experiment_log(folder / "experiment.yaml", recipe, result)
+    save_curves(result, folder / "curves.png")
+    lines = [(folder / arm.arm / "metrics.jsonl").read_text(encoding="utf-8") for arm in result.arms]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def evaluate(folder: Path, on_arm: Callable[[str], None] = lambda arm: None) -> RunResult:
+    """Measure the saved students of a finished run again, on the held-out text of its recipe.
+
+    Returns:
+        the run's result, each arm with one evaluation.
+
+    Raises:
+        RecipeError: ``folder`` is no run.
+    """
+    if not (folder / RECIPE_FILE).is_file():
+        raise RecipeError(f"{folder} is no run folder: it has no {RECIPE_FILE}; name one that `kvgraft train` wrote")
+    recipe = load_recipe(folder / RECIPE_FILE)
+    prepared = prepare(recipe)
+    result, data = _describe(prepared), _arm_data(prepared)
+    for arm in recipe.arms:
+        if not (folder / arm / ARM_FILE).is_file():
+            raise RecipeError(f"arm {arm} of {folder} is not finished; go on with `kvgraft train ... --resume`")
+        on_arm(arm)
+        saved = ArmResult.model_validate_json((folder / arm / ARM_FILE).read_text(encoding="utf-8"))
+        metrics = measure_arm(recipe, arm, data, folder / arm)
+        result.arms.append(saved.model_copy(update={"evaluations": [Evaluation(step=saved.steps, metrics=metrics)]}))
+    return result
+
+
+def _open_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool) -> None:
+    there = folder.is_dir() and any(folder.iterdir())
+    if there and overwrite:
+        shutil.rmtree(folder)
+    elif there and not resume:
+        raise RecipeError(
+            f"{folder} holds a run already. Go on with it: --resume. Keep it and write elsewhere: --output FOLDER. "
+            "Remove it and start over: --overwrite."
+        )
+    elif there and (folder / RECIPE_FILE).is_file():
+        earlier = load_recipe(folder / RECIPE_FILE)
+        if earlier.fingerprint() != recipe.fingerprint():
+            raise RecipeError(
+                f"{folder} was made by another recipe ({_differing(earlier, recipe)}) and cannot be resumed with this "
+                "one; give --output FOLDER for a new run, or --overwrite"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+def _differing(first: Recipe, second: Recipe) -> str:
+    one, other = first.model_dump(), second.model_dump()
+    return "differs in " + ", ".join(field for field in one if one[field] != other[field])
+
+
+def _describe(prepared: Prepared) -> RunResult:
+    recipe, texts = prepared.recipe, prepared.texts
+    student = recipe.student.model or f"new {prepared.student_config.model_type}"
+    return RunResult(
+        name=recipe.name,
+        date=datetime.date.today().isoformat(),
+        seed=recipe.seed,
+        student=student,
+        student_parameters=prepared.make_student().num_parameters(),
+        train_texts=len(texts.train),
+        train_tokens=sum(len(example.input_ids) for example in texts.train),
+        held_out_texts=len(texts.held_out),
+        truncated_train_texts=sum(bool(example.truncated_bytes) for example in texts.train),
+        teachers=[
+            TeacherResult(
+                name=teacher.recipe.name,
+                model=teacher.recipe.model,
+                layer_map=teacher.layer_map,
+                tokens=teacher.store.num_tokens,
+                captured_tokens=teacher.report.tokens,
+                tokens_per_second=teacher.report.tokens_per_second,
+                store_bytes=teacher.store.total_bytes,
+                bytes_per_token=teacher.store.bytes_per_token,
+                truncated_texts=teacher.report.truncated_texts,
+                alignment_coverage=teacher.alignment.coverage,
+                alignment_dropped=dict(teacher.alignment.dropped),
+            )
+            for teacher in prepared.teachers
+        ],
+        versions={name: version(name) for name in _VERSIONS},
+    )
+
+
+def _arm_data(prepared: Prepared) -> ArmData:
+    return ArmData(
+        make_student=prepared.make_student,
+        tokenizer=prepared.texts.tokenizer,
+        train=prepared.texts.train,
+        held_out=prepared.texts.held_out,
+        train_sources=[teacher.train for teacher in prepared.teachers],
+        held_out_sources=[teacher.held_out for teacher in prepared.teachers],
+        teacher_configs={
+            teacher.recipe.name: {
+                "d_model": teacher.config.get_text_config().hidden_size,
+                "kv_dim": teacher.geometry.kv_dim,
+                "num_layers": len(teacher.layer_map),
+            }
+            for teacher in prepared.teachers
+        },
+        layer_maps={teacher.recipe.name: teacher.layer_map for teacher in prepared.teachers},
+    )
+
+
+def _finish_arm(folder: Path, arm: str, recipe: Recipe, projector_parameters: int, seconds: float) -> None:
+    result = ArmResult(
+        arm=arm,
+        steps=recipe.training.steps,
+        seconds=seconds,
+        evaluations=[Evaluation(step=step, metrics=metrics) for step, metrics in evaluations(folder)],
+        gradient_shares=gradient_shares(folder),
+        projector_parameters=projector_parameters,
+    )
+    if PartialState().is_main_process:
+        # Written last: an arm with this file is finished.
+        (folder / ARM_FILE).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    PartialState().wait_for_everyone()

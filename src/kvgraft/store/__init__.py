@@ -1,0 +1,1 @@
+"""Teachers' KV on disk: a cost paid once."""

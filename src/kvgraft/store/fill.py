@@ -1,0 +1,127 @@
+"""Fill a store: run the teacher once over every text that the store does not hold yet."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvgraft.align.spans import EncodedText, encode_with_spans
+from kvgraft.data.batching import length_buckets
+from kvgraft.kv import KV
+from kvgraft.models.capture import capture
+from kvgraft.progress import progress_bar
+from kvgraft.store.format import StoreIdentity
+from kvgraft.store.reader import KVStore
+from kvgraft.store.writer import KVStoreWriter
+
+logger = logging.getLogger(__name__)
+
+# The first tokens of a text are attention sinks whose norms are unlike the rest; they stay out of the statistics.
+_SINK_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class FillReport:
+    """What filling cost: tokens and seconds of the teacher's pass, both zero when everything was there.
+
+    ``truncated_texts`` counts the texts of the whole store that were longer than the teacher may read.
+    """
+
+    tokens: int
+    seconds: float
+    truncated_texts: int
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Rate of the teacher's pass, capture and writing included; None when it was skipped."""
+        return self.tokens / self.seconds if self.tokens else None
+
+
+def store_folder(path: Path, teacher: str, identity: StoreIdentity) -> Path:
+    """Folder below ``path`` for what ``identity`` says; runs that differ in any of it never share one."""
+    return path / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', teacher)}-{identity.hash()}"
+
+
+def fill_store(
+    folder: Path,
+    identity: StoreIdentity,
+    teacher: str,
+    load_teacher: Callable[[], PreTrainedModel],
+    texts: Sequence[EncodedText],
+    *,
+    shard_bytes: int,
+    token_budget: int,
+    verify: bool = True,
+) -> tuple[KVStore, FillReport]:
+    """The store of ``texts`` in ``folder``, made, continued, or opened as it is.
+
+    Args:
+        folder: see :func:`store_folder`.
+        identity: what the store holds.
+        teacher: name shown on the bar and in errors.
+        load_teacher: called only if some text is missing.
+        texts: as the teacher's tokenizer reads them.
+        shard_bytes: KV bytes after which a shard is written to disk.
+        token_budget: most tokens, padding included, in one pass of the teacher.
+        verify: compare every shard's checksum when the finished store is opened.
+
+    Raises:
+        StoreError, ModelError, KVGraftError: the store cannot be written, the model cannot be captured, or it gives
+            NaN or Inf (names teacher, text and layer). What was written stays and is not done again.
+    """
+    by_key = {text.sample_key: text for text in texts}
+    tokens, started = 0, time.perf_counter()
+    with KVStoreWriter(folder, identity, shard_bytes) as writer:
+        missing = [by_key[key] for key in writer.missing(by_key)]
+        if missing:
+            tokens = sum(len(text.input_ids) for text in missing)
+            total = sum(len(text.input_ids) for text in by_key.values())
+            model = load_teacher()
+            started = time.perf_counter()
+            with progress_bar(f"capturing KV of {teacher}", total, "tokens", done=total - tokens) as advance:
+                for bucket in length_buckets([len(text.input_ids) for text in missing], token_budget):
+                    batch = [missing[index] for index in bucket]
+                    _add_batch(writer, model, batch, teacher)
+                    advance(sum(len(text.input_ids) for text in batch))
+        else:
+            logger.info("KV of %s over these %d texts is in %s; the teacher is not run", teacher, len(by_key), folder)
+        writer.finish()
+    seconds = time.perf_counter() - started if tokens else 0.0
+    truncated = sum(bool(text.truncated_bytes) for text in by_key.values())
+    return KVStore.open(folder, identity, verify=verify), FillReport(tokens, seconds, truncated)
+
+
+def encode_for_teacher(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[EncodedText]:
+    """``texts`` as the teacher reads them, cut to ``max_length`` tokens."""
+    return [encode_with_spans(tokenizer, text, max_length) for text in texts]
+
+
+def _add_batch(writer: KVStoreWriter, model: PreTrainedModel, batch: Sequence[EncodedText], teacher: str) -> None:
+    lengths = [len(text.input_ids) for text in batch]
+    input_ids = torch.zeros(len(batch), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, text in enumerate(batch):
+        input_ids[row, : lengths[row]] = torch.tensor(text.input_ids)
+        mask[row, : lengths[row]] = 1
+    kv = capture(model, input_ids, mask, layers=writer.identity.layers).to("cpu")
+    for row, text in enumerate(batch):
+        sample = _one_text(kv, row, lengths[row]).require_finite(f"teacher {teacher}, text {text.sample_key[:12]}")
+        counted = torch.arange(lengths[row]) >= min(_SINK_TOKENS, lengths[row] - 1)
+        writer.add(text.sample_key, sample, text.spans, text.truncated_bytes, text.text_bytes, counted)
+
+
+def _one_text(kv: KV, row: int, tokens: int) -> KV:
+    return replace(
+        kv,
+        keys=kv.keys[row : row + 1, ..., :tokens, :],
+        values=kv.values[row : row + 1, ..., :tokens, :],
+        positions=kv.positions[row : row + 1, :tokens],
+        mask=kv.mask[row : row + 1, :tokens],
+    )

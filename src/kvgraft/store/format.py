@@ -1,0 +1,333 @@
+"""What a KV store is on disk: its identity, its manifest, its shard files and how each is written whole.
+
+A folder holds ``manifest.json`` and shards ``kv-00000.safetensors``. A shard has these tensors:
+
+* ``kv`` ``[tokens, layers, 2, kv_dim]``: keys (0) and values (1) of its samples, one contiguous run per sample;
+* ``spans`` ``[tokens, 2]`` int32: the bytes of the text that each token stands for;
+* ``count`` ``[1]`` int64, ``mean`` and ``m2`` ``[layers, 2, kv_dim]`` float64: moments of the tokens that count.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from torch import Tensor
+
+from kvgraft.errors import StoreError
+from kvgraft.kv import KVGeometry
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SHARD_PATTERN = "kv-*.safetensors"
+TEMPORARY_SUFFIX = ".tmp"
+STORE_DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+_FIELD_LABELS = {
+    "model": "the teacher",
+    "tokenizer": "the tokenizer",
+    "text": "the text",
+    "template": "the template",
+    "layers": "the layers",
+    "num_kv_heads": "the number of key/value heads",
+    "head_dim": "the head width",
+    "dtype": "the dtype",
+    "max_length": "the maximum length in tokens",
+    "rotated": "whether keys are rotated",
+    "format_version": "the format version",
+}
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class StoreIdentity:
+    """Everything that decides the numbers in a store; two runs share a store only when all of it is equal.
+
+    Attributes:
+        model: fingerprint of the teacher's weights or revision.
+        tokenizer: fingerprint of the teacher's tokenizer.
+        text: fingerprint of the set of sample keys (:func:`text_fingerprint`).
+        layers: teacher layers held, in the order of the layer axis; no repeats.
+        num_kv_heads: key/value heads of a layer.
+        head_dim: width of one head.
+        dtype: number format on disk: ``float16``, ``bfloat16`` or ``float32``.
+        max_length: teacher tokens after which a text is cut.
+        template: fingerprint or name of the chat template put around each text; empty for none.
+        rotated: whether keys carry their rotary rotation; stores made by kvgraft hold keys without it.
+        format_version: layout of the folder.
+
+    Raises:
+        StoreError: a field holds something no store can have.
+    """
+
+    model: str
+    tokenizer: str
+    text: str
+    layers: tuple[int, ...]
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    max_length: int
+    template: str = ""
+    rotated: bool = False
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.dtype not in STORE_DTYPES:
+            raise StoreError(f"a KV store's dtype is one of {', '.join(STORE_DTYPES)}; got {self.dtype!r}")
+        if not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
+            raise StoreError(f"a KV store needs distinct layer numbers from 0 up; got {list(self.layers)}")
+        for name in ("num_kv_heads", "head_dim", "max_length"):
+            if getattr(self, name) < 1:
+                raise StoreError(f"{name} of a KV store must be at least 1; got {getattr(self, name)}")
+
+    @property
+    def geometry(self) -> KVGeometry:
+        """Layers, heads and head width of every sample."""
+        return KVGeometry(len(self.layers), self.num_kv_heads, self.head_dim)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The number format on disk as torch names it."""
+        return STORE_DTYPES[self.dtype]
+
+    def hash(self) -> str:
+        """16 hexadecimal digits that name this identity's folder."""
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def difference(self, other: StoreIdentity) -> list[str]:
+        """One sentence for each field in which ``self`` (the store) and ``other`` (this run) differ."""
+        sentences = []
+        for field in fields(self):
+            held, needed = getattr(self, field.name), getattr(other, field.name)
+            if held != needed:
+                label = _FIELD_LABELS[field.name]
+                sentences.append(f"{label}: the store holds {_readable(held)}, this run needs {_readable(needed)}")
+        return sentences
+
+
+class ShardEntry(BaseModel):
+    """One shard file as the manifest knows it; ``bytes`` and ``sha256`` are of the whole file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str
+    bytes: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    samples: int = Field(ge=1)
+
+
+class SampleEntry(BaseModel):
+    """Where one text lies: ``tokens`` rows of ``shard`` from row ``first_token`` on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: str
+    first_token: int = Field(ge=0)
+    tokens: int = Field(ge=1)
+    truncated_bytes: int = Field(ge=0)
+    text_bytes: int = Field(ge=0)
+
+
+# The pattern also keeps a hand-made manifest from naming a file outside its folder.
+ShardName = Annotated[str, StringConstraints(pattern=r"^kv-\d{5,}\.safetensors$")]
+
+
+class Manifest(BaseModel):
+    """Contents of ``manifest.json``: shards by file name, samples by key; ``complete`` once nothing is left to add."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    identity: StoreIdentity
+    complete: bool = False
+    shards: dict[ShardName, ShardEntry] = {}
+    samples: dict[str, SampleEntry] = {}
+
+    @model_validator(mode="after")
+    def _samples_lie_in_shards(self) -> Manifest:
+        for key, sample in self.samples.items():
+            shard = self.shards.get(sample.shard)
+            if shard is None or sample.first_token + sample.tokens > shard.tokens:
+                raise ValueError(f"sample {short_key(key)} lies outside shard {sample.shard}")
+        return self
+
+    def without(self, shards: Iterable[str]) -> Manifest:
+        """This manifest after losing ``shards`` and their samples, and so incomplete."""
+        lost = set(shards)
+        return Manifest(
+            identity=self.identity,
+            complete=self.complete and not lost,
+            shards={name: shard for name, shard in self.shards.items() if name not in lost},
+            samples={key: sample for key, sample in self.samples.items() if sample.shard not in lost},
+        )
+
+
+def sample_key(text: str) -> str:
+    """The name of a text in a store: sha256 of its UTF-8 bytes, 64 hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def text_fingerprint(keys: Iterable[str]) -> str:
+    """Fingerprint of a set of sample keys; order and repeats make no difference."""
+    return hashlib.sha256("\n".join(sorted(set(keys))).encode()).hexdigest()
+
+
+def short_key(key: str) -> str:
+    """The first digits of a sample key, enough to find it by."""
+    return key[:12]
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of ``folder``, or None where there is none.
+
+    Raises:
+        StoreError: the file is not a manifest, or one of another format version.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    advice = f"Delete the folder {folder} and run the cache command again to rebuild it."
+    try:
+        content = json.loads(path.read_bytes())
+        version = content["identity"]["format_version"]
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"the KV store in {folder} has format version {version}; this kvgraft reads {FORMAT_VERSION}. {advice}"
+            )
+        return Manifest.model_validate(content)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is not the manifest of a KV store ({error}). {advice}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise StoreError(f"{path} is damaged at {place or 'its samples'}: {first['msg']}. {advice}") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest of ``folder`` in one step; a reader sees the old one or the new one, never a part."""
+    write_atomically(folder / MANIFEST_NAME, [memoryview(manifest.model_dump_json(indent=1).encode())])
+
+
+def write_atomically(path: Path, chunks: Sequence[memoryview]) -> str:
+    """Write ``chunks`` (of bytes) to ``path`` through a temporary file beside it, safe on disk before it has its name.
+
+    Returns:
+        sha256 of the file, in hexadecimal.
+
+    Raises:
+        StoreError: the disk is full; the temporary file is gone and what stood at ``path`` is untouched.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    digest = hashlib.sha256()
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(path, sum(chunk.nbytes for chunk in chunks)) from error
+        raise
+    _sync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def damage(folder: Path, name: str, shard: ShardEntry, *, checksum: bool = True) -> str | None:
+    """What is wrong with a shard file, in words, or None. Without ``checksum`` only its size is looked at."""
+    path = folder / name
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != shard.bytes:
+        return f"has {size} bytes where the manifest says {shard.bytes}"
+    if checksum and _file_sha256(path) != shard.sha256:
+        return "has another checksum than the manifest says"
+    return None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and summed squared deviation of tokens per channel, ``[layers, 2, kv_dim]`` in float64.
+
+    Deviations from the running mean, and not plain sums of squares, keep the variance of channels whose mean is far
+    from zero; keys have such channels.
+    """
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def empty(cls, geometry: KVGeometry) -> Moments:
+        """Moments of no tokens."""
+        zeros = torch.zeros(geometry.num_layers, 2, geometry.kv_dim, dtype=torch.float64)
+        return cls(0, zeros, zeros)
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> Moments:
+        """Moments of ``[tokens, layers, 2, kv_dim]``."""
+        numbers = tokens.double()
+        if numbers.shape[0] == 0:
+            zeros = numbers.new_zeros(numbers.shape[1:])
+            return cls(0, zeros, zeros)
+        mean = numbers.mean(0)
+        return cls(numbers.shape[0], mean, (numbers - mean).square_().sum(0))
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of tokens together (Chan's formula)."""
+        count = self.count + other.count
+        if count == 0:
+            return self
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / count)
+        return Moments(count, mean, m2)
+
+
+def _readable(value: object) -> str:
+    if isinstance(value, tuple):
+        return str(list(value))
+    return "nothing" if value == "" else str(value)
+
+
+def _disk_full(path: Path, needed: int) -> StoreError:
+    free = shutil.disk_usage(path.parent).free
+    return StoreError(
+        f"the disk is full: writing {path.name} into {path.parent} needs {needed} bytes and {free} are free there. "
+        "The shards already written stay usable: free some space and run the same command again to go on from them."
+    )
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename lasts through a power cut only once the folder itself is on disk.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

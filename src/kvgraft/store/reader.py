@@ -1,0 +1,228 @@
+"""Read a KV store: samples by key, straight from the shards on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from kvgraft.errors import StoreError
+from kvgraft.kv import KV
+from kvgraft.store.format import (
+    MANIFEST_NAME,
+    Manifest,
+    Moments,
+    SampleEntry,
+    StoreIdentity,
+    damage,
+    read_manifest,
+    short_key,
+)
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """How the teacher split one text: ``spans`` ``[tokens, 2]`` int32 of bytes in a text of ``text_bytes``."""
+
+    spans: np.ndarray
+    text_bytes: int
+    truncated_bytes: int
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """One text's KV (batch 1, float32, no padding, positions from 0) with its token spans ``[tokens, 2]`` int32."""
+
+    kv: KV
+    spans: np.ndarray
+    truncated_bytes: int
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class KVStatistics:
+    """Mean and population variance of each channel over ``count`` tokens.
+
+    ``mean`` and ``variance`` are float32 ``[layers, 2, kv_dim]``; index 0 of the middle axis is keys, 1 is values.
+    """
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True)
+class KVStore:
+    """A complete store, opened for reading with :meth:`open`. Worker processes may share one after a fork."""
+
+    folder: Path
+    manifest: Manifest
+    # Open files per process: a forked worker opens its own and leaves its parent's alone.
+    _handles: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, folder: Path, expected: StoreIdentity | None = None, *, verify: bool = True) -> KVStore:
+        """Open the store in ``folder``.
+
+        Args:
+            folder: the store's folder.
+            expected: what the store must hold; default whatever it holds.
+            verify: read every shard once and compare its checksum; otherwise only sizes are looked at.
+
+        Raises:
+            StoreError: there is no store, it is incomplete or damaged, or it holds something else.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise StoreError(
+                f"there is no KV store in {folder} (no {MANIFEST_NAME}). Run the cache command to make it."
+            )
+        if expected is not None and (difference := manifest.identity.difference(expected)):
+            raise StoreError(
+                f"the KV store in {folder} was made from something else. {'; '.join(difference)}. "
+                "Run the cache command with another folder, or name the right one."
+            )
+        if not manifest.complete:
+            raise StoreError(
+                f"the KV store in {folder} is incomplete: {len(manifest.samples)} samples are there and the rest was "
+                "never written. Run the cache command again to add only what is missing."
+            )
+        for name, shard in manifest.shards.items():
+            reason = damage(folder, name, shard, checksum=verify)
+            if reason:
+                raise StoreError(
+                    f"shard {name} of the KV store in {folder} {reason}. "
+                    f"Delete {name} and run the cache command again: only its {shard.samples} samples are redone."
+                )
+        return cls(folder, manifest)
+
+    @property
+    def identity(self) -> StoreIdentity:
+        """What the store holds."""
+        return self.manifest.identity
+
+    def keys(self) -> list[str]:
+        """Keys of all samples."""
+        return list(self.manifest.samples)
+
+    def __len__(self) -> int:
+        return len(self.manifest.samples)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.manifest.samples
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(shard.tokens for shard in self.manifest.shards.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all shard files."""
+        return sum(shard.bytes for shard in self.manifest.shards.values())
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes on disk for each token, all layers and everything beside the KV included; 0 for an empty store."""
+        return self.total_bytes / max(self.num_tokens, 1)
+
+    def read(self, key: str, layers: Sequence[int] | None = None) -> StoredSample:
+        """One sample.
+
+        Args:
+            key: the sample's key.
+            layers: teacher layers wanted, in this order, repeats allowed; default all that the store holds.
+
+        Raises:
+            StoreError: the store has no such sample or layer.
+        """
+        entry = self._entry(key)
+        wanted = self.identity.layers if layers is None else tuple(layers)
+        index = self._layer_index(wanted)
+        packed: Tensor = self._slice(entry, "kv")
+        # A copy even of float32: numbers handed out must not change or vanish with the file they came from.
+        chosen = packed[:, index].to(torch.float32, copy=True)
+        heads = chosen.reshape(*chosen.shape[:-1], self.identity.num_kv_heads, self.identity.head_dim).permute(
+            2, 1, 3, 0, 4
+        )
+        kv = KV(
+            keys=heads[None, 0],
+            values=heads[None, 1],
+            positions=torch.arange(entry.tokens)[None],
+            mask=torch.ones(1, entry.tokens, dtype=torch.bool),
+            layers=wanted,
+            rotated=self.identity.rotated,
+        )
+        return StoredSample(kv, self._spans(entry), entry.truncated_bytes, entry.text_bytes)
+
+    def read_tokens(self, key: str) -> StoredTokens:
+        """The token spans of one sample, without its KV.
+
+        Raises:
+            StoreError: the store has no such sample.
+        """
+        entry = self._entry(key)
+        return StoredTokens(self._spans(entry), entry.text_bytes, entry.truncated_bytes)
+
+    def statistics(self, layers: Sequence[int] | None = None) -> KVStatistics:
+        """Mean and variance of each channel over the tokens that count, from what the shards keep of it.
+
+        Args:
+            layers: teacher layers wanted, in this order, repeats allowed; default all that the store holds.
+
+        Raises:
+            StoreError: the store has no such layer, or no token that counts.
+        """
+        index = self._layer_index(self.identity.layers if layers is None else layers)
+        total = Moments.empty(self.identity.geometry)
+        for name in self.manifest.shards:
+            shard = self._shard(name)
+            count = int(shard.get_tensor("count"))
+            total = total.merge(Moments(count, shard.get_tensor("mean"), shard.get_tensor("m2")))
+        if total.count == 0:
+            raise StoreError(f"no token in the KV store in {self.folder} counts, so it has no mean; add longer texts")
+        return KVStatistics(total.count, total.mean[index].float(), (total.m2[index] / total.count).float())
+
+    def verify(self) -> list[str]:
+        """Names of the shards that are missing or whose size or checksum is not what the manifest says."""
+        return [name for name, shard in self.manifest.shards.items() if damage(self.folder, name, shard)]
+
+    def _entry(self, key: str) -> SampleEntry:
+        entry = self.manifest.samples.get(key)
+        if entry is None:
+            raise StoreError(
+                f"sample {short_key(key)} is not in the KV store in {self.folder}, which holds {len(self)} samples. "
+                "Run the cache command over the text that this run uses."
+            )
+        return entry
+
+    def _layer_index(self, layers: Sequence[int]) -> list[int]:
+        held = self.identity.layers
+        absent = [layer for layer in layers if layer not in held]
+        if absent:
+            raise StoreError(
+                f"teacher layers {absent} are not in the KV store in {self.folder}, which holds layers {list(held)}. "
+                "Run the cache command with these layers."
+            )
+        return [held.index(layer) for layer in layers]
+
+    def _spans(self, entry: SampleEntry) -> np.ndarray:
+        spans: Tensor = self._slice(entry, "spans")
+        return np.array(spans.numpy())
+
+    def _slice(self, entry: SampleEntry, name: str) -> Any:
+        return self._shard(entry.shard).get_slice(name)[entry.first_token : entry.first_token + entry.tokens]
+
+    def _shard(self, name: str) -> Any:
+        handles = self._handles.setdefault(os.getpid(), {})
+        if name not in handles:
+            handles[name] = safe_open(self.folder / name, framework="pt")
+        return handles[name]

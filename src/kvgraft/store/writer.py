@@ -1,0 +1,355 @@
+"""Write a KV store: samples gather in memory and reach the disk a whole shard at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvgraft.errors import StoreError
+from kvgraft.kv import KV
+from kvgraft.store.format import (
+    SHARD_PATTERN,
+    TEMPORARY_SUFFIX,
+    Manifest,
+    Moments,
+    SampleEntry,
+    ShardEntry,
+    StoreIdentity,
+    damage,
+    read_manifest,
+    short_key,
+    write_atomically,
+    write_manifest,
+)
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+_DTYPE_CODES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checked sample that waits for its shard; ``kv`` is ``[tokens, layers, 2, kv_dim]`` in the store's dtype."""
+
+    key: str
+    kv: Tensor
+    spans: Tensor
+    truncated_bytes: int
+    text_bytes: int
+
+
+class KVStoreWriter:
+    """The one writer of a store folder; use it in a ``with`` block, which holds the folder's lock.
+
+    An existing folder is continued: leftovers of a killed run are removed, and shards that are missing or damaged are
+    dropped with a warning, so that :meth:`missing` names exactly what has to be done again. Leaving the block writes
+    what was added; only :meth:`finish` marks the store complete, which a reader asks for.
+
+    Args:
+        folder: the store's folder; made if absent.
+        identity: what the store holds.
+        shard_bytes: KV bytes after which a shard is written (a shard ends with the sample that reaches it).
+
+    Raises:
+        StoreError: another writer has the folder, or it holds something else than ``identity``.
+    """
+
+    def __init__(self, folder: Path, identity: StoreIdentity, shard_bytes: int) -> None:
+        if shard_bytes < 1:
+            raise StoreError(f"shard_bytes must be at least 1; got {shard_bytes}")
+        self.folder = Path(folder)
+        self.identity = identity
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, _Pending] = {}
+        self._pending_bytes = 0
+        self._moments = Moments.empty(identity.geometry)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock: int | None = _lock(self.folder)
+        try:
+            self._manifest = _recover(self.folder, identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> KVStoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._flush()
+            else:
+                self._flush_after(error)
+        finally:
+            self.close()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._manifest.samples or key in self._pending
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` that were not added yet, in their order, each once."""
+        return [key for key in dict.fromkeys(keys) if key not in self]
+
+    def add(
+        self,
+        key: str,
+        kv: KV,
+        spans: np.ndarray,
+        truncated_bytes: int,
+        text_bytes: int,
+        counted: Tensor | None = None,
+    ) -> None:
+        """Add one text. A key that the store already has is left as it is.
+
+        Args:
+            key: :func:`~kvgraft.store.format.sample_key` of the text.
+            kv: its KV, batch 1 without padding, of the store's layers; any float dtype and device.
+            spans: ``[tokens, 2]`` integers, the bytes of the text that each token stands for.
+            truncated_bytes: bytes cut off the end of the text.
+            text_bytes: bytes of the text.
+            counted: ``[tokens]`` bool, the tokens that count in the store's statistics; default all.
+
+        Raises:
+            StoreError: the sample does not fit the store, holds NaN or Inf, or does not fit the store's dtype; or the
+                disk is full.
+        """
+        if self._lock is None:
+            raise StoreError(f"the writer of {self.folder} is closed; open a new KVStoreWriter to add samples")
+        if key in self:
+            return
+        packed = self._pack(key, kv)
+        tokens = packed.shape[0]
+        if spans.shape != (tokens, 2) or not np.issubdtype(spans.dtype, np.integer):
+            raise StoreError(
+                f"spans of sample {short_key(key)} must be [{tokens}, 2] integers to go with its KV; "
+                f"got {list(spans.shape)} of {spans.dtype}"
+            )
+        if truncated_bytes < 0 or text_bytes < 0:
+            raise StoreError(
+                f"sample {short_key(key)} cannot have {text_bytes} bytes of text and {truncated_bytes} cut off"
+            )
+        if counted is not None and (tuple(counted.shape) != (tokens,) or counted.dtype != torch.bool):
+            raise StoreError(
+                f"counted of sample {short_key(key)} must be [{tokens}] bool; "
+                f"got {list(counted.shape)} of {counted.dtype}"
+            )
+        span_tensor = torch.from_numpy(np.array(spans, dtype=np.int32))
+        self._pending[key] = _Pending(key, packed, span_tensor, truncated_bytes, text_bytes)
+        self._pending_bytes += packed.nbytes
+        self._moments = self._moments.merge(Moments.of(packed if counted is None else packed[counted.cpu()]))
+        if self._pending_bytes >= self._shard_bytes:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is left and mark the store complete; call it once every text was added."""
+        self._flush()
+        if not self._manifest.complete:
+            manifest = self._manifest.model_copy(update={"complete": True})
+            write_manifest(self.folder, manifest)
+            self._manifest = manifest
+
+    def close(self) -> None:
+        """Give the folder's lock back without writing anything."""
+        if self._lock is not None:
+            # Unlocking by name also frees it for processes forked meanwhile, which share the open file.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            os.close(self._lock)
+            self._lock = None
+
+    def _pack(self, key: str, kv: KV) -> Tensor:
+        """The checked numbers ``[tokens, layers, 2, kv_dim]`` in the store's dtype."""
+        _require_fit(key, kv, self.identity)
+        keys, values = kv.detach().flatten()
+        packed = torch.stack([keys[0], values[0]], dim=2).transpose(0, 1).cpu()
+        place = _first_not_finite(packed, kv.layers)
+        if place:
+            raise StoreError(
+                f"sample {short_key(key)} has NaN or Inf in {place}. "
+                "Run the teacher in float32 or bfloat16, or leave this text out."
+            )
+        stored = packed.to(self.identity.torch_dtype).contiguous()
+        place = _first_not_finite(stored, kv.layers)
+        if place:
+            wider = "bfloat16 or float32" if self.identity.dtype == "float16" else "float32"
+            raise StoreError(
+                f"sample {short_key(key)} has a number beyond the range of {self.identity.dtype} in {place}. "
+                f"Set the store's dtype to {wider}."
+            )
+        return stored
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        # Taken out first: should writing fail, these samples count as missing again and are not tried twice.
+        samples, moments = list(self._pending.values()), self._moments
+        self._pending, self._pending_bytes = {}, 0
+        self._moments = Moments.empty(self.identity.geometry)
+        name = _next_shard_name(self._manifest)
+        entry = _write_shard(self.folder / name, samples, moments)
+        manifest = _with_shard(self._manifest, name, entry, samples)
+        try:
+            write_manifest(self.folder, manifest)
+        except BaseException:
+            (self.folder / name).unlink(missing_ok=True)
+            raise
+        self._manifest = manifest
+
+    def _flush_after(self, error: BaseException) -> None:
+        """Save what is whole on the way out of a failure, which stays the error that the caller sees."""
+        try:
+            self._flush()
+        except (StoreError, OSError) as second:
+            logger.warning("could not save the last samples of %s after %s: %s", self.folder, repr(error), second)
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip()
+        os.close(descriptor)
+        who = f"process {holder}" if holder else "another process"
+        raise StoreError(
+            f"{who} is writing the KV store in {folder}. Wait until it ends or stop it, then run this again; "
+            "what it has written will be used."
+        ) from error
+    except OSError as error:
+        os.close(descriptor)
+        raise StoreError(
+            f"{folder} is on a file system that cannot lock files ({error}). Put the KV store on a local disk."
+        ) from error
+    with contextlib.suppress(OSError):  # The number is a courtesy to whoever waits; the lock holds without it.
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor
+
+
+def _recover(folder: Path, identity: StoreIdentity) -> Manifest:
+    """The manifest of what is usable in a locked folder, which then holds no other shard or temporary file."""
+    manifest = read_manifest(folder)
+    if manifest is not None and (difference := manifest.identity.difference(identity)):
+        raise StoreError(
+            f"the KV store in {folder} was made from something else. {'; '.join(difference)}. "
+            "Choose another folder, or delete this one."
+        )
+    found = manifest or Manifest(identity=identity)
+    bad = {name: reason for name, shard in found.shards.items() if (reason := damage(folder, name, shard))}
+    kept = found.without(bad)
+    if bad:
+        lost = len(found.samples) - len(kept.samples)
+        for name, reason in bad.items():
+            logger.warning("shard %s of %s %s; its samples will be done again", name, folder, reason)
+        logger.warning("%d of %d samples of %s have to be done again", lost, len(found.samples), folder)
+    if bad or manifest is None:
+        write_manifest(folder, kept)
+    leftovers = [path for path in folder.glob(SHARD_PATTERN) if path.name not in kept.shards]
+    for path in [*leftovers, *folder.glob(f"*{TEMPORARY_SUFFIX}")]:
+        path.unlink(missing_ok=True)
+    return kept
+
+
+def _require_fit(key: str, kv: KV, identity: StoreIdentity) -> None:
+    name = f"sample {short_key(key)}"
+    batch, tokens = kv.mask.shape
+    if batch != 1 or tokens == 0:
+        raise StoreError(f"{name} must be the KV of one text of at least one token; got {batch} texts, {tokens} tokens")
+    if not bool(kv.mask.all()):
+        raise StoreError(f"{name} has padding: {int((~kv.mask).sum())} of {tokens} tokens; cut it off before adding")
+    if kv.layers != identity.layers:
+        raise StoreError(f"{name} has layers {list(kv.layers)}; the store holds layers {list(identity.layers)}")
+    if kv.geometry != identity.geometry:
+        raise StoreError(f"{name} has {kv.geometry}; the store holds {identity.geometry}")
+    if kv.rotated != identity.rotated:
+        raise StoreError(f"{name} has rotated={kv.rotated} keys; the store holds rotated={identity.rotated}")
+
+
+def _first_not_finite(packed: Tensor, layers: tuple[int, ...]) -> str | None:
+    finite = torch.isfinite(packed)
+    if bool(finite.all()):
+        return None
+    token, layer, kind, _ = (int(index) for index in (~finite).nonzero()[0])
+    return f"the {('keys', 'values')[kind]} of layer {layers[layer]}, token {token}"
+
+
+def _next_shard_name(manifest: Manifest) -> str:
+    # One past the highest and not the first gap: a dropped shard then seldom lends its name to other contents.
+    last = max((int(Path(name).stem.removeprefix("kv-")) for name in manifest.shards), default=-1)
+    return f"kv-{last + 1:05d}.safetensors"
+
+
+def _with_shard(manifest: Manifest, name: str, entry: ShardEntry, samples: list[_Pending]) -> Manifest:
+    entries = dict(manifest.samples)
+    first = 0
+    for sample in samples:
+        tokens = sample.kv.shape[0]
+        entries[sample.key] = SampleEntry(
+            shard=name,
+            first_token=first,
+            tokens=tokens,
+            truncated_bytes=sample.truncated_bytes,
+            text_bytes=sample.text_bytes,
+        )
+        first += tokens
+    shards = {**manifest.shards, name: entry}
+    return Manifest(identity=manifest.identity, complete=False, shards=shards, samples=entries)
+
+
+def _write_shard(path: Path, samples: list[_Pending], moments: Moments) -> ShardEntry:
+    chunks = _safetensors_chunks(
+        {
+            "count": [torch.tensor([moments.count])],
+            "mean": [moments.mean],
+            "m2": [moments.m2],
+            "spans": [sample.spans for sample in samples],
+            "kv": [sample.kv for sample in samples],
+        }
+    )
+    return ShardEntry(
+        sha256=write_atomically(path, chunks),
+        bytes=sum(chunk.nbytes for chunk in chunks),
+        tokens=sum(sample.kv.shape[0] for sample in samples),
+        samples=len(samples),
+    )
+
+
+def _safetensors_chunks(tensors: dict[str, list[Tensor]]) -> list[memoryview]:
+    """A safetensors file of the parts of each tensor joined along the first axis.
+
+    Done by hand because the library would first join and then serialize, holding every shard three times in memory,
+    and would report a full disk without its error number. Every tensor but the last must fill whole 8 bytes.
+    """
+    header: dict[str, object] = {}
+    data: list[memoryview] = []
+    offset = 0
+    for name, parts in tensors.items():
+        chunks = [part.contiguous().reshape(-1).view(torch.uint8).numpy().data for part in parts]
+        end = offset + sum(chunk.nbytes for chunk in chunks)
+        shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
+        header[name] = {"dtype": _DTYPE_CODES[parts[0].dtype], "shape": shape, "data_offsets": [offset, end]}
+        data += chunks
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [memoryview(len(text).to_bytes(8, "little") + text), *data]

@@ -1,0 +1,128 @@
+import pytest
+import torch
+from torch import Tensor
+
+from kvgraft.errors import ProjectorError
+from kvgraft.projector.closed_form import LeastSquares
+
+
+def sample(rows: int = 60, layers: int = 2, width: int = 7, out: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(4, layers, rows, width)
+    y = x @ torch.randn(layers, width, out) + 2 + 0.3 * torch.randn(4, layers, rows, out)
+    mask = torch.rand(4, rows) < 0.8
+    return x, y, mask
+
+
+def lstsq(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.linalg.lstsq of rows with a constant column: weight [out, in], bias [out]."""
+    design = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    solution = torch.linalg.lstsq(design, y.double()).solution
+    return solution[:-1].T, solution[-1]
+
+
+def fit(x: Tensor, y: Tensor, mask: Tensor, ridge: float, num_layers: int | None = None) -> tuple[Tensor, Tensor]:
+    solver = LeastSquares(num_layers or x.shape[1], x.shape[3], y.shape[3])
+    solver.add(x, y, mask)
+    return solver.solve(ridge)
+
+
+def squared_error(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> float:
+    predicted = torch.einsum("blti,loi->blto", x.double(), weight) + bias[:, None]
+    return float((predicted - y.double()).square().mean())
+
+
+def test_equals_lstsq() -> None:
+    x, y, mask = sample()
+    weight, bias = fit(x, y, mask, ridge=0)
+    for layer in range(2):
+        expected = lstsq(x[:, layer][mask], y[:, layer][mask])
+        torch.testing.assert_close((weight[layer], bias[layer]), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_shared_map_takes_the_tokens_of_all_layers() -> None:
+    x, y, mask = sample()
+    weight, bias = fit(x, y, mask, ridge=0, num_layers=1)
+    rows_x, rows_y = (tensor.transpose(1, 2)[mask].flatten(0, 1) for tensor in (x, y))
+    torch.testing.assert_close((weight[0], bias[0]), lstsq(rows_x, rows_y), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_streaming_equals_one_pass(ridge: float) -> None:
+    x, y, mask = sample()
+    x[..., 0] = x[..., 0] * 0.01 + 1000  # a mean that dwarfs the spread
+    streamed = LeastSquares(2, 7, 3)
+    for start in range(0, 60, 7):
+        part = slice(start, start + 7)
+        streamed.add(x[:, :, part], y[:, :, part], mask[:, part])
+    streamed.add(x, y, torch.zeros_like(mask))
+    torch.testing.assert_close(streamed.solve(ridge), fit(x, y, mask, ridge), atol=1e-6, rtol=1e-6)
+
+
+def test_padding_does_not_count_even_if_not_finite() -> None:
+    x, y, mask = sample()
+    expected = fit(x, y, mask, ridge=0)
+    x.transpose(1, 2)[~mask] = float("nan")
+    torch.testing.assert_close(fit(x, y, mask, ridge=0), expected)
+
+
+def test_ridge_is_the_textbook_one_on_standardised_inputs() -> None:
+    x, y, mask = sample(layers=1)
+    weight, bias = fit(x, y, mask, ridge=0.5)
+    rows_x, rows_y = x[:, 0][mask].double(), y[:, 0][mask].double()
+    deviation = rows_x.std(0, unbiased=False)
+    standard = (rows_x - rows_x.mean(0)) / deviation
+    gram = standard.T @ standard / len(standard) + 0.5 * torch.eye(7)
+    expected = torch.linalg.solve(gram, standard.T @ (rows_y - rows_y.mean(0)) / len(standard)) / deviation[:, None]
+    torch.testing.assert_close(weight[0], expected.T, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(weight[0] @ rows_x.mean(0) + bias[0], rows_y.mean(0), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_rank_deficient_input_predicts_as_well(ridge: float) -> None:
+    x, y, mask = sample()
+    repeated = torch.cat([x, x[..., :4] + x[..., 1:5], torch.full_like(x[..., :1], 3.7)], -1)
+    weight, bias = fit(repeated, y, mask, ridge)
+    assert torch.isfinite(weight).all()
+    assert weight.abs().max() < 100
+    plain = squared_error(x, y, *fit(x, y, mask, ridge))
+    assert squared_error(repeated, y, weight, bias) == pytest.approx(plain, rel=1e-3)
+
+
+def test_fewer_tokens_than_channels_stay_finite() -> None:
+    x, y, _ = sample(rows=3)
+    one = torch.zeros(4, 3, dtype=torch.bool)
+    one[0, 0] = True
+    weight, bias = fit(x, y, one, ridge=0)
+    torch.testing.assert_close(weight, torch.zeros_like(weight))
+    torch.testing.assert_close(bias, y[0, :, 0].double())
+
+
+def test_outlier_channel_does_not_drown_the_others() -> None:
+    x, y, mask = sample()
+    loud = x.clone()
+    loud[..., 0] *= 1e5
+    weight, bias = fit(loud, y, mask, ridge=1e-3)
+    expected_weight, expected_bias = fit(x, y, mask, ridge=1e-3)
+    expected_weight[..., 0] /= 1e5
+    torch.testing.assert_close((weight, bias), (expected_weight, expected_bias), atol=1e-5, rtol=1e-4)
+
+
+def test_errors_name_what_is_wrong() -> None:
+    x, y, mask = sample()
+    solver = LeastSquares(2, 7, 3)
+    with pytest.raises(ProjectorError, match="no token"):
+        solver.solve()
+    with pytest.raises(ProjectorError, match="x must be"):
+        solver.add(x[..., :5], y, mask)
+    with pytest.raises(ProjectorError, match="y must be"):
+        solver.add(x, y[:, :1], mask)
+    with pytest.raises(ProjectorError, match="mask must be"):
+        solver.add(x, y, mask[:, :5])
+    y[0, 1] = float("inf")
+    with pytest.raises(ProjectorError, match="y of layer 1"):
+        solver.add(x, y, torch.ones_like(mask))
+    solver = LeastSquares(2, 7, 3)
+    solver.add(x, x[..., :3], mask)
+    with pytest.raises(ProjectorError, match="ridge"):
+        solver.solve(-1.0)

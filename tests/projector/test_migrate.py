@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kvgraft.errors import ProjectorError
+from kvgraft.projector.migrate import migrate_linear_checkpoint
+
+CONFIGS = {"Qwen2.5-7B": {"d_model": 24, "num_layers": 3}, "org/b": {"d_model": 32, "num_layers": 3}}
+STUDENT = 10
+
+
+def old_maps() -> dict[str, dict[str, nn.Linear]]:
+    """What the old projector held: one nn.Linear per teacher for keys and one for values."""
+    return {
+        name: {kind: nn.Linear(config["d_model"], STUDENT) for kind in ("key", "value")}
+        for name, config in CONFIGS.items()
+    }
+
+
+def state_dict(maps: dict[str, dict[str, nn.Linear]], prefix: str = "", short: bool = False) -> dict[str, Tensor]:
+    return {
+        f"{prefix}{kind[0] if short else kind}_adapters.{name}.{part}": tensor.detach()
+        for name, kinds in maps.items()
+        for kind, linear in kinds.items()
+        for part, tensor in linear.named_parameters()
+    }
+
+
+def assert_same_maps(projector, maps: dict[str, dict[str, nn.Linear]], exact: bool = True) -> None:
+    for name, config in CONFIGS.items():
+        keys, values = torch.randn(2, 2, 3, 5, config["d_model"]).unbind(0)
+        for given, linear in zip(projector.project_teacher_kv(name, keys, values), maps[name].values(), strict=True):
+            expected = linear(keys if linear is maps[name]["key"] else values)
+            torch.testing.assert_close(given, expected, **({"atol": 0, "rtol": 0} if exact else {}))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.projector."])
+@pytest.mark.parametrize("short", [False, True])
+def test_step_zero_equals_the_old_maps(prefix: str, short: bool) -> None:
+    maps = old_maps()
+    projector = migrate_linear_checkpoint(state_dict(maps, prefix, short), CONFIGS, mlp_ratio=0.5)
+    assert_same_maps(projector.train(), maps)
+    assert projector.config["skip"] is True
+    assert projector.config["mlp_ratio"] == 0.5
+
+
+def test_from_a_safetensors_file(tmp_path: Path) -> None:
+    maps = old_maps()
+    save_file(state_dict(maps), tmp_path / "old.safetensors")
+    assert_same_maps(migrate_linear_checkpoint(tmp_path / "old.safetensors", CONFIGS), maps)
+
+
+def test_from_pairs_without_bias_and_per_layer() -> None:
+    maps = old_maps()
+    pairs = {name: {kind: (linear.weight, None) for kind, linear in kinds.items()} for name, kinds in maps.items()}
+    for kinds in maps.values():
+        for linear in kinds.values():
+            nn.init.zeros_(linear.bias)
+    projector = migrate_linear_checkpoint(pairs, CONFIGS, per_layer=True)
+    assert projector.adapters("org/b")[0].num_layers == 3
+    assert_same_maps(projector, maps, exact=False)
+
+
+def test_names_that_lost_their_dots_are_found() -> None:
+    maps = old_maps()
+    renamed = {name.replace(".", "_").replace("/", "_"): kinds for name, kinds in maps.items()}
+    assert_same_maps(migrate_linear_checkpoint(state_dict(renamed), CONFIGS), maps)
+
+
+def test_one_old_teacher_does_not_serve_two() -> None:
+    linear = (torch.zeros(4, 6), None)
+    pairs = {"a_b": {"key": linear, "value": linear}, "c": {"key": linear, "value": linear}}
+    config = {"d_model": 6, "num_layers": 1}
+    with pytest.raises(ProjectorError, match="exactly those"):
+        migrate_linear_checkpoint(pairs, {"a.b": config, "a_b": config})
+
+
+def test_the_migrated_projector_learns() -> None:
+    projector = migrate_linear_checkpoint(state_dict(old_maps()), CONFIGS)
+    keys, values = projector.project_teacher_kv("org/b", torch.randn(1, 3, 4, 32), torch.randn(1, 3, 4, 32))
+    (keys.square().sum() + values.square().sum()).backward()
+    assert projector.adapters("org/b")[1].down.weight.grad.abs().max() > 0
+
+
+def test_pickles_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "old.pt").write_bytes(b"\x80\x04.")
+    with pytest.raises(ProjectorError, match="Pickled"):
+        migrate_linear_checkpoint(tmp_path / "old.pt", CONFIGS)
+    (tmp_path / "old.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ProjectorError, match="damaged"):
+        migrate_linear_checkpoint(tmp_path / "old.safetensors", CONFIGS)
+    with pytest.raises(ProjectorError, match="no old checkpoint"):
+        migrate_linear_checkpoint(tmp_path / "absent.safetensors", CONFIGS)
+
+
+def test_incomplete_checkpoints_say_what_is_missing() -> None:
+    weights = state_dict(old_maps())
+    without_weight = {name: tensor for name, tensor in weights.items() if name != "value_adapters.org/b.weight"}
+    with pytest.raises(ProjectorError, match=r"no value weight.*'org/b'"):
+        migrate_linear_checkpoint(without_weight, CONFIGS)
+    with pytest.raises(ProjectorError, match="exactly those"):
+        migrate_linear_checkpoint(weights, {"org/b": CONFIGS["org/b"]})
+    with pytest.raises(ProjectorError, match=r"student\.lm_head"):
+        migrate_linear_checkpoint({**weights, "student.lm_head": torch.zeros(1)}, CONFIGS)
+    with pytest.raises(ProjectorError, match="is empty"):
+        migrate_linear_checkpoint({}, CONFIGS)
+    with pytest.raises(ProjectorError, match=r"bias.*org/b"):
+        migrate_linear_checkpoint({**weights, "key_adapters.org/b.bias": torch.zeros(3)}, CONFIGS)
+
+
+def test_widths_that_do_not_fit_are_named() -> None:
+    weights = state_dict(old_maps())
+    with pytest.raises(ProjectorError, match=r"takes width 32.*says 40"):
+        migrate_linear_checkpoint(weights, {**CONFIGS, "org/b": {"d_model": 40, "num_layers": 3}})
+    weights["key_adapters.org/b.weight"], weights["key_adapters.org/b.bias"] = torch.zeros(9, 32), torch.zeros(9)
+    with pytest.raises(ProjectorError, match=r"several widths: \[9, 10\]"):
+        migrate_linear_checkpoint(weights, CONFIGS)

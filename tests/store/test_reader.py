@@ -1,0 +1,240 @@
+"""Reading: the numbers that were put in, by layer and by key, in this process and in forked workers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from kvgraft.errors import StoreError
+from kvgraft.store.format import StoreIdentity, sample_key
+from kvgraft.store.reader import KVStore
+from kvgraft.store.writer import KVStoreWriter
+from tests.store.test_writer import IDENTITY, KEYS, SHARD_BYTES, TEXTS, add, fill, make_kv, make_spans, shard_names
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("layers", [None, [4], [5, 1, 1, 4, 5]])
+def test_what_was_added_comes_back(tmp_path: Path, dtype: str, layers: list[int] | None) -> None:
+    identity = replace(IDENTITY, dtype=dtype)
+    store = fill(tmp_path, list(range(7)), identity)
+    for index, key in enumerate(KEYS):
+        stored = store.read(key, layers=layers)
+        kept = make_kv(index).to(identity.torch_dtype).to(torch.float32)
+        expected = kept if layers is None else kept.select_layers(layers)
+        assert stored.kv.keys.dtype == torch.float32
+        assert torch.equal(stored.kv.keys, expected.keys)
+        assert torch.equal(stored.kv.values, expected.values)
+        assert stored.kv.layers == expected.layers
+        assert not stored.kv.rotated
+        assert stored.kv.positions.tolist() == [list(range(expected.mask.shape[1]))]
+        assert stored.kv.mask.all()
+        assert stored.spans.dtype == np.int32
+        np.testing.assert_array_equal(stored.spans, make_spans(index))
+        assert (stored.text_bytes, stored.truncated_bytes) == (len(TEXTS[index]), index)
+
+
+def test_layout_on_disk_is_token_major_with_heads_joined(tmp_path: Path) -> None:
+    store = fill(tmp_path, [3])
+    (name,) = shard_names(tmp_path)
+    shard = store._shard(name)
+    kv = make_kv(3)
+    raw = shard.get_tensor("kv")
+    assert list(raw.shape) == [3, 3, 2, 8]
+    assert torch.equal(raw[2, 1, 1], kv.values[0, 1, :, 2].flatten())
+    assert torch.equal(raw[0, 2, 0], kv.keys[0, 2, :, 0].flatten())
+
+
+def test_tokens_are_read_without_the_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fill(tmp_path, [0, 1, 2])
+    touched: list[str] = []
+    real = KVStore._slice
+    monkeypatch.setattr(KVStore, "_slice", lambda self, entry, name: touched.append(name) or real(self, entry, name))
+    tokens = store.read_tokens(KEYS[2])
+    np.testing.assert_array_equal(tokens.spans, make_spans(2))
+    assert (tokens.text_bytes, tokens.truncated_bytes) == (len(TEXTS[2]), 2)
+    assert touched == ["spans"]
+
+
+def test_changing_a_sample_does_not_change_the_store(tmp_path: Path) -> None:
+    store = fill(tmp_path, [0])
+    first = store.read(KEYS[0])
+    first.kv.keys.zero_()
+    first.spans[:] = -1
+    assert torch.equal(store.read(KEYS[0]).kv.keys, make_kv(0).keys)
+    np.testing.assert_array_equal(store.read(KEYS[0]).spans, make_spans(0))
+    assert store.verify() == []
+
+
+def _all_tokens() -> torch.Tensor:
+    packed = []
+    for index in range(7):
+        keys, values = make_kv(index).flatten()
+        packed.append(torch.stack([keys[0], values[0]], dim=2).transpose(0, 1))
+    return torch.cat(packed)
+
+
+def test_statistics_are_those_of_all_tokens(tmp_path: Path) -> None:
+    store = fill(tmp_path, list(range(7)))
+    tokens = _all_tokens()
+    statistics = store.statistics()
+    assert statistics.count == len(tokens) == store.num_tokens
+    assert statistics.mean.dtype == statistics.variance.dtype == torch.float32
+    torch.testing.assert_close(statistics.mean, tokens.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(statistics.variance, tokens.var(0, correction=0), rtol=1e-6, atol=1e-6)
+    some = store.statistics(layers=[5, 1, 5])
+    assert torch.equal(some.mean, statistics.mean[[2, 0, 2]])
+    assert torch.equal(some.variance, statistics.variance[[2, 0, 2]])
+
+
+def test_statistics_hold_for_a_mean_far_from_zero(tmp_path: Path) -> None:
+    with KVStoreWriter(tmp_path, IDENTITY, SHARD_BYTES) as writer:
+        shifted = []
+        for index in range(7):
+            kv = make_kv(index)
+            shifted.append(replace(kv, keys=kv.keys + 3000.0))
+            add(writer, index, shifted[-1])
+        writer.finish()
+    keys = torch.cat([kv.flatten()[0][0] for kv in shifted], dim=1).double()
+    variance = KVStore.open(tmp_path).statistics().variance[:, 0]
+    torch.testing.assert_close(variance.double(), keys.var(1, correction=0), rtol=1e-6, atol=0.0)
+
+
+def test_only_counted_tokens_enter_the_statistics(tmp_path: Path) -> None:
+    with KVStoreWriter(tmp_path, IDENTITY, SHARD_BYTES) as writer:
+        for index in range(3):
+            kv = make_kv(index)
+            kv.keys[..., 0, :] = 1e4
+            counted = torch.arange(kv.mask.shape[1]) > 0
+            writer.add(KEYS[index], kv, make_spans(index), 0, 9, counted=counted)
+        writer.finish()
+    statistics = KVStore.open(tmp_path).statistics()
+    kept = torch.cat([make_kv(index).flatten()[0][0, :, 1:] for index in range(3)], dim=1)
+    assert statistics.count == kept.shape[1]
+    torch.testing.assert_close(statistics.mean[:, 0], kept.mean(1), rtol=1e-6, atol=1e-6)
+
+
+def test_statistics_need_a_token_that_counts(tmp_path: Path) -> None:
+    with KVStoreWriter(tmp_path, IDENTITY, SHARD_BYTES) as writer:
+        writer.add(KEYS[0], make_kv(0), make_spans(0), 0, 9, counted=torch.zeros(3, dtype=torch.bool))
+        writer.finish()
+    with pytest.raises(StoreError, match=r"no token .* counts"):
+        KVStore.open(tmp_path).statistics()
+
+
+def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
+    store = fill(tmp_path, list(range(7)))
+    on_disk = sum((tmp_path / name).stat().st_size for name in shard_names(tmp_path))
+    assert store.total_bytes == on_disk
+    assert store.num_tokens == sum(make_kv(index).mask.shape[1] for index in range(7))
+    assert store.bytes_per_token == pytest.approx(on_disk / store.num_tokens)
+    assert len(store) == 7
+    assert KEYS[3] in store
+    assert sample_key("a text that was never added") not in store
+    assert store.keys() == KEYS
+    assert store.identity == IDENTITY
+
+
+def test_an_absent_sample_or_layer_is_named(tmp_path: Path) -> None:
+    store = fill(tmp_path, [0])
+    with pytest.raises(StoreError, match=f"sample {KEYS[1][:12]} is not in the KV store"):
+        store.read(KEYS[1])
+    with pytest.raises(StoreError, match=r"layers \[2\] are not .* holds layers \[1, 4, 5\]"):
+        store.read(KEYS[0], layers=[1, 2])
+    with pytest.raises(StoreError, match=r"layers \[9\]"):
+        store.statistics(layers=[9])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": "teacher-b"}, "the teacher: the store holds teacher-a, this run needs teacher-b"),
+        ({"tokenizer": "tokenizer-b"}, "the tokenizer: the store holds tokenizer-a, this run needs tokenizer-b"),
+        ({"text": "other"}, "the text: the store holds"),
+        ({"layers": (1, 4)}, r"the layers: the store holds \[1, 4, 5\], this run needs \[1, 4\]"),
+    ],
+)
+def test_another_identity_is_refused_naming_what_differs(tmp_path: Path, change: dict, sentence: str) -> None:
+    fill(tmp_path, [0])
+    needed = replace(IDENTITY, **change)
+    with pytest.raises(StoreError, match=sentence) as caught:
+        KVStore.open(tmp_path, needed)
+    assert str(caught.value).count("the store holds") == 1
+
+
+def test_no_store_and_an_unfinished_store_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no KV store"):
+        KVStore.open(tmp_path / "nowhere")
+    with KVStoreWriter(tmp_path, IDENTITY, SHARD_BYTES) as writer:
+        add(writer, 0)
+    with pytest.raises(StoreError, match="incomplete: 1 samples"):
+        KVStore.open(tmp_path)
+
+
+def test_a_flipped_byte_is_found_by_checksum_and_a_short_file_always(tmp_path: Path) -> None:
+    store = fill(tmp_path, list(range(7)))
+    name = shard_names(tmp_path)[2]
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-1] ^= 64
+    (tmp_path / name).write_bytes(content)
+    assert store.verify() == [name]
+    with pytest.raises(StoreError, match=f"shard {name} .* another checksum"):
+        KVStore.open(tmp_path)
+    assert len(KVStore.open(tmp_path, verify=False)) == 7
+    (tmp_path / name).write_bytes(content[:-1])
+    with pytest.raises(StoreError, match=f"shard {name} .* bytes where"):
+        KVStore.open(tmp_path, verify=False)
+
+
+class _KeySums(Dataset):  # type: ignore[type-arg]
+    def __init__(self, store: KVStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(KEYS)
+
+    def __getitem__(self, index: int) -> tuple[float, int]:
+        return float(self.store.read(KEYS[index]).kv.keys.double().sum()), len(self.store._handles)
+
+
+def test_forked_workers_open_their_own_files(tmp_path: Path) -> None:
+    store = fill(tmp_path, list(range(7)))
+    data = _KeySums(store)
+    here = [data[index][0] for index in range(7)]
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    there = list(loader)
+    assert [total for total, _ in there] == here
+    assert all(processes == 2 for _, processes in there)
+    assert len(store._handles) == 1
+
+
+def test_a_manifest_from_a_later_version_or_damaged_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, [0])
+    path = tmp_path / "manifest.json"
+    good = json.loads(path.read_text())
+    for change, match in [
+        ({"identity": {**good["identity"], "format_version": 2}}, "format version 2; this kvgraft reads 1"),
+        ({"samples": {KEYS[0]: {**good["samples"][KEYS[0]], "first_token": 1}}}, "lies outside shard"),
+        ({"shards": {"../kv.safetensors": next(iter(good["shards"].values()))}}, "is damaged at shards"),
+        ({"identity": {**good["identity"], "dtype": "int8"}}, "is damaged at identity"),
+    ]:
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(StoreError, match=match):
+            KVStore.open(tmp_path)
+    path.write_text("{")
+    with pytest.raises(StoreError, match="not the manifest"):
+        KVStore.open(tmp_path)
+
+
+def test_a_store_may_be_empty(tmp_path: Path) -> None:
+    identity = StoreIdentity("m", "t", "x", (0,), 1, 1, "float32", 4)
+    with KVStoreWriter(tmp_path, identity, 10) as writer:
+        writer.finish()
+    store = KVStore.open(tmp_path, identity)
+    assert len(store) == 0
+    assert store.bytes_per_token == 0.0
