@@ -244,7 +244,7 @@ def _require_shift_invariance(model: PreTrainedModel) -> None:
         model.train(was_training)
     if keys[0] is not None and keys[1] is not None:
         difference = (keys[0] - keys[1]).flatten(2).norm(dim=-1) / keys[0].flatten(2).norm(dim=-1)
-        wrong = [layer for layer, error in enumerate(difference[0].tolist()) if not error < _PROBE_TOLERANCE]
+        wrong = [layer for layer, error in enumerate(difference[0].tolist()) if error >= _PROBE_TOLERANCE]
         if wrong:
             raise ModelError(
                 f"{_name(model)} cannot be captured before rotation: in layers {wrong} the keys of one text at two "

@@ -17,7 +17,7 @@ from kvgraft.data.batching import length_buckets
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture
 from kvgraft.progress import progress_bar
-from kvgraft.store.format import StoreIdentity
+from kvgraft.store.format import StoreIdentity, damage, read_manifest
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
 
@@ -77,25 +77,38 @@ def fill_store(
             NaN or Inf (names teacher, text and layer). What was written stays and is not done again.
     """
     by_key = {text.sample_key: text for text in texts}
-    tokens, started = 0, time.perf_counter()
+    truncated = sum(bool(text.truncated_bytes) for text in by_key.values())
+    finished = _finished(folder, identity, verify)
+    if finished is not None:
+        logger.info("KV of %s over these %d texts is in %s; the teacher is not run", teacher, len(by_key), folder)
+        return finished, FillReport(0, 0.0, truncated)
     with KVStoreWriter(folder, identity, shard_bytes) as writer:
         missing = [by_key[key] for key in writer.missing(by_key)]
-        if missing:
-            tokens = sum(len(text.input_ids) for text in missing)
-            total = sum(len(text.input_ids) for text in by_key.values())
-            model = load_teacher()
-            started = time.perf_counter()
-            with progress_bar(f"capturing KV of {teacher}", total, "tokens", done=total - tokens) as advance:
-                for bucket in length_buckets([len(text.input_ids) for text in missing], token_budget):
-                    batch = [missing[index] for index in bucket]
-                    _add_batch(writer, model, batch, teacher)
-                    advance(sum(len(text.input_ids) for text in batch))
-        else:
-            logger.info("KV of %s over these %d texts is in %s; the teacher is not run", teacher, len(by_key), folder)
+        tokens = sum(len(text.input_ids) for text in missing)
+        total = sum(len(text.input_ids) for text in by_key.values())
+        if len(missing) < len(by_key):
+            logger.info("%d of %d texts are in %s already", len(by_key) - len(missing), len(by_key), folder)
+        model = load_teacher()
+        started = time.perf_counter()
+        with progress_bar(f"capturing KV of {teacher}", total, "tokens", done=total - tokens) as advance:
+            for bucket in length_buckets([len(text.input_ids) for text in missing], token_budget):
+                batch = [missing[index] for index in bucket]
+                _add_batch(writer, model, batch, teacher)
+                advance(sum(len(text.input_ids) for text in batch))
         writer.finish()
-    seconds = time.perf_counter() - started if tokens else 0.0
-    truncated = sum(bool(text.truncated_bytes) for text in by_key.values())
-    return KVStore.open(folder, identity, verify=verify), FillReport(tokens, seconds, truncated)
+    seconds = time.perf_counter() - started
+    # Sizes are enough here: every shard was checked or written by this very process.
+    return KVStore.open(folder, identity, verify=False), FillReport(tokens, seconds, truncated)
+
+
+def _finished(folder: Path, identity: StoreIdentity, verify: bool) -> KVStore | None:
+    """The complete and sound store in ``folder``; None where the writer has something to do."""
+    manifest = read_manifest(folder)
+    if manifest is None or not manifest.complete or manifest.identity.difference(identity):
+        return None
+    if any(damage(folder, name, shard, checksum=verify) for name, shard in manifest.shards.items()):
+        return None
+    return KVStore(folder, manifest)
 
 
 def encode_for_teacher(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[EncodedText]:

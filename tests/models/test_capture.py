@@ -1,0 +1,256 @@
+"""Captured KV against the model's own cache, on tiny random models of every family that SPEC names."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from kvgraft.errors import ModelError
+from kvgraft.kv import KVGeometry
+from kvgraft.models.capture import capture, kv_geometry, record_kv
+from kvgraft.models.rope import rotate, unrotate
+
+VOCABULARY = 97
+GROUPED = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MULTI_HEAD = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS = {
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": 4},
+    "gemma3_text": {
+        **GROUPED,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": GROUPED,
+    "gpt2": MULTI_HEAD,
+    "gpt_neox": {**MULTI_HEAD, "intermediate_size": 48},
+}
+
+
+def config_of(family: str) -> PretrainedConfig:
+    return AutoConfig.for_model(family, **CONFIGS[family])
+
+
+def model_of(family: str, attention: str = "sdpa") -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config_of(family), attn_implementation=attention).eval()
+
+
+def padded_batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Two texts, the first padded on the left and the second on the right, and their positions."""
+    torch.manual_seed(1)
+    input_ids = torch.randint(3, VOCABULARY, (2, 11))
+    mask = torch.ones_like(input_ids)
+    mask[0, :3] = 0
+    mask[1, 8:] = 0
+    return input_ids, mask, (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def own_cache(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
+    input_ids, mask, positions = padded_batch()
+    with torch.no_grad():
+        output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_rerotated_keys_and_values_equal_the_models_own_cache(family: str, attention: str) -> None:
+    model = model_of(family, attention)
+    input_ids, mask, positions = padded_batch()
+    kv = capture(model, input_ids, mask)
+    with torch.no_grad(), record_kv(model) as recorder:
+        model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    assert kv.geometry == kv_geometry(model.config)
+    assert torch.equal(kv.positions, positions)
+    assert torch.equal(kv.mask, mask.bool())
+    for layer, (keys, values) in enumerate(own_cache(model)):
+        rotation = recorder.rotation(layer)
+        rerotated = kv.keys[:, layer] if rotation is None else rotate(kv.keys[:, layer], *rotation)
+        # A sliding layer's cache holds the last tokens only.
+        kept = keys.shape[2]
+        torch.testing.assert_close(rerotated[:, :, -kept:], keys, atol=1e-5, rtol=0)
+        torch.testing.assert_close(kv.values[:, layer][:, :, -kept:], values, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_rotated_keys_on_request(family: str) -> None:
+    model = model_of(family)
+    input_ids, mask, _ = padded_batch()
+    kv = capture(model, input_ids, mask, rotated=True)
+    assert kv.rotated
+    for layer, (keys, _) in enumerate(own_cache(model)):
+        torch.testing.assert_close(kv.keys[:, layer][:, :, -keys.shape[2] :], keys, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) - {"gpt2"}))
+def test_keys_before_rotation_do_not_depend_on_padding(family: str) -> None:
+    model = model_of(family)
+    input_ids, mask, _ = padded_batch()
+    padded = capture(model, input_ids, mask)
+    for row in range(2):
+        real = mask[row].bool()
+        alone = capture(model, input_ids[row][real][None])
+        torch.testing.assert_close(padded.keys[row][:, :, real], alone.keys[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(padded.values[row][:, :, real], alone.values[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_logits_are_bit_identical_while_recording(family: str, attention: str) -> None:
+    model = model_of(family, attention)
+    input_ids, mask, _ = padded_batch()
+    with torch.no_grad():
+        plain = model(input_ids=input_ids, attention_mask=mask).logits
+        with record_kv(model) as recorder:
+            recorded = model(input_ids=input_ids, attention_mask=mask).logits
+        after = model(input_ids=input_ids, attention_mask=mask).logits
+    assert torch.equal(plain, recorded)
+    assert torch.equal(plain, after)
+    assert recorder.kv(mask).geometry == kv_geometry(model.config)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradients_under_checkpointing_equal_those_without(family: str) -> None:
+    input_ids, mask, _ = padded_batch()
+    gradients = []
+    for checkpointing in (False, True):
+        model = model_of(family).train()
+        if family == "gpt2":
+            model.eval()
+            for module in model.modules():
+                module.training = not isinstance(module, torch.nn.Dropout)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        kv = capture(model, input_ids, mask, gradients=True)
+        weights = torch.linspace(-1, 1, kv.keys.numel()).reshape(kv.keys.shape)
+        ((kv.keys * weights).sum() + (kv.values * weights.flip(-1)).sum()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(gradient.abs().max() > 0 for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model = model_of("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    input_ids, mask, _ = padded_batch()
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM.*use_reentrant"):
+        capture(model, input_ids, mask, gradients=True)
+
+
+def test_chosen_layers_come_in_order_and_nothing_after_them_runs() -> None:
+    model = model_of("llama")
+    input_ids, mask, _ = padded_batch()
+    whole = capture(model, input_ids, mask)
+    ran: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, *_, index=layer.self_attn.layer_idx: ran.append(index))
+    chosen = capture(model, input_ids, mask, layers=[1, 0])
+    assert chosen.layers == (1, 0)
+    assert torch.equal(chosen.keys, whole.keys[:, [1, 0]])
+    # Layer 1 stops at its attention, so only layer 0 gets as far as its feed-forward.
+    assert ran == [0]
+
+
+def test_no_logits_are_computed() -> None:
+    model = model_of("llama")
+    input_ids, mask, _ = padded_batch()
+    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the language-model head ran"))
+    capture(model, input_ids, mask, gradients=True)
+
+
+def test_another_model_may_run_inside_the_block() -> None:
+    model, other = model_of("llama"), model_of("qwen3")
+    input_ids, mask, _ = padded_batch()
+    expected = capture(model, input_ids, mask)
+    with torch.no_grad(), record_kv(model) as recorder:
+        model(input_ids=input_ids, attention_mask=mask)
+        other(input_ids=input_ids, attention_mask=mask)
+        nested = capture(other, input_ids, mask)
+    torch.testing.assert_close(recorder.kv(mask).keys[1, :, :, :8], expected.keys[1, :, :, :8])
+    torch.testing.assert_close(nested.keys, capture(other, input_ids, mask).keys)
+
+
+REFUSED = {
+    "bloom": (MULTI_HEAD | {"n_head": 4, "n_layer": 3}, "BloomForCausalLM cannot be captured"),
+    "gptj": (
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_head": 4, "n_layer": 3, "rotary_dim": 4, "n_positions": 64},
+        "GPTJForCausalLM cannot be captured",
+    ),
+    # Rotates neighbouring channels instead of halves.
+    "cohere": (GROUPED, r"CohereForCausalLM cannot be captured before rotation.*\[0, 1, 2\]"),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_captured_is_refused_by_name(family: str) -> None:
+    fields, message = REFUSED[family]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).eval()
+    input_ids, mask, _ = padded_batch()
+    with pytest.raises(ModelError, match=message):
+        capture(model, input_ids, mask)
+
+
+def test_layers_without_rotation_are_refused() -> None:
+    fields = GROUPED | {"no_rope_layers": [1, 1, 0]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("smollm3", **fields)).eval()
+    input_ids, mask, _ = padded_batch()
+    with pytest.raises(ModelError, match=r"SmolLM3ForCausalLM.*layers \[2\]"):
+        capture(model, input_ids, mask)
+
+
+def test_layers_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"0\.\.2; asked for \[3\]"):
+        capture(model_of("llama"), padded_batch()[0], layers=[1, 3])
+
+
+def test_training_mode_and_random_state_are_left_alone() -> None:
+    model = model_of("llama").train()
+    input_ids, _, _ = padded_batch()
+    state = torch.get_rng_state()
+    capture(model, input_ids)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_geometry_comes_from_the_config_alone() -> None:
+    assert kv_geometry(config_of("llama")) == KVGeometry(3, 2, 8)
+    assert kv_geometry(config_of("gpt2")) == KVGeometry(3, 4, 8)
+    assert kv_geometry(config_of("llama")).kv_dim == 16
+    assert kv_geometry(config_of("llama")).bytes_per_token(2) == 2 * 3 * 16 * 2
+
+
+@pytest.mark.parametrize("rotary_dim", [8, 4])
+def test_unrotate_undoes_rotate_also_with_a_scale(rotary_dim: int) -> None:
+    torch.manual_seed(0)
+    keys = torch.randn(2, 3, 5, 8)
+    angle = torch.randn(2, 5, rotary_dim // 2).repeat(1, 1, 2)
+    cos, sin = 1.3 * angle.cos(), 1.3 * angle.sin()
+    rotated = rotate(keys, cos, sin)
+    assert not torch.allclose(rotated, keys)
+    assert torch.equal(rotated[..., rotary_dim:], keys[..., rotary_dim:])
+    torch.testing.assert_close(unrotate(rotated, cos, sin), keys)
