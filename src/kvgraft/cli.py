@@ -83,9 +83,8 @@ def train(
 
     Several processes: accelerate launch -m kvgraft train RECIPE
     """
-    from accelerate import PartialState
-
     from kvgraft.distill.arms import TrainingInterruptedError
+    from kvgraft.processes import process_state
     from kvgraft.recipe import load_recipe
     from kvgraft.report.tables import cost_table, result_table
     from kvgraft.run import run
@@ -101,7 +100,7 @@ def train(
             f"go on with: kvgraft train {recipe}{changes} --output {folder} --resume", markup=False, soft_wrap=True
         )
         raise typer.Exit(130) from stopped
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         _console.print(result_table(result), cost_table(result), sep="\n")
         _console.print(f"everything is in {folder}: results.md, curves.png, experiment.yaml, students", soft_wrap=True)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from accelerate import PartialState
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvgraft.align.layers import map_layers
@@ -23,6 +22,7 @@ from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
 from kvgraft.models.students import new_student, student_config
+from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, TeacherRecipe
 from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
 from kvgraft.store.format import StoreIdentity, text_fingerprint
@@ -197,7 +197,7 @@ def _prepare_teacher(
             max_length=max_length,
         )
         # One process fills; the others find everything there.
-        with phases.timed(f"capture {teacher.name} ({part} text)"), PartialState().main_process_first():
+        with phases.timed(f"capture {teacher.name} ({part} text)"), process_state().main_process_first():
             return fill_store(
                 store_folder(recipe.store.path, teacher.name, identity),
                 identity,

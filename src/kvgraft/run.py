@@ -9,12 +9,11 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from accelerate import PartialState
-
 from kvgraft.distill.arms import ArmData, evaluations, gradient_shares, measure_arm, train_arm
 from kvgraft.errors import RecipeError
 from kvgraft.plan import require_workable
 from kvgraft.prepare import Prepared, prepare
+from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.log import write_experiment_log
 from kvgraft.report.plots import save_curves
@@ -43,12 +42,12 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
         TrainingInterruptedError: Ctrl-C; a checkpoint was left.
     """
     require_workable(recipe)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         _open_folder(recipe, folder, resume, overwrite)
-    PartialState().wait_for_everyone()
+    process_state().wait_for_everyone()
     prepared = prepare(recipe)
     result = _describe(prepared)
-    data = _arm_data(prepared)
+    data = arm_data(prepared)
     for arm in recipe.arms:
         if not (folder / arm / ARM_FILE).is_file():
             with prepared.phases.timed(f"train {arm}"):
@@ -58,7 +57,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
             logger.info("arm %s was finished before and is not trained again", arm)
         result.arms.append(ArmResult.model_validate_json((folder / arm / ARM_FILE).read_text(encoding="utf-8")))
     result.seconds = dict(prepared.phases.seconds)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         write_report(recipe, result, folder)
     return result
 
@@ -86,7 +85,7 @@ def evaluate(folder: Path, on_arm: Callable[[str], None] = lambda arm: None) -> 
         raise RecipeError(f"{folder} is no run folder: it has no {RECIPE_FILE}; name one that `kvgraft train` wrote")
     recipe = load_recipe(folder / RECIPE_FILE)
     prepared = prepare(recipe)
-    result, data = _describe(prepared), _arm_data(prepared)
+    result, data = _describe(prepared), arm_data(prepared)
     for arm in recipe.arms:
         if not (folder / arm / ARM_FILE).is_file():
             raise RecipeError(f"arm {arm} of {folder} is not finished; go on with `kvgraft train ... --resume`")
@@ -155,7 +154,8 @@ def _describe(prepared: Prepared) -> RunResult:
     )
 
 
-def _arm_data(prepared: Prepared) -> ArmData:
+def arm_data(prepared: Prepared) -> ArmData:
+    """What every arm of a run shares."""
     return ArmData(
         make_student=prepared.make_student,
         tokenizer=prepared.texts.tokenizer,
@@ -184,7 +184,7 @@ def _finish_arm(folder: Path, arm: str, recipe: Recipe, projector_parameters: in
         gradient_shares=gradient_shares(folder),
         projector_parameters=projector_parameters,
     )
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         # Written last: an arm with this file is finished.
         (folder / ARM_FILE).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    PartialState().wait_for_everyone()
+    process_state().wait_for_everyone()

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -23,6 +21,7 @@ from kvgraft.distill.trainer import PROJECTOR_FOLDER, KVTrainer
 from kvgraft.errors import KVGraftError, RecipeError
 from kvgraft.evaluate.quality import held_out_quality
 from kvgraft.models.loading import load_weights
+from kvgraft.processes import on_cpu, process_state
 from kvgraft.progress import progress_bar
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Arm, Recipe
@@ -137,10 +136,10 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> int:
 def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     """The Trainer's arguments for a recipe; the global batch is split over processes and accumulation steps."""
     training = recipe.training
-    pieces = training.gradient_accumulation_steps * PartialState().num_processes
+    pieces = training.gradient_accumulation_steps * process_state().num_processes
     if training.batch_size % pieces:
         raise RecipeError(
-            f"training.batch_size {training.batch_size} cannot be split over {PartialState().num_processes} processes "
+            f"training.batch_size {training.batch_size} cannot be split over {process_state().num_processes} processes "
             f"and {training.gradient_accumulation_steps} accumulation steps; make it a multiple of {pieces}"
         )
     checkpointing: dict[str, Any] = (
@@ -169,7 +168,8 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         seed=recipe.seed,
         data_seed=recipe.seed,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=on_cpu(),
+        dataloader_pin_memory=not on_cpu(),
         label_names=["labels"],
         disable_tqdm=True,
         **checkpointing,

@@ -1,0 +1,82 @@
+"""A tiny random teacher with a tokenizer of its own, and a recipe that distils it in seconds.
+
+They check arithmetic and plumbing, not worth; what claims worth runs on real weights (tests/integration, benchmarks).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvgraft.data.tokenizers import train_tokenizer
+from kvgraft.data.word_problems import generate
+from kvgraft.recipe import Recipe
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of 4 layers, 2 KV heads x 8, with a byte-level BPE of 400 entries."""
+    folder = tmp_path_factory.mktemp("teacher")
+    texts = [f"{problem['question']} {problem['answer']}" for problem in generate("train", 60, seed=7)]
+    tokenizer = train_tokenizer(texts, 400)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_fields(tiny_teacher: Path, tmp_path: Path) -> dict:
+    """Fields of a recipe that trains in seconds."""
+    return {
+        "name": "tiny",
+        "teachers": [{"name": "org/teacher-1.0", "model": str(tiny_teacher)}],
+        "student": {
+            "new": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "max_position_embeddings": 256,
+            },
+            "vocab_size": 300,
+        },
+        "data": {"train_samples": 16, "held_out_samples": 4, "max_length": 48},
+        "projector": {"dropout": 0.0},
+        "store": {"path": str(tmp_path / "stores")},
+        "training": {
+            "steps": 6,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "warmup_steps": 1,
+            "evaluate_every": 2,
+            "save_every": 2,
+        },
+    }
+
+
+@pytest.fixture
+def tiny_recipe(tiny_fields: dict) -> Callable[..., Recipe]:
+    """The tiny recipe, with sections changed: ``tiny_recipe(training={"steps": 2})``."""
+
+    def make(**changes: object) -> Recipe:
+        fields = dict(tiny_fields)
+        for name, change in changes.items():
+            fields[name] = {**fields.get(name, {}), **change} if isinstance(change, dict) else change
+        return Recipe.model_validate(fields)
+
+    return make

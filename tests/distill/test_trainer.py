@@ -1,0 +1,167 @@
+"""The training step: the same gradients however a batch is split, nothing from ignored tokens, two learning rates."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvgraft.distill.arms import build_arm
+from kvgraft.prepare import prepare
+from kvgraft.recipe import Recipe
+from kvgraft.run import arm_data
+from tests.distill.gradients import gradients
+
+OBJECTIVES = ("student_to_teacher", "teacher_to_student", "shared", "alternating")
+
+
+def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    apart = torch.cat([(one[name] - other[name]).flatten() for name in one]).norm()
+    return float(apart / torch.cat([gradient.flatten() for gradient in one.values()]).norm())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradients_do_not_depend_on_accumulation(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, objective: str
+) -> None:
+    found = []
+    for accumulation in (1, 4, 8):
+        recipe = tiny_recipe(
+            training={"steps": 2, "batch_size": 8, "gradient_accumulation_steps": accumulation, "max_grad_norm": 1e9},
+            kv_loss={"objective": objective},
+            # Prompts are ignored, so that micro-batches count very different numbers of tokens.
+            data={"loss_on": "completion", "max_length": 200},
+        )
+        steps, trainer = gradients(recipe, tmp_path / str(accumulation))
+        found.append((steps, trainer.state.log_history))
+    for steps, log in found[1:]:
+        # Only the first step starts from equal weights.
+        assert relative_difference(found[0][0][0], steps[0]) < 1e-6
+        first, logged = (next(record for record in history if "kv_loss" in record) for history in (found[0][1], log))
+        for part in ("loss", "ce_loss", "kv_loss", "kv_loss/org/teacher-1.0"):
+            assert logged[part] == pytest.approx(first[part], rel=1e-4)
+
+
+def test_gradients_do_not_depend_on_the_number_of_processes(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        training={
+            "steps": 1,
+            "batch_size": 8,
+            "gradient_accumulation_steps": 2,
+            "max_grad_norm": 1e9,
+            "evaluate_every": 1,
+        },
+        data={"loss_on": "completion", "max_length": 200},
+    )
+    prepare(recipe)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        subprocess.run(
+            [*launch, "-m", "tests.distill.gradients", str(path), str(folder)],
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            timeout=300,
+        )
+        found[processes] = torch.load(folder / "gradients.pt", weights_only=True)
+        assert found[processes]["processes"] == processes
+    assert relative_difference(found[1]["steps"][0], found[2]["steps"][0]) < 1e-5
+    logs = [next(record for record in found[count]["log"] if "kv_loss" in record) for count in (1, 2)]
+    for part in ("loss", "ce_loss", "kv_loss"):
+        assert logs[1][part] == pytest.approx(logs[0][part], rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_tokens_that_the_labels_ignore_give_no_loss_and_no_gradient(
+    tiny_recipe: Callable[..., Recipe], objective: str
+) -> None:
+    recipe = tiny_recipe(kv_loss={"objective": objective})
+    data = arm_data(prepare(recipe))
+    model = build_arm(recipe, "kv", data)
+    train = data.train_set("kv", 0)
+    batch = data.collator([train[0], train[1]])
+    batch["labels"][:] = -100
+    for kv in batch["teacher_kv"].values():
+        kv.mask[:] = False
+    outputs = model(**batch)
+    outputs["loss"].backward()
+    assert all(float(part.detach()) == 0 for part in outputs.values())
+    assert all(float(p.grad.abs().max()) == 0 for p in model.parameters() if p.grad is not None)
+
+
+def test_ignored_labels_take_kv_out_of_the_loss_too(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe(data={"loss_on": "completion", "max_length": 200})
+    train = arm_data(prepare(recipe)).train_set("kv", 0)
+    sample = train[0]
+    ignored = sample["labels"] == -100
+    mask = sample["teacher_kv"]["org/teacher-1.0"].mask[0]
+    assert ignored.sum() > 5
+    assert mask.any()
+    assert not (mask & ignored).any()
+
+
+def test_student_and_projector_have_their_own_rates(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe(training={"steps": 1, "learning_rate": 5e-5, "projector_learning_rate": 1e-3})
+    _, trainer = gradients(recipe, tmp_path)
+    rates = {}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            rates[id(parameter)] = group["initial_lr"]
+    model = trainer.distillation
+    assert {rates[id(p)] for p in model.student.parameters()} == {5e-5}
+    assert {rates[id(p)] for p in model.projector.parameters()} == {1e-3}
+
+
+def test_every_arm_sees_the_same_batches(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    # Dropout in the projector draws random numbers that the baseline does not draw.
+    recipe = tiny_recipe(training={"steps": 6}, projector={"dropout": 0.5})
+    seen = {}
+    for arm in ("baseline", "kv", "mismatched"):
+        order: list[list[int]] = []
+        data = arm_data(prepare(recipe))
+
+        def collate(samples, order=order, collator=data.collator):
+            order.append([len(sample["input_ids"]) for sample in samples] + samples[0]["input_ids"].tolist())
+            return collator(samples)
+
+        from kvgraft.distill.arms import training_arguments
+        from kvgraft.distill.trainer import KVTrainer
+
+        trainer = KVTrainer(
+            build_arm(recipe, arm, data),
+            training_arguments(recipe, tmp_path / arm),
+            data.train_set(arm, recipe.seed),
+            data.held_out_set(arm),
+            data.tokenizer,
+            data_collator=collate,
+        )
+        trainer.evaluate = lambda *_, **__: {"eval_loss": 0.0}
+        trainer.train()
+        seen[arm] = order
+    assert len(seen["baseline"]) >= 6
+    assert seen["baseline"] == seen["kv"] == seen["mismatched"]
+
+
+def test_mismatched_arm_gets_the_kv_of_another_text(tiny_recipe: Callable[..., Recipe]) -> None:
+    data = arm_data(prepare(tiny_recipe()))
+    own, other = data.train_set("kv", 0), data.train_set("mismatched", 0)
+    assert sorted(other.partner) == list(range(len(other)))
+    assert all(partner != index for index, partner in enumerate(other.partner))
+    name = "org/teacher-1.0"
+    assert torch.equal(own[0]["input_ids"], other[0]["input_ids"])
+    tokens = min(own[0]["teacher_kv"][name].keys.shape[3], 8)
+    assert not torch.equal(
+        own[0]["teacher_kv"][name].keys[..., 3:tokens, :], other[0]["teacher_kv"][name].keys[..., 3:tokens, :]
+    )
+    # Held-out KV is every text's own: it measures, and does not teach.
+    held_out = data.held_out_set("mismatched")
+    assert held_out.partner == list(range(len(held_out)))
