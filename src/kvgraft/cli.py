@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -123,18 +122,16 @@ def evaluate(
 
 def main() -> None:
     """Entry point of ``kvgraft``: errors meant for users are printed without a traceback."""
+    from transformers.utils import logging as transformers_logging
+
     from kvgraft.errors import KVGraftError
 
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
-    )
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("kvgraft").setLevel(logging.INFO)
-    # Bars and warnings of the libraries would cut through ours; what matters of them comes back as an error.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    # Its bars and warnings would cut through ours; what matters of them comes back as an error.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         app()
     except KVGraftError as error:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -55,7 +56,7 @@ def student_config(fields: Mapping[str, Any], tokenizer_or_size: PreTrainedToken
         }
     try:
         return config_class(**{**vocabulary, **fields})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"student.new does not make a {model_type}: {error}") from error
 
 

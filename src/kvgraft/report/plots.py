@@ -25,7 +25,7 @@ def save_curves(result: RunResult, path: Path) -> None:
     # The first steps fall so far that the rest would be one flat line.
     settled = [point.metrics["loss"] for arm in result.arms for point in arm.evaluations[1:]]
     if settled:
-        margin = 0.05 * (max(settled) - min(settled))
+        margin = 0.05 * (max(settled) - min(settled)) or 0.05
         loss_axes.set_ylim(min(settled) - margin, max(settled) + margin)
     figure.suptitle(f"{result.name} (seed {result.seed})")
     figure.savefig(path, dpi=150)

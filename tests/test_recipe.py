@@ -1,0 +1,103 @@
+"""Recipes: what is wrong is named by field and line."""
+
+from pathlib import Path
+
+import pytest
+
+from kvgraft.errors import RecipeError
+from kvgraft.recipe import load_recipe
+
+RECIPE = """\
+name: small
+teachers:
+  - name: big
+    model: some/model
+student:
+  new:
+    hidden_size: 16
+training:
+  steps: 5
+"""
+
+
+def recipe_file(tmp_path: Path, text: str = RECIPE) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_the_measured_ones(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path))
+    assert recipe.kv_loss.objective == "student_to_teacher"
+    assert recipe.kv_loss.weight == 10
+    assert recipe.projector.per_layer
+    assert recipe.projector.skip
+    assert recipe.training.learning_rate == 5e-5
+    assert recipe.training.projector_learning_rate == 1e-3
+    assert recipe.arms == ["baseline", "kv"]
+
+
+def test_written_out_it_reads_back_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path))
+    assert load_recipe(recipe_file(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_overrides(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        recipe_file(tmp_path),
+        ["training.steps=7", "teachers.0.model=other", "alignment.layers=[[0, 3]]", "kv_loss.weight=0.5"],
+    )
+    assert recipe.training.steps == 7
+    assert recipe.teachers[0].model == "other"
+    assert recipe.alignment.layers == [(0, 3)]
+    assert recipe.kv_loss.weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("steps: 5", "stepz: 5"), r"training\.stepz \(line 9\): .*not permitted; known here: steps, batch_size"),
+        (("steps: 5", "steps: many"), r"training\.steps \(line 9\): .*integer.*\(given 'many'\)"),
+        (("steps: 5", "steps: 0"), r"training\.steps \(line 9\): .*greater than 0"),
+        (("model: some/model", "modell: some/model"), r"teachers\.0\.model.*\(line 3\): Field required"),
+        (("  new:\n    hidden_size: 16", "  vocab_size: 9"), r"student.*either `model`.*or `new`"),
+        (("name: small\n", ""), r"name.*Field required"),
+        (("name: small", "name: ../escape"), r"name \(line 1\)"),
+        (("steps: 5", "steps: 5\n  batch_size: 6\n  gradient_accumulation_steps: 4"), "6 is not a multiple of .* 4"),
+        (("steps: 5", "steps: 5\narms: [kv, kv]"), "each once"),
+        (("steps: 5", "steps: 5\nkv_loss:\n  weight: .inf"), r"kv_loss\.weight \(line 11\).*finite"),
+        (("  - name: big", "  - name: big\n    model: a\n  - name: big"), r"two teachers are named \['big'\]"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    text = RECIPE.replace(*change)
+    assert text != RECIPE
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_file(tmp_path, text))
+
+
+def test_missing_file_and_bad_yaml(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no recipe at .*absent\.yaml"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(recipe_file(tmp_path, "name: [unclosed"))
+    with pytest.raises(RecipeError, match="got list"):
+        load_recipe(recipe_file(tmp_path, "- one\n"))
+
+
+@pytest.mark.parametrize("override", ["training.steps", "=3", "teachers.9.model=x", "name.deeper=1"])
+def test_overrides_that_lead_nowhere(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match="--set"):
+        load_recipe(recipe_file(tmp_path), [override])
+
+
+def test_fingerprint_follows_what_is_computed(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    plain = load_recipe(path).fingerprint()
+    assert load_recipe(path, ["store.path=elsewhere", "name=other"]).fingerprint() == plain
+    assert load_recipe(path, ["seed=1"]).fingerprint() != plain
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")))
+def test_recipes_of_the_repository_are_valid(path: Path) -> None:
+    assert load_recipe(path).name == path.stem

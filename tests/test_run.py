@@ -1,0 +1,203 @@
+"""Whole runs on a tiny random teacher: what is left in the folder, resuming, and what a user may get wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvgraft.errors import KVGraftError, RecipeError
+from kvgraft.projector.projector import KVDimensionProjector
+from kvgraft.recipe import Recipe, load_recipe
+from kvgraft.report.log import read_metrics
+from kvgraft.run import evaluate, run
+
+GUIDE_TEMPLATE = {
+    "experiment": {"name", "date"},
+    "model": {"teacher", "student"},
+    "projector": {"mlp_ratio", "dropout", "init_method", "params"},
+    "training": {"learning_rate", "batch_size", "steps"},
+    "results": {"initial_loss", "final_loss", "reduction", "convergence_step"},
+}
+
+
+@pytest.fixture
+def finished(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    run(tiny_recipe(arms=["baseline", "kv", "mismatched", "shared_objective"]), folder)
+    return folder
+
+
+def test_run_folder_holds_everything(finished: Path) -> None:
+    log = yaml.safe_load((finished / "experiment.yaml").read_text())
+    for section, fields in GUIDE_TEMPLATE.items():
+        assert fields <= set(log[section])
+        assert all(log[section][field] is not None for field in fields)
+    assert len(log["notes"]) >= 3
+    assert load_recipe(finished / "recipe.yaml").name == "tiny"
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| held-out loss after |" in (finished / "results.md").read_text()
+    records = read_metrics(finished / "metrics.jsonl")
+    assert {record["arm"] for record in records} == {"baseline", "kv", "mismatched", "shared_objective"}
+    logged = [record for record in records if record["arm"] == "kv" and "kv_loss" in record]
+    assert {"loss", "ce_loss", "kv_loss", "kv_loss/org/teacher-1.0", "gradient_share/kv"} <= set(logged[0])
+    assert not (finished / "kv" / "checkpoints").exists()
+
+
+def test_student_is_a_plain_hugging_face_model_with_the_projector_beside_it(finished: Path) -> None:
+    student = AutoModelForCausalLM.from_pretrained(finished / "kv" / "student")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "kv" / "student")
+    assert tokenizer.decode(student.generate(**tokenizer("Tom has", return_tensors="pt"), max_new_tokens=3)[0])
+    names = set(load_file(finished / "kv" / "student" / "model.safetensors"))
+    assert names <= set(student.state_dict())
+    assert not (finished / "kv" / "student" / "projector").exists()
+    projector = KVDimensionProjector.from_pretrained(finished / "kv" / "projector")
+    assert projector.direction == "student_to_teacher"
+    assert list(projector.teachers) == ["org/teacher-1.0"]
+
+
+def test_arms_start_from_the_same_weights(finished: Path) -> None:
+    arms = [json.loads((finished / arm / "arm.json").read_text()) for arm in ("baseline", "kv", "mismatched")]
+    assert len({arm["evaluations"][0]["metrics"]["loss"] for arm in arms}) == 1
+    assert len({arm["evaluations"][-1]["metrics"]["loss"] for arm in arms}) == 3
+    assert [point["step"] for point in arms[0]["evaluations"]] == [0, 2, 4, 6]
+
+
+def test_evaluate_measures_what_training_measured(finished: Path) -> None:
+    for arm in evaluate(finished).arms:
+        trained = json.loads((finished / arm.arm / "arm.json").read_text())["evaluations"][-1]["metrics"]
+        for name, value in arm.last.items():
+            assert value == pytest.approx(trained[name], rel=1e-5)
+
+
+def test_same_recipe_gives_the_same_numbers(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    results = [run(tiny_recipe(arms=["kv"]), tmp_path / name) for name in ("one", "two")]
+    assert results[0].arms[0].evaluations == results[1].arms[0].evaluations
+    assert results[1].teachers[0].captured_tokens == 0
+
+
+def test_existing_folder_is_not_touched_unless_asked(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe(arms=["baseline"], training={"steps": 2})
+    folder = tmp_path / "run"
+    run(recipe, folder)
+    with pytest.raises(RecipeError, match=r"run holds a run already.*--resume.*--output.*--overwrite"):
+        run(recipe, folder)
+    with pytest.raises(RecipeError, match=r"another recipe \(differs in training\)"):
+        run(tiny_recipe(arms=["baseline"], training={"steps": 4}), folder, resume=True)
+    weights = (folder / "baseline" / "student" / "model.safetensors").read_bytes()
+    run(recipe, folder, resume=True)
+    assert (folder / "baseline" / "student" / "model.safetensors").read_bytes() == weights
+    run(recipe, folder, overwrite=True)
+
+
+def interrupted_run(recipe: Recipe, folder: Path) -> str:
+    """Ctrl-C a run of the command line in the middle of its training; returns what it printed."""
+    path = folder.parent / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvgraft", "train", str(path), "--output", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log = folder / "kv" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(record["step"] >= 4 for record in read_metrics(log)):
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.02)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    return output
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resuming_is_exact(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    # Dropout draws random numbers, whose state has to come back too.
+    recipe = tiny_recipe(arms=["kv"], training={"steps": 60}, projector={"dropout": 0.3})
+    whole = run(recipe, tmp_path / "whole")
+    output = interrupted_run(recipe, tmp_path / "stopped")
+    assert "a checkpoint is in" in output
+    assert "--resume" in output
+    resumed = run(recipe, tmp_path / "stopped", resume=True)
+    assert len(resumed.arms[0].evaluations) == len(whole.arms[0].evaluations) == 31
+    for one, other in zip(whole.arms[0].evaluations, resumed.arms[0].evaluations, strict=True):
+        assert one == other
+    for part in ("student/model.safetensors", "projector/projector.safetensors"):
+        first, second = (load_file(tmp_path / name / "kv" / part) for name in ("whole", "stopped"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_makes_the_student_predict_the_teachers_kv(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    result = run(tiny_recipe(arms=["kv"], training={"steps": 40, "projector_learning_rate": 1e-2}), tmp_path / "run")
+    kv = result.arms[0]
+    assert kv.last["kv_loss"] < 0.9 * kv.first["kv_loss"]
+    assert kv.last["kv_loss/org/teacher-1.0"] == pytest.approx(kv.last["kv_loss"])
+    # No collapse: the student's own KV still varies.
+    assert kv.last["student_kv_deviation"] > 0.3 * kv.first["student_kv_deviation"]
+
+
+@pytest.mark.parametrize("objective", ["teacher_to_student", "alternating"])
+def test_other_objectives_run(tiny_recipe: Callable[..., Recipe], tmp_path: Path, objective: str) -> None:
+    result = run(tiny_recipe(arms=["kv"], kv_loss={"objective": objective}), tmp_path / "run")
+    assert all(value == value for value in result.arms[0].last.values())
+    assert result.arms[0].last["kv_loss"] < result.arms[0].first["kv_loss"]
+
+
+def test_two_teachers(tiny_recipe: Callable[..., Recipe], tiny_teacher: Path, tmp_path: Path) -> None:
+    teachers = [
+        {"name": "first.1", "model": str(tiny_teacher), "weight": 3.0},
+        {"name": "second/2", "model": str(tiny_teacher), "dtype": "bfloat16"},
+    ]
+    result = run(tiny_recipe(arms=["kv"], teachers=teachers, alignment={"layers": [[1, 3]]}), tmp_path / "run")
+    last = result.arms[0].last
+    assert last["kv_loss"] == pytest.approx((last["kv_loss/first.1"] + last["kv_loss/second/2"]) / 2)
+    assert [teacher.layer_map for teacher in result.teachers] == [[(1, 3)], [(1, 3)]]
+
+
+def test_truncated_texts_are_counted(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    result = run(tiny_recipe(arms=["baseline"], training={"steps": 1}, data={"max_length": 16}), tmp_path / "run")
+    assert result.truncated_train_texts == result.train_texts == 16
+
+
+def jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_empty_text_is_named_before_anything_runs(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, text: str
+) -> None:
+    source = jsonl(tmp_path / "data.jsonl", [{"text": "fine"}, {"text": text}])
+    recipe = tiny_recipe(data={"train": source, "held_out": source})
+    with pytest.raises(KVGraftError, match=r"data\.jsonl, line 2: `text` is empty"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_texts_of_one_token_train(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    train = jsonl(tmp_path / "train.jsonl", [{"text": letter} for letter in "abcdefgh"])
+    held_out = jsonl(tmp_path / "held_out.jsonl", [{"text": "x"}])
+    recipe = tiny_recipe(
+        data={"train": train, "held_out": held_out, "train_samples": None, "held_out_samples": None},
+        alignment={"skip_first_tokens": 0},
+    )
+    result = run(recipe, tmp_path / "run")
+    assert all(value == value for arm in result.arms for value in arm.last.values())
+
+
+def test_evaluate_wants_a_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is no run folder"):
+        evaluate(tmp_path)
