@@ -1,0 +1,92 @@
+"""What the table and the experiment log say of a run, from numbers made by hand."""
+
+import pytest
+
+from kvgraft.recipe import Recipe
+from kvgraft.report.log import experiment_log
+from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
+from kvgraft.report.tables import arm_rows, cost_rows, markdown
+
+
+def arm(name: str, losses: list[float], kv_losses: list[float] | None = None) -> ArmResult:
+    points = []
+    for index, loss in enumerate(losses):
+        metrics = {"loss": loss, "perplexity": 2.0, "student_kv_deviation": 1.0, "student_kv_effective_rank": 4.0}
+        if kv_losses is not None:
+            metrics["kv_loss"] = kv_losses[index]
+        points.append(Evaluation(step=10 * index, metrics=metrics))
+    shares = {"ce": 0.4, "kv": 0.6} if kv_losses else {}
+    return ArmResult(arm=name, steps=10 * (len(losses) - 1), seconds=3.0, evaluations=points, gradient_shares=shares)
+
+
+RESULT = RunResult(
+    name="made",
+    date="2026-01-02",
+    seed=0,
+    student="new llama",
+    student_parameters=1000,
+    train_texts=10,
+    train_tokens=1000,
+    held_out_texts=2,
+    truncated_train_texts=1,
+    teachers=[
+        TeacherResult(
+            name="big",
+            model="some/big",
+            layer_map=[(0, 3)],
+            tokens=900,
+            captured_tokens=900,
+            tokens_per_second=450.0,
+            store_bytes=9000,
+            bytes_per_token=10.0,
+            truncated_texts=0,
+            alignment_coverage=0.99,
+            alignment_dropped={"special": 1},
+        )
+    ],
+    arms=[
+        arm("baseline", [7.0, 6.0, 5.0, 4.5]),
+        arm("kv", [7.0, 5.0, 4.4, 4.2], [1.0, 0.6, 0.43, 0.4]),
+        arm("mismatched", [7.0, 6.5, 5.5, 5.0], [1.0, 0.9, 0.9, 0.9]),
+    ],
+    seconds={"train baseline": 3.0},
+)
+RECIPE = Recipe.model_validate(
+    {"name": "made", "teachers": [{"name": "big", "model": "some/big"}], "student": {"new": {}}}
+)
+
+
+def test_steps_to_a_loss_and_reduction() -> None:
+    baseline, kv, mismatched = RESULT.arms
+    bar = baseline.last["loss"]
+    assert baseline.steps_to(bar) == 30
+    assert kv.steps_to(bar) == 20
+    assert mismatched.steps_to(bar) is None
+    assert kv.kv_reduction() == pytest.approx(0.6)
+    assert baseline.kv_reduction() is None
+    # 95 % of the way from 1.0 to 0.4 is 0.43.
+    assert kv.kv_convergence_step() == 20
+
+
+def test_table_says_it() -> None:
+    rows = dict(arm_rows(RESULT))
+    assert rows["held-out loss after"] == ["4.500", "4.200", "5.000"]
+    assert rows["loss against the baseline"] == ["+0.000", "-0.300", "+0.500"]
+    assert rows["steps to the baseline's final loss"] == ["30 (100%)", "20 (67%)", "not in 30"]
+    assert rows["KV loss reduction"] == ["-", "60.0%", "10.0%"]
+    assert rows["KV loss's share of the gradient norm"] == ["-", "60.0%", "60.0%"]
+    costs = dict(cost_rows(RESULT))
+    assert costs["big: student tokens aligned"] == "99.00%"
+    assert costs["big: tokens per second"] == "450"
+    assert costs["big: store bytes per token"] == "10"
+    assert "| held-out loss after | 4.500 | 4.200 | 5.000 |" in markdown(RESULT)
+
+
+def test_experiment_log_is_filled_from_the_run() -> None:
+    log = experiment_log(RECIPE, RESULT)
+    assert log["experiment"] == {"name": "made", "date": "2026-01-02"}
+    assert log["model"] == {"teacher": "big", "student": "new llama"}
+    assert (log["results"]["initial_loss"], log["results"]["final_loss"]) == (1.0, 0.4)
+    assert log["results"]["reduction"] == "60.0%"
+    assert log["results"]["convergence_step"] == 20
+    assert "kv: held-out loss 7.000 -> 4.200, -0.300 against the baseline" in log["notes"]
