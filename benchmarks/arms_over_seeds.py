@@ -18,6 +18,7 @@ import typer
 from rich.logging import RichHandler
 
 from kvgraft.recipe import load_recipe
+from kvgraft.report.plots import save_curves
 from kvgraft.report.results import ArmResult, RunResult
 from kvgraft.run import RESULT_FILE, run
 
@@ -37,6 +38,7 @@ def main(
             results.append(RunResult.read(folder / RESULT_FILE))
         else:
             results.append(run(load_recipe(recipe, [*(overrides or []), f"seed={seed}"]), folder, resume=True))
+    save_curves(results, output / "curves.png")
     typer.echo(table(results))
 
 

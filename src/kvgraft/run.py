@@ -67,7 +67,7 @@ def write_report(recipe: Recipe, result: RunResult, folder: Path) -> None:
     result.write(folder / RESULT_FILE)
     (folder / "results.md").write_text(markdown(result), encoding="utf-8")
     write_experiment_log(folder / "experiment.yaml", recipe, result)
-    save_curves(result, folder / "curves.png")
+    save_curves([result], folder / "curves.png")
     lines = [(folder / arm.arm / "metrics.jsonl").read_text(encoding="utf-8") for arm in result.arms]
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 

@@ -91,9 +91,7 @@ def test_plan_of_the_quickstart_has_no_problem() -> None:
 
 
 @pytest.mark.gsm8k
-@pytest.mark.skipif(
-    not GSM8K.is_dir(), reason="set KVGRAFT_GSM8K to the folder of GSM8K"
-)
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="set KVGRAFT_GSM8K to the folder of GSM8K")
 def test_gsm8k_reads_and_aligns() -> None:
     examples = load_examples(str(GSM8K), "train", 60)
     assert all("####" in example.text for example in examples)

@@ -1,9 +1,12 @@
 """What the table and the experiment log say of a run, from numbers made by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from kvgraft.recipe import Recipe
 from kvgraft.report.log import experiment_log
+from kvgraft.report.plots import save_curves
 from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
 from kvgraft.report.tables import arm_rows, cost_rows, markdown
 
@@ -90,3 +93,9 @@ def test_experiment_log_is_filled_from_the_run() -> None:
     assert log["results"]["reduction"] == "60.0%"
     assert log["results"]["convergence_step"] == 20
     assert "kv: held-out loss 7.000 -> 4.200, -0.300 against the baseline" in log["notes"]
+
+
+def test_curves_of_one_run_and_of_several(tmp_path: Path) -> None:
+    for name, results in (("one.png", [RESULT]), ("two.png", [RESULT, RESULT.model_copy(update={"seed": 1})])):
+        save_curves(results, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

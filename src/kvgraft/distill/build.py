@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,8 +20,12 @@ from kvgraft.projector.closed_form import LeastSquares
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import KVLossRecipe, Recipe
 
+# See the controls in docs/results.md (SPEC R6).
+_HARMFUL_OBJECTIVES = ("shared", "alternating")
 _CALIBRATION_TEXTS = 128
 _CALIBRATION_BATCH = 8
+
+logger = logging.getLogger(__name__)
 
 LayerMaps = Mapping[str, list[tuple[int, int]]]
 
@@ -69,6 +74,12 @@ def build_distillation(
     """
     if not layer_maps:
         return DistillationModel(student, loss=loss)
+    if loss.objective in _HARMFUL_OBJECTIVES:
+        logger.warning(
+            "objective %s trains the projector and the student on each other; measured, it left the student 0.7 nats "
+            "worse than no KV at all (docs/results.md). student_to_teacher is what helps.",
+            loss.objective,
+        )
     projector = build_projector(recipe, loss.objective, kv_geometry(student.config).kv_dim, teacher_configs)
     if loss.objective == "student_to_teacher":
         scales = {source.name: _stored_scale(source) for source in train.sources}
