@@ -169,8 +169,12 @@ def test_two_teachers(tiny_recipe: Callable[..., Recipe], tiny_teacher: Path, tm
     assert [teacher.layer_map for teacher in result.teachers] == [[(1, 3)], [(1, 3)]]
 
 
-def test_truncated_texts_are_counted(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_truncated_texts_are_counted_and_said(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     result = run(tiny_recipe(arms=["baseline"], training={"steps": 1}, data={"max_length": 16}), tmp_path / "run")
+    assert "20 texts were cut to data.max_length 16 tokens" in caplog.text
+    assert result.teachers[0].truncated_texts == 16
     assert result.truncated_train_texts == result.train_texts == 16
 
 

@@ -134,6 +134,9 @@ def read_texts(recipe: Recipe) -> Texts:
         [encode_example(example, tokenizer, recipe.data.max_length, recipe.data.loss_on) for example in examples]
         for examples in (train, held_out)
     ]
+    cut = sum(bool(example.truncated_bytes) for examples in encoded for example in examples)
+    if cut:
+        logger.warning("%d texts were cut to data.max_length %d tokens", cut, recipe.data.max_length)
     return Texts(train, held_out, tokenizer, *encoded)
 
 

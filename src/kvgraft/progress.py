@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from kvgraft.processes import process_state
+
 
 class Advance:
     """Handle of a running bar: call it with the units done, and optionally a note to show beside them."""
@@ -42,6 +44,6 @@ def progress_bar(description: str, total: int, unit: str, done: int = 0) -> Iter
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not process_state().is_main_process) as progress:
         task = progress.add_task(description, total=total, completed=done, unit=unit, note="")
         yield Advance(progress, task)

@@ -80,6 +80,8 @@ def test_damaged_gguf_is_named_and_leaves_nothing_behind(tmp_path: Path, monkeyp
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF not really")
     with pytest.raises(ModelError, match=r"cannot convert .*broken\.gguf"):
+        loading.load_model(str(path))
+    with pytest.raises(ModelError, match=r"cannot load .*broken\.gguf"):
         loading.load_config(str(path))
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,13 +35,13 @@ def cache_folder() -> Path:
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """The config of model ``name``, without its weights (a GGUF file is converted first)."""
-    return _load(AutoConfig.from_pretrained, name, revision)
+    """The config of model ``name``, without its weights."""
+    return _load(AutoConfig.from_pretrained, name, revision, **_unconverted(name))
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     """The tokenizer of model ``name``."""
-    return _load(AutoTokenizer.from_pretrained, name, revision)
+    return _load(AutoTokenizer.from_pretrained, name, revision, **_unconverted(name))
 
 
 def load_model(
@@ -64,10 +65,10 @@ def load_model(
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:
-    """What model ``name`` is, by content: sha256 over a folder's files, or the hub's commit."""
-    source = _resolve(name)
+    """What model ``name`` is: sha256 over a folder's files or of a GGUF file, or the hub's commit."""
+    source = _locate(name)
     if isinstance(source, Path):
-        return _folder_digest(source)
+        return _file_digest(source) if source.is_file() else _folder_digest(source)
     commit = getattr(load_config(name, revision), "_commit_hash", None)
     return f"{name}@{commit or revision or 'main'}"
 
@@ -86,27 +87,36 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _load(load: Callable[..., _Loaded], name: str, revision: str | None, **options: Any) -> _Loaded:
-    source = _resolve(name)
+    source = _locate(name)
+    if isinstance(source, Path) and source.suffix == ".gguf":
+        source = source.parent if "gguf_file" in options else _convert_gguf(source)
     try:
         return load(source, revision=revision, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers, the hub and readers of foreign files raise whatever they like
         raise ModelError(
             f"cannot load {name!r} (taken for {'the folder ' if isinstance(source, Path) else 'the hub id '}{source}): "
             f"{error}. Give {_KINDS}."
         ) from error
 
 
-def _resolve(name: str) -> Path | str:
-    """A folder in the Hugging Face layout, or a hub id."""
+def _unconverted(name: str) -> dict[str, str]:
+    """Option that reads config and tokenizer out of a GGUF file, where it has not been converted yet."""
+    source = _locate(name)
+    if isinstance(source, Path) and source.suffix == ".gguf" and not _converted_folder(source).is_dir():
+        return {"gguf_file": source.name}
+    return {}
+
+
+def _locate(name: str) -> Path | str:
+    """A folder or a GGUF file, or a hub id."""
     if name.startswith(PACKAGE_PREFIX):
-        path = _package_file(name)
-    else:
-        path = Path(name).expanduser()
-        if not path.exists():
-            if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
-                raise ModelError(f"no model at {path} (looked in {Path.cwd()}); give {_KINDS}")
-            return name
-    return _convert_gguf(path) if path.suffix == ".gguf" else path
+        return _package_file(name)
+    path = Path(name).expanduser()
+    if not path.exists():
+        if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+            raise ModelError(f"no model at {path} (looked in {Path.cwd()}); give {_KINDS}")
+        return name
+    return path
 
 
 def _package_file(name: str) -> Path:
@@ -127,7 +137,7 @@ def _package_file(name: str) -> Path:
 
 def _convert_gguf(path: Path) -> Path:
     """Folder of safetensors and tokenizer made from a GGUF file, once, in the cache."""
-    folder = cache_folder() / "models" / f"{path.stem}-{_file_digest(path)[:16]}"
+    folder = _converted_folder(path)
     if folder.is_dir():
         return folder
     logger.info("converting %s to safetensors, once, into %s", path.name, folder)
@@ -145,6 +155,10 @@ def _convert_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _converted_folder(path: Path) -> Path:
+    return cache_folder() / "models" / f"{path.stem}-{_file_digest(path)[:16]}"
 
 
 def _dequantized(path: Path) -> PreTrainedModel:
@@ -176,6 +190,13 @@ def _folder_digest(folder: Path) -> str:
 
 
 def _file_digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_once(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(256)
+def _digest_once(path: Path, size: int, modified: int) -> str:
+    """sha256 of a file; read once as long as its size and time stay."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -55,9 +55,16 @@ def student_config(fields: Mapping[str, Any], tokenizer_or_size: PreTrainedToken
             "pad_token_id": tokenizer_or_size.pad_token_id,
         }
     try:
-        return config_class(**{**vocabulary, **fields})
+        config = config_class(**{**vocabulary, **fields})
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"student.new does not make a {model_type}: {error}") from error
+    # Newer releases of transformers check this themselves.
+    if "head_dim" not in fields and config.hidden_size % config.num_attention_heads:
+        raise ModelError(
+            f"student.new does not make a {model_type}: hidden_size {config.hidden_size} is not a multiple of "
+            f"num_attention_heads {config.num_attention_heads}; change one, or give head_dim"
+        )
+    return config
 
 
 def new_student(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

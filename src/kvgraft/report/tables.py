@@ -47,13 +47,15 @@ def evaluation_table(result: RunResult) -> Table:
 def plan_tables(plan: Plan) -> list[Table]:
     """Models, and what each teacher takes."""
     models = Table(title=f"{plan.name}: models", title_justify="left")
-    for heading in ("", "architecture", "parameters", "layers", "KV heads", "head width", "kv_dim", "context"):
-        models.add_column(heading, justify="left" if heading in ("", "architecture") else "right")
-    for model in [plan.student, *(teacher.model for teacher in plan.teachers)]:
-        if model is not None:
-            sizes = (model.parameters, model.num_layers, model.num_kv_heads, model.head_dim, model.kv_dim)
-            context = "-" if model.context is None else f"{model.context:,}"
-            models.add_row(model.name, model.architecture, *(f"{size:,}" for size in sizes), context)
+    models.add_column("")
+    planned = [*([plan.student] if plan.student else []), *(teacher.model for teacher in plan.teachers)]
+    for model in planned:
+        models.add_column(model.name, justify="right")
+    models.add_row("architecture", *(model.architecture for model in planned))
+    fields = ("parameters", "num_layers", "num_kv_heads", "head_dim", "kv_dim", "hidden_size", "vocab_size", "context")
+    for field in fields:
+        sizes = (getattr(model, field) for model in planned)
+        models.add_row(field, *("-" if size is None else f"{size:,}" for size in sizes))
     tables = [models]
     for teacher in plan.teachers:
         table = Table(title=f"teacher {teacher.model.name}", title_justify="left", show_header=False)
@@ -125,6 +127,7 @@ def cost_rows(result: RunResult) -> list[tuple[str, str]]:
         speed = f"{teacher.tokens_per_second:,.0f}" if teacher.tokens_per_second else "not run: all KV was stored"
         rows += [
             (f"{teacher.name}: student tokens aligned", f"{teacher.alignment_coverage:.2%}"),
+            (f"{teacher.name}: texts cut", f"{teacher.truncated_texts:,}"),
             (f"{teacher.name}: tokens per second", speed),
             (f"{teacher.name}: store bytes per token", f"{teacher.bytes_per_token:,.0f}"),
             (f"{teacher.name}: store in all", f"{teacher.store_bytes / 1e6:,.1f} MB"),
