@@ -94,7 +94,7 @@ def test_overrides_that_lead_nowhere(tmp_path: Path, override: str) -> None:
 def test_fingerprint_follows_what_is_computed(tmp_path: Path) -> None:
     path = recipe_file(tmp_path)
     plain = load_recipe(path).fingerprint()
-    assert load_recipe(path, ["store.path=elsewhere", "name=other"]).fingerprint() == plain
+    assert load_recipe(path, ["store.path=elsewhere", "name=other", "arms=[kv]"]).fingerprint() == plain
     assert load_recipe(path, ["seed=1"]).fingerprint() != plain
 
 

@@ -94,7 +94,9 @@ def test_existing_folder_is_not_touched_unless_asked(tiny_recipe: Callable[..., 
     with pytest.raises(RecipeError, match=r"another recipe \(differs in training\)"):
         run(tiny_recipe(arms=["baseline"], training={"steps": 4}), folder, resume=True)
     weights = (folder / "baseline" / "student" / "model.safetensors").read_bytes()
-    run(recipe, folder, resume=True)
+    # An arm that was finished is not trained again; another may be added.
+    both = run(tiny_recipe(arms=["baseline", "kv"], training={"steps": 2}), folder, resume=True)
+    assert [arm.arm for arm in both.arms] == ["baseline", "kv"]
     assert (folder / "baseline" / "student" / "model.safetensors").read_bytes() == weights
     run(recipe, folder, overwrite=True)
 

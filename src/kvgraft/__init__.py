@@ -1,8 +1,8 @@
 """Move knowledge between language models through their key/value caches."""
 
 from kvgraft.align.layers import map_layers
-from kvgraft.align.spans import encode_with_spans
 from kvgraft.align.tokens import align_tokens, gather_aligned
+from kvgraft.data.spans import encode_with_spans
 from kvgraft.distill.losses import compute_kv_loss
 from kvgraft.errors import KVGraftError
 from kvgraft.kv import KV, KVGeometry

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from kvgraft.align.layers import map_layers
-from kvgraft.align.spans import encode_with_spans
 from kvgraft.data.datasets import Example, load_train_and_held_out
+from kvgraft.data.spans import encode_with_spans
 from kvgraft.distill.objectives import projector_direction
 from kvgraft.errors import KVGraftError, RecipeError
 from kvgraft.kv import KVGeometry

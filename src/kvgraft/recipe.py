@@ -186,8 +186,11 @@ class Recipe(_Section):
         return self
 
     def fingerprint(self) -> str:
-        """Identity of the run: sha256 of every field that changes what it computes."""
-        return hashlib.sha256(self.model_dump_json(exclude={"name", "store"}).encode()).hexdigest()
+        """Identity of the run: sha256 of every field that changes what an arm computes.
+
+        Arms may be added to a run, so they do not count.
+        """
+        return hashlib.sha256(self.model_dump_json(exclude={"name", "store", "arms"}).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""

@@ -16,12 +16,12 @@ from kvgraft.align import (
     TokenAlignment,
     align_encoded,
     align_tokens,
-    encode_with_spans,
     gather_aligned,
 )
+from kvgraft.data.spans import encode_with_spans
 from kvgraft.errors import AlignmentError
 from kvgraft.kv import KV
-from tests.align.test_spans import NAMES, encode_or_none, nonempty_texts, sample_tokenizers
+from tests.data.test_spans import NAMES, encode_or_none, nonempty_texts, sample_tokenizers
 
 POLICIES: tuple[AlignmentPolicy, ...] = get_args(AlignmentPolicy)
 Span = tuple[int, int]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvgraft.align.spans import encode_with_spans
 from kvgraft.align.tokens import align_encoded
 from kvgraft.data.datasets import load_examples
+from kvgraft.data.spans import encode_with_spans
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.models import loading
 from kvgraft.models.capture import capture, record_kv

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvgraft.align.spans import EncodedText
+from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.errors import KVGraftError
 from kvgraft.models.capture import capture

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from kvgraft.data.spans import sample_key
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
-from kvgraft.store.format import Moments, StoreIdentity, sample_key, text_fingerprint
+from kvgraft.store.format import Moments, StoreIdentity, text_fingerprint
 from tests.store.test_writer import IDENTITY
 
 OTHERS: dict[str, Any] = {

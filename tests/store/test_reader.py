@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from kvgraft.data.spans import sample_key
 from kvgraft.errors import StoreError
-from kvgraft.store.format import StoreIdentity, sample_key
+from kvgraft.store.format import StoreIdentity
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
 from tests.store.test_writer import IDENTITY, KEYS, SHARD_BYTES, TEXTS, add, fill, make_kv, make_spans, shard_names

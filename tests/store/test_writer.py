@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from kvgraft.data.spans import sample_key
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV
-from kvgraft.store.format import StoreIdentity, sample_key, text_fingerprint
+from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
 

@@ -11,11 +11,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from kvgraft.align.spans import EncodedText, Spans, encode_with_spans
+from kvgraft.data.spans import EncodedText, Spans
 from kvgraft.errors import AlignmentError
 from kvgraft.kv import KV
-
-__all__ = ["AlignmentPolicy", "TokenAlignment", "align_encoded", "align_tokens", "encode_with_spans", "gather_aligned"]
 
 AlignmentPolicy = Literal["cover", "causal", "mean"]
 

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from kvgraft.align.spans import Spans, encode_with_spans
 from kvgraft.data.datasets import Example
+from kvgraft.data.spans import Spans, encode_with_spans
 
 IGNORED = -100
 
@@ -46,7 +46,7 @@ def encode_example(
     """``example`` in at most ``max_length`` tokens, its end-of-text among them.
 
     Raises:
-        DataError, AlignmentError: as :func:`kvgraft.align.spans.encode_with_spans`.
+        DataError, AlignmentError: as :func:`kvgraft.data.spans.encode_with_spans`.
     """
     encoded = encode_with_spans(tokenizer, example.text, max_length - 1)
     input_ids, spans = list(encoded.input_ids), encoded.spans

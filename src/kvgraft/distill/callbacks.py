@@ -13,7 +13,7 @@ from kvgraft.progress import Advance
 from kvgraft.report.log import append_metrics
 
 
-class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+class ProgressCallback(TrainerCallback):
     """Moves a bar by one for each step and shows the last held-out loss beside it."""
 
     def __init__(self, advance: Advance) -> None:
@@ -30,7 +30,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._advance(0, note=f"held-out loss {metrics['eval_loss']:.3f}")
 
 
-class MetricsCallback(TrainerCallback):  # type: ignore[misc]
+class MetricsCallback(TrainerCallback):
     """Appends everything the Trainer logs to ``metrics.jsonl``, one line each, with the arm's name."""
 
     def __init__(self, path: Path, arm: str) -> None:
@@ -44,7 +44,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
             append_metrics(self._path, {"arm": self._arm, "step": state.global_step, **logs})
 
 
-class InterruptCallback(TrainerCallback):  # type: ignore[misc]
+class InterruptCallback(TrainerCallback):
     """On Ctrl-C, finish the step, leave a checkpoint and stop; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:

@@ -131,7 +131,7 @@ class DistillationModel(nn.Module):
             num_items_in_batch=count.clamp_min(1).to(input_ids.device),
             use_cache=False,
         )
-        return output.loss  # type: ignore[no-any-return]
+        return output.loss
 
     def _kv_losses(
         self, student_kv: KV, teacher_kv: Mapping[str, KV], num_kv_tokens: Mapping[str, Tensor | int]

@@ -20,7 +20,7 @@ from kvgraft.projector.projector import KVDimensionProjector
 PROJECTOR_FOLDER = "projector"
 
 
-class KVTrainer(Trainer):  # type: ignore[misc]
+class KVTrainer(Trainer):
     """Trains a :class:`DistillationModel`.
 
     Args:
@@ -72,7 +72,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
     @property
     def distillation(self) -> DistillationModel:
         """The model without what the Trainer or Accelerate wrapped around it."""
-        return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
+        return self.accelerator.unwrap_model(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what ``args.optim`` names) with student and projector in groups of their own."""

@@ -156,6 +156,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             "convert it with safetensors.torch.save_file(state_dict, 'old.safetensors') where you trust it."
         )
     try:
-        return load_file(path)  # type: ignore[no-any-return]
+        return load_file(path)
     except SafetensorError as error:
         raise ProjectorError(f"{path} is damaged or not a safetensors file: {error}") from error

@@ -367,13 +367,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path} has format_version {version}; this kvgraft reads {FORMAT_VERSION}. Save the projector again with "
             "KVDimensionProjector.save_pretrained."
         )
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = _existing(folder, WEIGHTS_FILE)
     try:
-        return load_file(path)  # type: ignore[no-any-return]
+        return load_file(path)
     except SafetensorError as error:
         raise ProjectorError(f"{path} is damaged or not a safetensors file: {error}") from error
 

@@ -60,7 +60,7 @@ def experiment_log(recipe: Recipe, result: RunResult) -> dict[str, Any]:
         },
         "notes": _notes(result),
     }
-    return as_plain(log)  # type: ignore[no-any-return]
+    return as_plain(log)
 
 
 def write_experiment_log(path: Path, recipe: Recipe, result: RunResult) -> None:

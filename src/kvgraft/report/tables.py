@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from rich.table import Table
 
@@ -102,7 +103,7 @@ def arm_rows(result: RunResult) -> list[Row]:
         _row(result, "KV loss reduction", lambda arm: _percent(arm.kv_reduction())),
     ]
     for part, label in (("ce", "cross-entropy's"), ("kv", "KV loss's")):
-        rows.append(_row(result, f"{label} share of the gradient norm", lambda arm, part=part: _share(arm, part)))  # type: ignore[misc]
+        rows.append(_row(result, f"{label} share of the gradient norm", partial(_share, part=part)))
     rows += [
         _row(result, "student KV deviation, before / after", lambda arm: _before_after(arm, "student_kv_deviation")),
         _row(

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvgraft.align.spans import EncodedText, encode_with_spans
 from kvgraft.data.batching import length_buckets
+from kvgraft.data.spans import EncodedText, encode_with_spans
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture
 from kvgraft.progress import progress_bar

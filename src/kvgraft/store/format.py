@@ -176,11 +176,6 @@ class Manifest(BaseModel):
         )
 
 
-def sample_key(text: str) -> str:
-    """The name of a text in a store: sha256 of its UTF-8 bytes, 64 hexadecimal digits."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
 def text_fingerprint(keys: Iterable[str]) -> str:
     """Fingerprint of a set of sample keys; order and repeats make no difference."""
     return hashlib.sha256("\n".join(sorted(set(keys))).encode()).hexdigest()

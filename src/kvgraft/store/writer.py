@@ -123,7 +123,7 @@ class KVStoreWriter:
         """Add one text. A key that the store already has is left as it is.
 
         Args:
-            key: :func:`~kvgraft.store.format.sample_key` of the text.
+            key: :func:`~kvgraft.data.spans.sample_key` of the text.
             kv: its KV, batch 1 without padding, of the store's layers; any float dtype and device.
             spans: ``[tokens, 2]`` integers, the bytes of the text that each token stands for.
             truncated_bytes: bytes cut off the end of the text.

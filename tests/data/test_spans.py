@@ -23,7 +23,7 @@ from tokenizers import (
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from kvgraft.align import EncodedText, encode_with_spans
+from kvgraft.data.spans import EncodedText, encode_with_spans
 from kvgraft.errors import AlignmentError, DataError
 
 CORPUS = [

@@ -60,6 +60,11 @@ class EncodedText:
         return self.text_bytes - self.truncated_bytes - covered
 
 
+def sample_key(text: str) -> str:
+    """The name of a text, by content: sha256 of its UTF-8 bytes, 64 hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
 def encode_with_spans(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
@@ -113,7 +118,7 @@ def encode_with_spans(
         spans=_with_special_tokens(spans, is_text[kept]),
         truncated_bytes=len(text_utf8) - int(spans[-1, 1]) if len(kept) < len(input_ids) else 0,
         text_bytes=len(text_utf8),
-        sample_key=hashlib.sha256(text_utf8).hexdigest(),
+        sample_key=sample_key(text),
     )
 
 
