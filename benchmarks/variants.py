@@ -1,6 +1,6 @@
-"""What does each setting of the KV loss and of the adapters give? One run per setting, from the same weights and batches.
+"""What does each setting of the KV loss and of the adapters give? The same weights and batches for every setting.
 
-    python benchmarks/variants.py recipes/gsm8k.yaml --set data.train=FOLDER --set training.steps=120 --output runs/variants
+    python benchmarks/variants.py recipes/gsm8k.yaml --set data.train=FOLDER --set training.steps=120 --output runs/v
 
 Prints held-out losses and their difference to cross-entropy alone. One seed: it tells what is worth trying, not what is
 better. A finished run is not done again.

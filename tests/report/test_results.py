@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kvgraft.recipe import Recipe
-from kvgraft.report.log import experiment_log
+from kvgraft.report.log import append_metrics, experiment_log, read_metrics
 from kvgraft.report.plots import save_curves
 from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
 from kvgraft.report.tables import arm_rows, cost_rows, markdown
@@ -99,3 +99,15 @@ def test_curves_of_one_run_and_of_several(tmp_path: Path) -> None:
     for name, results in (("one.png", [RESULT]), ("two.png", [RESULT, RESULT.model_copy(update={"seed": 1})])):
         save_curves(results, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_survive_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(path, {"step": 1})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
+    append_metrics(path, {"step": 3})
+    append_metrics(path, {"step": 4})
+    assert read_metrics(path) == [{"step": 1}, {"step": 3}, {"step": 4}]
+    assert read_metrics(tmp_path / "absent.jsonl") == []

@@ -14,16 +14,19 @@ from kvgraft.report.results import RunResult, as_plain
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
     """Add one JSON line to ``path``."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with path.open("ab+") as file:
+        # A kill in the middle of a line leaves it open; what follows must not become part of it.
+        file.seek(max(file.tell() - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of ``path``; a last line that a kill cut short is left out."""
+    """All records of ``path``; lines that a kill cut short are left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def experiment_log(recipe: Recipe, result: RunResult) -> dict[str, Any]:
