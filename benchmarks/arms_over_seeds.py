@@ -53,14 +53,14 @@ def table(results: list[RunResult]) -> str:
         "steps to the baseline's final loss | held-out KV loss, end | KV's share of the gradient |",
         "| --- | ---: | ---: | ---: | --- | --- | ---: | ---: |",
     ]
-    for name in (arm.arm for arm in results[0].arms):
-        arms = [_arm(result, name) for result in results]
-        bars = [_arm(result, "baseline").last["loss"] for result in results]
-        differences = [arm.last["loss"] - bar for arm, bar in zip(arms, bars, strict=True)]
-        steps = [arm.steps_to(bar) for arm, bar in zip(arms, bars, strict=True)]
+    for name in dict.fromkeys(arm.arm for result in results for arm in result.arms):
+        pairs = [(arm, _baseline(result)) for result in results if (arm := result.arm(name)) is not None]
+        arms = [arm for arm, _ in pairs]
+        differences = [arm.last["loss"] - baseline.last["loss"] for arm, baseline in pairs]
+        steps = [arm.steps_to(baseline.last["loss"]) for arm, baseline in pairs]
         reached = ", ".join("never" if step is None else f"{step}" for step in steps)
         cells = [
-            name,
+            name if len(arms) == len(results) else f"{name} ({len(arms)} of the seeds)",
             _spread(arms, lambda arm: arm.last["loss"]),
             _spread(arms, lambda arm: min(point.metrics["loss"] for point in arm.evaluations)),
             _mean_and_deviation(differences, "+.3f"),
@@ -73,10 +73,10 @@ def table(results: list[RunResult]) -> str:
     return "\n".join(lines)
 
 
-def _arm(result: RunResult, name: str) -> ArmResult:
-    arm = result.arm(name)
+def _baseline(result: RunResult) -> ArmResult:
+    arm = result.arm("baseline")
     if arm is None:
-        raise typer.BadParameter(f"seed {result.seed} has no arm {name}; it has {[arm.arm for arm in result.arms]}")
+        raise typer.BadParameter(f"the run of seed {result.seed} has no baseline arm to compare with; add it to arms")
     return arm
 
 
