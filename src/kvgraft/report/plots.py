@@ -27,6 +27,8 @@ def save_curves(results: Sequence[RunResult], path: Path) -> None:
     baselines = [arm.last["loss"] for result in results if (arm := result.arm("baseline"))]
     if baselines:
         figure.axes[0].axhline(mean(baselines), color=ARM_COLOURS["baseline"], linewidth=0.8, linestyle=":")
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names))
     seeds = ", ".join(str(result.seed) for result in results)
     figure.suptitle(f"{results[0].name} (seed {seeds})")
     figure.savefig(path, dpi=120)
@@ -50,7 +52,6 @@ def _draw(axes: Axes, results: Sequence[RunResult], metric: str, label: str) -> 
     if settled:
         margin = 0.05 * (max(settled) - min(settled)) or 0.05
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
-        axes.legend()
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
