@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from kvgraft.distill.arms import ArmData, evaluations, gradient_shares, measure_arm, train_arm
+from kvgraft.distill.arms import CHECKPOINTS_FOLDER, ArmData, evaluations, gradient_shares, measure_arm, train_arm
 from kvgraft.errors import RecipeError
 from kvgraft.plan import require_workable
 from kvgraft.prepare import Prepared, prepare
@@ -187,4 +187,5 @@ def _finish_arm(folder: Path, arm: str, recipe: Recipe, projector_parameters: in
     if process_state().is_main_process:
         # Written last: an arm with this file is finished.
         (folder / ARM_FILE).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
     process_state().wait_for_everyone()

@@ -129,7 +129,6 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> int:
     trainer.save_model(str(folder / STUDENT_FOLDER))
     if trainer.is_world_process_zero():
         _keep_projector_beside(folder)
-        shutil.rmtree(checkpoints, ignore_errors=True)
     return model.projector.count_parameters() if model.projector is not None else 0
 
 
