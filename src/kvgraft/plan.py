@@ -11,22 +11,20 @@ from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from kvgraft.align.layers import map_layers
-from kvgraft.data.datasets import Example, load_train_and_held_out
+from kvgraft.data.datasets import Example
 from kvgraft.data.spans import encode_with_spans
 from kvgraft.distill.objectives import projector_direction
 from kvgraft.errors import KVGraftError, RecipeError
 from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
-from kvgraft.prepare import existing_tokenizer, load_student_config, teacher_max_length
-from kvgraft.projector.sizing import adapter_parameters, advise, auto_mlp_ratio
+from kvgraft.prepare import existing_tokenizer, load_examples_of, load_student_config, teacher_max_length
+from kvgraft.projector.sizing import FLOAT32_BYTES, TRAINING_COPIES, adapter_parameters, advise, auto_mlp_ratio
 from kvgraft.recipe import Recipe, TeacherRecipe
 
 # Texts whose teacher tokens are counted; the rest are estimated from their bytes.
 _COUNTED_TEXTS = 300
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Weight, gradient and AdamW's two moments, in float32.
-_TRAINING_BYTES = 16
 
 
 class ModelPlan(BaseModel):
@@ -86,7 +84,7 @@ def make_plan(recipe: Recipe) -> Plan:
     student_config = None
     try:
         tokenizer = existing_tokenizer(recipe)
-        train, held_out = _read(recipe, tokenizer)
+        train, held_out = load_examples_of(recipe, tokenizer)
         student_config = load_student_config(recipe, recipe.student.vocab_size if tokenizer is None else tokenizer)
         problems += _student_problems(recipe, student_config, tokenizer, len(train))
     except KVGraftError as error:
@@ -114,7 +112,7 @@ def make_plan(recipe: Recipe) -> Plan:
         train_texts=len(train),
         held_out_texts=len(held_out),
         # Capture and training do not run at the same time.
-        training_memory_bytes=max(trained * _TRAINING_BYTES, largest_teacher),
+        training_memory_bytes=max(trained * FLOAT32_BYTES * TRAINING_COPIES, largest_teacher),
         store_bytes=store_bytes,
         free_disk_bytes=free,
         problems=problems,
@@ -126,13 +124,6 @@ def require_workable(recipe: Recipe) -> None:
     problems = make_plan(recipe).problems
     if problems:
         raise RecipeError(f"recipe {recipe.name} cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
-
-
-def _read(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[Example], list[Example]]:
-    data = recipe.data
-    return load_train_and_held_out(
-        data.train, data.held_out, data.train_samples, data.held_out_samples, data.seed, tokenizer=tokenizer
-    )
 
 
 def _student_problems(
@@ -218,7 +209,7 @@ def _teacher_plan(
 
 def _model_plan(name: str, config: PretrainedConfig, dtype: str) -> ModelPlan:
     text, geometry = config.get_text_config(), kv_geometry(config)
-    parameters = _count_parameters(config)
+    parameters = count_parameters(config)
     return ModelPlan(
         name=name,
         architecture=config.model_type,
@@ -234,7 +225,8 @@ def _model_plan(name: str, config: PretrainedConfig, dtype: str) -> ModelPlan:
     )
 
 
-def _count_parameters(config: PretrainedConfig) -> int:
+def count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of a model of ``config``, without its weights."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     return int(model.num_parameters())

@@ -78,11 +78,6 @@ class PreparedTeacher:
         """KV over the training text."""
         return self.train.store
 
-    @property
-    def geometry(self) -> KVGeometry:
-        """Layers, heads and head width of the whole model."""
-        return kv_geometry(self.config)
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -116,14 +111,7 @@ def prepare(recipe: Recipe) -> Prepared:
 def read_texts(recipe: Recipe) -> Texts:
     """The recipe's text, encoded with the student's tokenizer (trained here if the recipe names none)."""
     tokenizer = existing_tokenizer(recipe)
-    train, held_out = load_train_and_held_out(
-        recipe.data.train,
-        recipe.data.held_out,
-        recipe.data.train_samples,
-        recipe.data.held_out_samples,
-        recipe.data.seed,
-        tokenizer=tokenizer,
-    )
+    train, held_out = load_examples_of(recipe, tokenizer)
     if tokenizer is None:
         tokenizer = train_tokenizer((example.text for example in train), recipe.student.vocab_size)
     if tokenizer.pad_token_id is None:
@@ -138,6 +126,14 @@ def read_texts(recipe: Recipe) -> Texts:
     if cut:
         logger.warning("%d texts were cut to data.max_length %d tokens", cut, recipe.data.max_length)
     return Texts(train, held_out, tokenizer, *encoded)
+
+
+def load_examples_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[Example], list[Example]]:
+    """Training and held-out texts of the recipe; ``tokenizer`` renders chats where it has a template."""
+    data = recipe.data
+    return load_train_and_held_out(
+        data.train, data.held_out, data.train_samples, data.held_out_samples, data.seed, tokenizer=tokenizer
+    )
 
 
 def load_student_config(recipe: Recipe, tokenizer_or_size: PreTrainedTokenizerBase | int) -> PretrainedConfig:

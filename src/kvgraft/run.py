@@ -5,15 +5,15 @@ from __future__ import annotations
 import datetime
 import logging
 import shutil
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from kvgraft.distill.arms import CHECKPOINTS_FOLDER, ArmData, evaluations, gradient_shares, measure_arm, train_arm
 from kvgraft.errors import RecipeError
-from kvgraft.plan import require_workable
+from kvgraft.plan import count_parameters, require_workable
 from kvgraft.prepare import Prepared, prepare
 from kvgraft.processes import process_state
+from kvgraft.projector.projector import teacher_config_from
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.log import write_experiment_log
 from kvgraft.report.plots import save_curves
@@ -55,7 +55,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
             _finish_arm(folder / arm, arm, recipe, parameters, prepared.phases.seconds[f"train {arm}"])
         else:
             logger.info("arm %s was finished before and is not trained again", arm)
-        result.arms.append(ArmResult.model_validate_json((folder / arm / ARM_FILE).read_text(encoding="utf-8")))
+        result.arms.append(_read_arm(folder / arm))
     result.seconds = dict(prepared.phases.seconds)
     if process_state().is_main_process:
         write_report(recipe, result, folder)
@@ -72,7 +72,7 @@ def write_report(recipe: Recipe, result: RunResult, folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def evaluate(folder: Path, on_arm: Callable[[str], None] = lambda arm: None) -> RunResult:
+def evaluate(folder: Path) -> RunResult:
     """Measure the saved students of a finished run again, on the held-out text of its recipe.
 
     Returns:
@@ -89,8 +89,7 @@ def evaluate(folder: Path, on_arm: Callable[[str], None] = lambda arm: None) -> 
     for arm in recipe.arms:
         if not (folder / arm / ARM_FILE).is_file():
             raise RecipeError(f"arm {arm} of {folder} is not finished; go on with `kvgraft train ... --resume`")
-        on_arm(arm)
-        saved = ArmResult.model_validate_json((folder / arm / ARM_FILE).read_text(encoding="utf-8"))
+        saved = _read_arm(folder / arm)
         metrics = measure_arm(recipe, arm, data, folder / arm)
         result.arms.append(saved.model_copy(update={"evaluations": [Evaluation(step=saved.steps, metrics=metrics)]}))
     return result
@@ -129,7 +128,7 @@ def _describe(prepared: Prepared) -> RunResult:
         date=datetime.date.today().isoformat(),
         seed=recipe.seed,
         student=student,
-        student_parameters=prepared.make_student().num_parameters(),
+        student_parameters=count_parameters(prepared.student_config),
         train_texts=len(texts.train),
         train_tokens=sum(len(example.input_ids) for example in texts.train),
         held_out_texts=len(texts.held_out),
@@ -164,15 +163,15 @@ def arm_data(prepared: Prepared) -> ArmData:
         train_sources=[teacher.train for teacher in prepared.teachers],
         held_out_sources=[teacher.held_out for teacher in prepared.teachers],
         teacher_configs={
-            teacher.recipe.name: {
-                "d_model": teacher.config.get_text_config().hidden_size,
-                "kv_dim": teacher.geometry.kv_dim,
-                "num_layers": len(teacher.layer_map),
-            }
+            teacher.recipe.name: {**teacher_config_from(teacher.config), "num_layers": len(teacher.layer_map)}
             for teacher in prepared.teachers
         },
         layer_maps={teacher.recipe.name: teacher.layer_map for teacher in prepared.teachers},
     )
+
+
+def _read_arm(folder: Path) -> ArmResult:
+    return ArmResult.model_validate_json((folder / ARM_FILE).read_text(encoding="utf-8"))
 
 
 def _finish_arm(folder: Path, arm: str, recipe: Recipe, projector_parameters: int, seconds: float) -> None:

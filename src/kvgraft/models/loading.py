@@ -36,12 +36,12 @@ def cache_folder() -> Path:
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """The config of model ``name``, without its weights."""
-    return _load(AutoConfig.from_pretrained, name, revision, **_unconverted(name))
+    return _load(AutoConfig.from_pretrained, name, revision)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     """The tokenizer of model ``name``."""
-    return _load(AutoTokenizer.from_pretrained, name, revision, **_unconverted(name))
+    return _load(AutoTokenizer.from_pretrained, name, revision)
 
 
 def load_model(
@@ -60,7 +60,7 @@ def load_model(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _load(AutoModelForCausalLM.from_pretrained, name, revision, dtype=getattr(torch, dtype))
+    model = _load(AutoModelForCausalLM.from_pretrained, name, revision, weights=True, dtype=getattr(torch, dtype))
     return model.to(device).eval()
 
 
@@ -86,10 +86,16 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def _load(load: Callable[..., _Loaded], name: str, revision: str | None, **options: Any) -> _Loaded:
+def _load(
+    load: Callable[..., _Loaded], name: str, revision: str | None, *, weights: bool = False, **options: Any
+) -> _Loaded:
     source = _locate(name)
     if isinstance(source, Path) and source.suffix == ".gguf":
-        source = source.parent if "gguf_file" in options else _convert_gguf(source)
+        if weights or _converted_folder(source).is_dir():
+            source = _convert_gguf(source)
+        else:
+            # Config and tokenizer can be read out of the file itself, which spares the conversion.
+            source, options["gguf_file"] = source.parent, source.name
     try:
         return load(source, revision=revision, **options)
     except Exception as error:  # transformers, the hub and readers of foreign files raise whatever they like
@@ -97,14 +103,6 @@ def _load(load: Callable[..., _Loaded], name: str, revision: str | None, **optio
             f"cannot load {name!r} (taken for {'the folder ' if isinstance(source, Path) else 'the hub id '}{source}): "
             f"{error}. Give {_KINDS}."
         ) from error
-
-
-def _unconverted(name: str) -> dict[str, str]:
-    """Option that reads config and tokenizer out of a GGUF file, where it has not been converted yet."""
-    source = _locate(name)
-    if isinstance(source, Path) and source.suffix == ".gguf" and not _converted_folder(source).is_dir():
-        return {"gguf_file": source.name}
-    return {}
 
 
 def _locate(name: str) -> Path | str:
