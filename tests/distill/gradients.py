@@ -54,3 +54,6 @@ if __name__ == "__main__":
             },
             folder / "gradients.pt",
         )
+    # A process that leaves while another still talks to it takes that one down with an abort.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
