@@ -10,6 +10,7 @@ from kvgraft.errors import GraftError
 from kvgraft.graft import cache_from_kv, concatenate, with_own_tokens
 from kvgraft.graft.pieces import in_order
 from kvgraft.kv import KV
+from kvgraft.models import cache
 from kvgraft.models.capture import capture
 from tests.graft.students import GREEDY, plain_logits, student_of
 from tests.models.test_capture import CONFIGS, VOCABULARY, padded_batch
@@ -78,17 +79,18 @@ def test_gaps_are_hidden_and_keep_their_positions(family: str) -> None:
         # What is hidden must not come through, whatever it is.
         hidden = ~kv.mask[:, None, None, :, None]
         kv = replace(kv, keys=kv.keys.masked_fill(hidden, torch.nan), values=kv.values.masked_fill(hidden, torch.nan))
-        cache = cache_from_kv(student, kv)
-        logits = student(**cache.forward_inputs(following)).logits
+        grafted = cache_from_kv(student, kv)
+        logits = student(**grafted.forward_inputs(following)).logits
         # The reference reads all tokens and is then told to look away from some of them.
         own = student(input_ids=input_ids, use_cache=True).past_key_values
         whole = torch.cat([seen, torch.ones(2, 3, dtype=torch.long)], 1)
         later = (torch.arange(3) + 10).expand(2, -1)
         expected = student(input_ids=following, attention_mask=whole, position_ids=later, past_key_values=own).logits
-    assert cache.next_positions.tolist() == [10, 10]
+    assert grafted.next_positions.tolist() == [10, 10]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif(not cache._GENERATE_COUNTS_POSITIONS, reason="this transformers' generate cannot")
 def test_generation_counts_on_behind_gaps() -> None:
     student = student_of("llama")
     input_ids, following = ids(1, 10), ids(1, 3, 4)
@@ -103,6 +105,19 @@ def test_generation_counts_on_behind_gaps() -> None:
             logits = student(**cache_from_kv(student, kv).forward_inputs(given)).logits
             given = torch.cat([given, logits[:, -1].argmax(-1, keepdim=True)], 1)
     assert torch.equal(answer, given[0, 3:])
+
+
+def test_gaps_are_refused_where_generate_finds_positions_by_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_GENERATE_COUNTS_POSITIONS", False)
+    student = student_of("llama")
+    kv = capture(student, ids(2, 10))
+    assert "position_ids" not in cache_from_kv(student, kv).generate_inputs(ids(2, 3))
+    kv.mask[0, 3] = False
+    with pytest.raises(GraftError, match=r"gaps.*transformers 5\.2"):
+        cache_from_kv(student, kv).generate_inputs(ids(2, 3))
+    beginning = replace(kv, positions=kv.positions + 1, mask=torch.ones_like(kv.mask))
+    with pytest.raises(GraftError, match=r"position 0.*transformers 5\.2"):
+        cache_from_kv(student, beginning).generate_inputs(ids(2, 3))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -141,8 +156,8 @@ def test_gradients_reach_what_was_grafted() -> None:
     kv = capture(student, ids(1, 8))
     keys = kv.keys.clone().requires_grad_()
     values = kv.values.clone().requires_grad_()
-    cache = cache_from_kv(student, replace(kv, keys=keys, values=values))
-    student(**cache.forward_inputs(ids(1, 3, 4))).logits.square().sum().backward()
+    grafted = cache_from_kv(student, replace(kv, keys=keys, values=values))
+    student(**grafted.forward_inputs(ids(1, 3, 4))).logits.square().sum().backward()
     # The last three of a window of 4 in the sliding layers, all of them in the other.
     reached = keys.grad.abs().amax((0, 2, 4)) > 0
     assert reached.tolist() == [[False] * 5 + [True] * 3, [True] * 8, [False] * 5 + [True] * 3]

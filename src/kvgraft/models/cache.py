@@ -17,7 +17,7 @@ from kvgraft.models.capture import kv_geometry
 from kvgraft.models.rope import rotate
 from kvgraft.models.rotary import rotations_at
 
-# transformers calls the cache ``past_key_values`` up to 5.22 or so and ``cache`` after that.
+# Newer transformers call the argument ``cache``, and ``past_key_values`` only with a warning.
 CACHE_ARGUMENT = (
     "cache"
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -25,6 +25,9 @@ CACHE_ARGUMENT = (
 )
 # Before 5.2 generate repeats given position_ids at every step instead of counting on.
 _GENERATE_COUNTS_POSITIONS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 2)
+
+_CACHE_LAYERS = {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class GraftedCache(DynamicCache):
@@ -148,16 +151,14 @@ def require_cache_support(model: PreTrainedModel) -> None:
         raise GraftError(
             f"{name} cannot take a grafted cache: it is no causal language model of transformers; {advice}"
         )
-    try:
-        layers = DynamicCache(config=model.config).layers
-    except Exception as error:  # a config that names no layers makes transformers fail in whatever way it likes
+    layers = DynamicCache(config=model.config).layers
+    # transformers 5.1 makes ordinary cache layers also for recurrent ones; the config tells.
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    others = sorted({type(layer).__name__ for layer in layers} - _CACHE_LAYERS) + sorted(set(types) - _LAYER_TYPES)
+    if others or not layers:
         raise GraftError(
-            f"{name} cannot take a grafted cache: transformers makes none for it ({error}); {advice}"
-        ) from error
-    kinds = {type(layer) for layer in layers}
-    if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        others = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
-        raise GraftError(f"{name} cannot take a grafted cache: its own holds {others}; {advice}")
+            f"{name} cannot take a grafted cache: its own holds {', '.join(others) or 'nothing'}; {advice}"
+        )
     if len(layers) != kv_geometry(model.config).num_layers:
         raise GraftError(
             f"{name} cannot take a grafted cache: it keeps KV for {len(layers)} of its "

@@ -40,8 +40,7 @@ class _RotaryCall:
             if not isinstance(value, Tensor):
                 return value
             # Of the hidden states a rotary module takes dtype and device only.
-            like = torch.empty(*positions.shape, 0, device=value.device)
-            return like if value.is_floating_point() else positions.to(value.device)
+            return torch.empty(*positions.shape, 0, device=positions.device) if value.is_floating_point() else positions
 
         arguments = [replaced(value) for value in self.arguments]
         options = {name: replaced(value) for name, value in self.options.items()}
@@ -60,8 +59,8 @@ def rotations_at(model: PreTrainedModel, positions: Tensor) -> list[Rotation | N
         positions: ``[batch, tokens]`` int64.
 
     Returns:
-        Per layer the cosines and sines ``[batch, tokens, rotary_dim]`` in float32 on the model's device, scaling
-        included; None where a layer does not rotate (GPT-2). Layers that rotate alike share the same tensors.
+        Per layer the cosines and sines ``[batch, tokens, rotary_dim]`` in float32 on the device of ``positions``,
+        scaling included; None where a layer does not rotate (GPT-2). Layers that rotate alike share the same tensors.
 
     Raises:
         ModelError: keys are rotated in a way that cannot be taken off or put on from outside.
