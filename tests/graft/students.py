@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvgraft.projector.projector import KVDimensionProjector
-from tests.models.test_capture import config_of
+from tests.models.test_capture import VOCABULARY, config_of
 
 
 def student_of(family: str, attention: str = "sdpa", **fields: object) -> PreTrainedModel:
@@ -20,6 +20,16 @@ def student_of(family: str, attention: str = "sdpa", **fields: object) -> PreTra
             if parameter.dim() > 1:
                 parameter.mul_(5)
     return model
+
+
+def ragged_batch() -> tuple[Tensor, Tensor]:
+    """Texts of 8, 5 and 11 tokens and their mask: padded on the left, on the right, and not."""
+    torch.manual_seed(1)
+    input_ids = torch.randint(3, VOCABULARY, (3, 11))
+    mask = torch.ones_like(input_ids)
+    mask[0, :3] = 0
+    mask[1, 5:] = 0
+    return input_ids, mask
 
 
 def plain_logits(model: PreTrainedModel, text: Tensor, following: Tensor) -> Tensor:

@@ -9,22 +9,22 @@ from torch import Tensor
 from kvgraft.graft import cache_from_kv, graft
 from kvgraft.models.capture import capture
 from kvgraft.models.rotary import rotations_at
-from tests.graft.students import GREEDY, identity_projector, plain_answer, plain_logits, student_of
-from tests.models.test_capture import CONFIGS, VOCABULARY, padded_batch
+from tests.graft.students import GREEDY, identity_projector, plain_answer, plain_logits, ragged_batch, student_of
+from tests.models.test_capture import CONFIGS, VOCABULARY
 
-LENGTH = 11  # of the padded batch; the windows of Mistral and Gemma hold 4
+LENGTH = 11  # of the longest text; the windows of Mistral and Gemma hold 4
 
 
 def following_ids(tokens: int = 3) -> Tensor:
     torch.manual_seed(2)
-    return torch.randint(3, VOCABULARY, (2, tokens))
+    return torch.randint(3, VOCABULARY, (3, tokens))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_logits_equal_plain_decoding_padded_left_and_right(family: str, attention: str) -> None:
     student = student_of(family, attention)
-    input_ids, mask, _ = padded_batch()
+    input_ids, mask = ragged_batch()
     following = following_ids()
     with torch.no_grad():
         kv = capture(student, input_ids, mask)
@@ -34,7 +34,7 @@ def test_logits_equal_plain_decoding_padded_left_and_right(family: str, attentio
         # The cache has grown: what it has read is given again and not read again.
         second = student(**cache.forward_inputs(following)).logits
     assert (first.shape[1], second.shape[1]) == (2, 1)
-    for row in range(2):
+    for row in range(3):
         expected = plain_logits(student, input_ids[row][mask[row].bool()], following[row])
         torch.testing.assert_close(torch.cat([first, second], 1)[row], expected, atol=1e-5, rtol=0)
 
@@ -42,13 +42,13 @@ def test_logits_equal_plain_decoding_padded_left_and_right(family: str, attentio
 @pytest.mark.parametrize("family", CONFIGS)
 def test_greedy_generation_is_identical(family: str) -> None:
     student = student_of(family)
-    input_ids, mask, _ = padded_batch()
+    input_ids, mask = ragged_batch()
     following = following_ids()
     token_ids = [row[real.bool()].tolist() for row, real in zip(input_ids, mask, strict=True)]
     cache = cache_from_kv(student, capture(student, input_ids, mask), token_ids=token_ids)
     inputs = cache.generate_inputs(following)
     output = student.generate(**inputs, max_new_tokens=8, **GREEDY)
-    for row in range(2):
+    for row in range(3):
         text = torch.tensor(token_ids[row])
         shown = output[row][: inputs["input_ids"].shape[1]]
         assert torch.equal(shown[-len(text) - 3 :], torch.cat([text, following[row]]))
@@ -60,16 +60,16 @@ def test_greedy_generation_is_identical(family: str) -> None:
 def test_prompts_of_unequal_length(family: str) -> None:
     """Padding between the grafted part and a prompt; windows count it, so Gemma's prompts are of one length."""
     student = student_of(family)
-    input_ids, mask, _ = padded_batch()
+    input_ids, mask = ragged_batch()
     following = following_ids(4)
-    lengths = [4, 4] if family == "gemma3_text" else [2, 4]
+    lengths = [4, 4, 4] if family == "gemma3_text" else [2, 4, 1]
     left = torch.stack([torch.arange(4) >= 4 - length for length in lengths]).long()
     cache = cache_from_kv(student, capture(student, input_ids, mask))
     inputs = copy.deepcopy(cache).generate_inputs(following, left)
     answers = student.generate(**inputs, max_new_tokens=5, **GREEDY)[:, inputs["input_ids"].shape[1] :]
     with torch.no_grad():
         logits = student(**cache.forward_inputs(following.flip(1), left.flip(1))).logits
-    for row in range(2):
+    for row in range(3):
         text, prompt = input_ids[row][mask[row].bool()], following[row][left[row].bool()]
         assert torch.equal(answers[row], plain_answer(student, text, prompt, 5))
         expected = plain_logits(student, text, prompt.flip(0))
@@ -92,14 +92,15 @@ SCALED = {
 @pytest.mark.parametrize("scaling", SCALED)
 def test_scaled_rotation(scaling: str) -> None:
     student = student_of("llama", rope_parameters={"rope_theta": 10000.0, **SCALED[scaling]})
-    input_ids, mask, positions = padded_batch()
+    input_ids, mask = ragged_batch()
+    positions = torch.arange(LENGTH)[None]
     plain = rotations_at(student_of("llama"), positions)[0]
     assert not torch.allclose(plain[0], rotations_at(student, positions)[0][0])
     following = following_ids()
     with torch.no_grad():
         cache = cache_from_kv(student, capture(student, input_ids, mask))
         logits = student(**cache.forward_inputs(following)).logits
-    for row in range(2):
+    for row in range(3):
         expected = plain_logits(student, input_ids[row][mask[row].bool()], following[row])
         torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=0)
 
