@@ -27,3 +27,7 @@ class ProjectorError(KVGraftError):
 
 class StoreError(KVGraftError):
     """A KV store that is damaged, incomplete, or was made from something else."""
+
+
+class GraftError(KVGraftError):
+    """A cache that cannot be made for a student, or not from what was given."""

@@ -11,12 +11,14 @@ from kvgraft.align.tokens import align_encoded
 from kvgraft.data.datasets import load_examples
 from kvgraft.data.spans import encode_with_spans
 from kvgraft.data.tokenizers import train_tokenizer
+from kvgraft.graft import graft
 from kvgraft.models import loading
-from kvgraft.models.capture import capture, record_kv
+from kvgraft.models.capture import capture, kv_geometry, record_kv
 from kvgraft.models.rope import rotate
 from kvgraft.plan import make_plan
 from kvgraft.recipe import load_recipe
 from kvgraft.run import run
+from tests.graft.students import identity_projector
 
 QUICKSTART = load_recipe("recipes/quickstart.yaml")
 TEACHER = QUICKSTART.teachers[0].model
@@ -99,3 +101,31 @@ def test_gsm8k_reads_and_aligns() -> None:
     for example in examples:
         alignment = align_encoded(encode_with_spans(own, example.text), encode_with_spans(theirs, example.text))
         assert alignment.coverage == 1.0
+
+
+def test_a_graft_of_the_models_own_kv_goes_on_as_the_model_itself(teacher) -> None:
+    tokenizer = loading.load_tokenizer(TEACHER)
+    text = "Tom has 3 apples. He buys 4 more."
+    context = tokenizer(text, return_tensors="pt")["input_ids"]
+    question = tokenizer(" How many apples does he have now?", return_tensors="pt")["input_ids"]
+    geometry = kv_geometry(teacher.config)
+    projector = identity_projector(geometry.kv_dim, geometry.num_layers)
+    greedy = {"max_new_tokens": 10, "do_sample": False}
+    whole = torch.cat([context, question], 1)
+    plain = teacher.generate(input_ids=whole, attention_mask=torch.ones_like(whole), **greedy)
+    with torch.no_grad():
+        kv = capture(teacher, context)
+        cache = graft(teacher, projector, kv, teacher="self", token_ids=context.tolist())
+        output = teacher.generate(**cache.generate_inputs(question), **greedy)
+        other = capture(teacher, context.roll(1, 1))
+        mixed_up = graft(teacher, projector, other, teacher="self", token_ids=context.tolist())
+        expected = teacher(input_ids=whole).logits[:, -question.shape[1] :]
+        near, far = (
+            teacher(**made.forward_inputs(question)).logits
+            for made in (graft(teacher, projector, kv, teacher="self"), mixed_up)
+        )
+    assert plain.shape[1] > whole.shape[1] + 3
+    assert torch.equal(output, plain)
+    # Logits reach some twenties here; plain decoding from a cache is as far from one pass over all.
+    assert float((near - expected).abs().max()) < 1e-4
+    assert float((far - expected).abs().max()) > 1

@@ -1,0 +1,187 @@
+"""transformers' own cache, filled from outside, and what to pass along with it to go on."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvgraft.errors import GraftError
+from kvgraft.kv import KV
+from kvgraft.models.capture import kv_geometry
+from kvgraft.models.rope import rotate
+from kvgraft.models.rotary import rotations_at
+
+# Newer transformers call the argument ``cache``, and ``past_key_values`` only with a warning.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+# Before 5.2 generate repeats given position_ids at every step instead of counting on.
+_GENERATE_COUNTS_POSITIONS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 2)
+
+_CACHE_LAYERS = {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+class GraftedCache(DynamicCache):
+    """A cache of transformers with tokens in it that the model has not read, ready to be gone on from.
+
+    It grows as the model reads on. ``copy.deepcopy`` keeps a fresh one for the next question.
+
+    Attributes:
+        attention_mask: ``[batch, slots]`` int64, 1 where a slot holds a grafted token. Rows end together: padding
+            stands on the left, and gaps (positions that nothing was given for) keep their slots.
+        next_positions: ``[batch]`` int64, the position of the token after the grafted part.
+        token_ids: ``[batch, slots]`` int64, what :meth:`generate_inputs` shows in place of the grafted tokens.
+        context: positions that the model has.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, attention_mask: Tensor, next_positions: Tensor, token_ids: Tensor
+    ) -> None:
+        super().__init__(config=model.config)
+        self.attention_mask = attention_mask
+        self.next_positions = next_positions
+        self.token_ids = token_ids
+        self.context = context_length(model)
+
+    def forward_inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
+        """Keyword arguments for ``model(**...)``: tokens not read yet, full mask, their positions, this cache.
+
+        Args:
+            input_ids: ``[batch, tokens]``, all that follows the grafted part; what the cache has read since comes
+                first and is not read again.
+            attention_mask: ``[batch, tokens]``, 0 where ``input_ids`` is padding, on either side; default all 1.
+                Sliding-window layers count padding as tokens of their window.
+
+        Raises:
+            GraftError: another batch size, nothing new to read, or more tokens than the model's context.
+        """
+        mask, positions = self._extended(input_ids, attention_mask)
+        read = self.get_seq_length()
+        return {
+            "input_ids": input_ids[:, read - self.attention_mask.shape[1] :].to(mask.device),
+            "attention_mask": mask,
+            "position_ids": positions[:, read:],
+            CACHE_ARGUMENT: self,
+        }
+
+    def generate_inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
+        """Keyword arguments for ``model.generate(**...)``; arguments and errors as :meth:`forward_inputs`.
+
+        ``input_ids`` in them starts with ``token_ids`` for the grafted part, because transformers before 5.3 takes
+        nothing else; so does what generate gives back. Padding has to stand on the left, as for every generate.
+
+        Raises:
+            GraftError: gaps or a start above position 0 under transformers 5.1, which cannot count on from them.
+        """
+        mask, positions = self._extended(input_ids, attention_mask)
+        inputs = {
+            "input_ids": torch.cat([self.token_ids, input_ids.to(mask.device)], 1),
+            "attention_mask": mask,
+            "position_ids": positions,
+            CACHE_ARGUMENT: self,
+        }
+        if not _GENERATE_COUNTS_POSITIONS:
+            counted = (mask.cumsum(1) - 1) * mask
+            if not torch.equal(counted, positions * mask):
+                raise GraftError(
+                    "this transformers' generate finds positions by counting the mask, but the grafted tokens have "
+                    "gaps or do not start at position 0; install transformers 5.2 or later, or fill the gaps with the "
+                    "student's own KV"
+                )
+            del inputs["position_ids"]
+        return inputs
+
+    def _extended(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mask and positions ``[batch, slots + tokens]`` of the grafted part and ``input_ids`` after it."""
+        grafted = self.attention_mask
+        batch, slots = grafted.shape
+        if input_ids.dim() != 2 or input_ids.shape[0] != batch:
+            raise GraftError(
+                f"input_ids after a cache of {batch} texts must be [{batch}, tokens]; got {list(input_ids.shape)}"
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise GraftError(
+                f"attention_mask must be {list(input_ids.shape)} as input_ids, without the grafted part; "
+                f"got {list(attention_mask.shape)}"
+            )
+        read = self.get_seq_length() - slots
+        if not 0 <= read < input_ids.shape[1]:
+            raise GraftError(
+                f"the cache has read {read} tokens after its grafted part and input_ids holds {input_ids.shape[1]}: "
+                "give all tokens after the grafted part, at least one of them new; copy.deepcopy keeps a fresh cache"
+            )
+        new = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        new = new.to(grafted.device, torch.int64)
+        new_positions = (self.next_positions[:, None] + new.cumsum(1) - 1).clamp_min(0)
+        if int(new_positions.max()) >= self.context:
+            raise GraftError(
+                f"grafted part and input_ids reach position {int(new_positions.max())}, but the student's context is "
+                f"{self.context} tokens; graft less text or take a student with a longer context"
+            )
+        slot_positions = torch.arange(-slots, 0, device=grafted.device) + self.next_positions[:, None]
+        return torch.cat([grafted, new], 1), torch.cat([slot_positions.clamp_min(0), new_positions], 1)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Positions that ``model`` has: ``max_position_embeddings``, or without bound where its config names none."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) else 2**62
+
+
+def require_cache_support(model: PreTrainedModel) -> None:
+    """Refuse a model whose cache is not one of keys and values for every layer.
+
+    Raises:
+        GraftError: an encoder-decoder, a recurrent or hybrid model, shared KV, or no cache at all.
+    """
+    name = type(model).__name__
+    advice = (
+        "use a causal language model with an attention in every layer, such as Llama, Qwen, Mistral, Gemma or GPT-2"
+    )
+    if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
+        raise GraftError(
+            f"{name} cannot take a grafted cache: it is no causal language model of transformers; {advice}"
+        )
+    layers = DynamicCache(config=model.config).layers
+    # transformers 5.1 makes ordinary cache layers also for recurrent ones; the config tells.
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    others = sorted({type(layer).__name__ for layer in layers} - _CACHE_LAYERS) + sorted(set(types) - _LAYER_TYPES)
+    if others or not layers:
+        raise GraftError(
+            f"{name} cannot take a grafted cache: its own holds {', '.join(others) or 'nothing'}; {advice}"
+        )
+    if len(layers) != kv_geometry(model.config).num_layers:
+        raise GraftError(
+            f"{name} cannot take a grafted cache: it keeps KV for {len(layers)} of its "
+            f"{kv_geometry(model.config).num_layers} layers; {advice}"
+        )
+
+
+def fill_cache(model: PreTrainedModel, kv: KV, token_ids: Tensor) -> GraftedCache:
+    """A cache of ``kv``, its keys rotated as ``model`` rotates them; gradients flow through.
+
+    Args:
+        model: passes :func:`require_cache_support`.
+        kv: the model's own geometry, every layer, keys before rotation; slots in the order of positions, one apart
+            from slot to slot, every row ending with its text.
+        token_ids: ``[batch, tokens]``, see :class:`GraftedCache`.
+    """
+    kv = kv.to(model.device)
+    cache = GraftedCache(model, kv.mask.long(), kv.positions[:, -1] + 1, token_ids.to(model.device))
+    rotations = rotations_at(model, kv.positions)
+    for layer, rotation in enumerate(rotations):
+        keys = kv.keys[:, layer]
+        if rotation is not None:
+            # In float32 also for a half-precision student: the product is rounded once, at the end.
+            keys = rotate(keys.to(torch.promote_types(keys.dtype, torch.float32)), *rotation)
+        cache.update(keys.to(model.dtype), kv.values[:, layer].to(model.dtype), layer)
+    return cache

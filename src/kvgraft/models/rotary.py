@@ -1,0 +1,122 @@
+"""Cosines and sines of a model's own rotary modules, at any positions and for every layer.
+
+Which module turns the keys of which layer, and with what arguments, is learned once per model from a pass over a few
+tokens. So two thetas (Gemma 3), partial rotation (GPT-NeoX, Phi) and scaling (YaRN, Llama 3) need no code of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvgraft.errors import ModelError
+from kvgraft.models.capture import kv_geometry, record_kv
+
+Rotation = tuple[Tensor, Tensor]
+
+# Positions of the pass that tells rotary modules apart; not 0, where all of them agree.
+_PROBE_POSITIONS = (1, 2, 5, 11)
+
+
+@dataclass(frozen=True)
+class _RotaryCall:
+    """One call of a rotary module, as the model made it."""
+
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def at(self, positions: Tensor) -> Rotation:
+        """The same call in float32 at ``positions [batch, tokens]``."""
+
+        def replaced(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            # Of the hidden states a rotary module takes dtype and device only.
+            return torch.empty(*positions.shape, 0, device=positions.device) if value.is_floating_point() else positions
+
+        arguments = [replaced(value) for value in self.arguments]
+        options = {name: replaced(value) for name, value in self.options.items()}
+        cos, sin = self.module(*arguments, **options)
+        return cos, sin
+
+
+_calls_of_models: WeakKeyDictionary[nn.Module, list[_RotaryCall | None]] = WeakKeyDictionary()
+
+
+def rotations_at(model: PreTrainedModel, positions: Tensor) -> list[Rotation | None]:
+    """What turns the keys of each layer at ``positions``, for :func:`kvgraft.models.rope.rotate`.
+
+    Args:
+        model: a causal language model of transformers; its first use runs it over four tokens.
+        positions: ``[batch, tokens]`` int64.
+
+    Returns:
+        Per layer the cosines and sines ``[batch, tokens, rotary_dim]`` in float32 on the device of ``positions``,
+        scaling included; None where a layer does not rotate (GPT-2). Layers that rotate alike share the same tensors.
+
+    Raises:
+        ModelError: keys are rotated in a way that cannot be taken off or put on from outside.
+    """
+    if model not in _calls_of_models:
+        _calls_of_models[model] = _rotary_calls(model)
+    calls = _calls_of_models[model]
+    rotations = {id(call): call.at(positions) for call in calls if call is not None}
+    return [None if call is None else rotations[id(call)] for call in calls]
+
+
+@torch.no_grad()
+def _rotary_calls(model: PreTrainedModel) -> list[_RotaryCall | None]:
+    """For each layer the rotary call whose result it received."""
+    positions = torch.tensor([_PROBE_POSITIONS], device=model.device)
+    input_ids = torch.zeros_like(positions)
+    was_training = model.training
+    model.eval()
+    try:
+        with _noting_rotary_calls(model) as noted, record_kv(model, stop_early=True) as recorder:
+            model.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False)
+    finally:
+        model.train(was_training)
+    # Refuses a model that rotates without handing cosines and sines to its layers.
+    recorder.kv(torch.ones_like(input_ids), positions)
+
+    calls: list[_RotaryCall | None] = []
+    for layer in range(kv_geometry(model.config).num_layers):
+        received = recorder.rotation(layer)
+        made = [call for call, given in noted if received is not None and _same(given, received)]
+        if received is not None and not made:
+            raise ModelError(
+                f"{type(model).__name__} cannot take a grafted cache: the cosines and sines of layer {layer} come from "
+                "no rotary module that we can call at other positions"
+            )
+        calls.append(made[0] if made else None)
+    return calls
+
+
+@contextmanager
+def _noting_rotary_calls(model: nn.Module) -> Iterator[list[tuple[_RotaryCall, Rotation]]]:
+    noted: list[tuple[_RotaryCall, Rotation]] = []
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        if isinstance(output, tuple) and len(output) == 2:
+            noted.append((_RotaryCall(module, arguments, options), output))
+
+    rotary = [module for module in model.modules() if "rotary" in type(module).__name__.lower()]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in rotary]
+    try:
+        yield noted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(first: Rotation, second: Rotation) -> bool:
+    # By value and not by identity: a model spread over devices hands its layers copies.
+    return all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(first, second, strict=True))
