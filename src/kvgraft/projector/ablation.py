@@ -51,7 +51,7 @@ class Arm:
 STANDARD = Arm("MLP 1.0 (standard)")
 OLD_LINEAR = Arm("Linear, lr 1e-4", "linear", learning_rate=1e-4)
 LINEAR = Arm("Linear, lr 1e-3", "linear")
-LEAST_SQUARES = Arm("least squares, closed form", "linear", training="closed_form")
+LEAST_SQUARES = Arm("least squares", "linear", training="closed_form")
 HALF, DOUBLE = Arm("MLP 0.5", 0.5), Arm("MLP 2.0", 2.0)
 NO_NORM = Arm("no LayerNorm", layer_norm=False)
 RELU, GELU = Arm("ReLU", activation="relu"), Arm("GELU", activation="gelu")

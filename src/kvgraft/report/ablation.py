@@ -9,6 +9,7 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import BaseModel
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvgraft.projector.ablation import CONVERGENCE_RULE, Ablation, ArmResult, Measure, measure_of
@@ -43,10 +44,12 @@ def ablation_tables(report: AblationReport) -> list[Table]:
     ablation = report.ablation
     tables = []
     for group, names in ablation.groups.items():
-        table = Table(title=f"{group} ({_setting(ablation)})", title_justify="left")
-        table.add_column("arm")
+        table = Table(
+            title=f"{group} ({_setting(ablation)})", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        table.add_column("arm", overflow="fold")
         for label, _ in COLUMNS:
-            table.add_column(label, justify="right")
+            table.add_column(label, justify="right", overflow="fold")
         for row in group_rows(ablation, names):
             table.add_row(*row)
         tables.append(table)
