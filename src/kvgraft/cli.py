@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 
 app = typer.Typer(
@@ -31,23 +33,36 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="What `kvgraft train` would run.")] = None,
+    overrides: Overrides = None,
+    guide: Annotated[
+        bool, typer.Option("--guide", help="Instead of RECIPE: the guide's schemes, and the real models it names.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what RECIPE takes (layers, adapters, memory, disk) and whether it can work. Loads no weights.
 
-    Exit code 1 where it cannot work.
+    Exit code 1 where it cannot work. With --guide: what the guide's three schemes and the models it names take, under
+    both readings of d_model, beside the guide's own numbers.
     """
+    from kvgraft.guide_plan import make_guide_plan
     from kvgraft.plan import make_plan
     from kvgraft.recipe import load_recipe
+    from kvgraft.report.guide_tables import guide_plan_tables
     from kvgraft.report.tables import plan_tables
 
+    if (recipe is None) != guide:
+        raise typer.BadParameter("give either RECIPE or --guide")
+    if recipe is None:
+        sizes = make_guide_plan()
+        _show(sizes, guide_plan_tables(sizes), as_json)
+        return
     made = make_plan(load_recipe(recipe, overrides))
-    if as_json:
-        typer.echo(made.model_dump_json(indent=2))
-    else:
-        _console.print(*plan_tables(made), sep="\n")
-        for problem in made.problems:
-            _console.print(f"cannot work: {problem}", style="red", markup=False)
+    _show(made, plan_tables(made), as_json)
     if made.problems:
+        for problem in () if as_json else made.problems:
+            _console.print(f"cannot work: {problem}", style="red", markup=False)
         raise typer.Exit(1)
 
 
@@ -161,13 +176,17 @@ def ablate(
         width_divisor=width_divisor,
         overwrite=overwrite,
     )
+    _show(report, ablation_tables(report), as_json)
+    if not as_json:
+        _console.print(report.warning, style="yellow", end="\n" if report.warning else "")
+        _console.print(f"everything is in {output}: ablation.json, ablation.md, ablation.png", soft_wrap=True)
+
+
+def _show(result: BaseModel, tables: Sequence[RenderableType], as_json: bool) -> None:
     if as_json:
-        typer.echo(report.model_dump_json(indent=2))
-        return
-    _console.print(*ablation_tables(report), sep="\n")
-    if report.warning:
-        _console.print(report.warning, style="yellow")
-    _console.print(f"everything is in {output}: ablation.json, ablation.md, ablation.png", soft_wrap=True)
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        _console.print(*tables, sep="\n")
 
 
 def _whole_numbers(text: str) -> list[int]:
