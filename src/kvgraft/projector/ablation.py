@@ -73,7 +73,7 @@ class ArmRun(BaseModel):
 
     ``curve`` is the training loss of every step, with dropout, before the step. R2 is the mean over layers, against
     the held-out tokens' own mean. ``steps`` follows :data:`CONVERGENCE_RULE`, None where it was not reached.
-    ``seconds_per_step`` is of the fastest step, None without any.
+    ``seconds_per_step`` is processor time, of the fastest step, None without any.
     """
 
     seed: int
@@ -128,7 +128,7 @@ class Ablation(BaseModel):
         return next((result for result in self.arms if result.name == arm.name), None)
 
     def relative_time(self, result: ArmResult) -> Measure | None:
-        """Time of a step over that of a linear layer with the same seed."""
+        """Processor time of a step over that of a linear layer with the same seed."""
         linear = self.arm(LINEAR)
         if linear is None:
             return None
@@ -297,7 +297,7 @@ def _train(
     seed: int,
     after_step: Callable[[], None],
 ) -> tuple[list[float], float]:
-    """Training losses, and the time of the fastest step: what else the machine does only adds to the others."""
+    """Training losses, and the processor time of the fastest step: a busy machine stretches any other measure."""
     optimizer = torch.optim.AdamW(adapter.train().parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
     curve, seconds = [], []
@@ -305,13 +305,13 @@ def _train(
         torch.manual_seed(seed)
         for _ in range(steps):
             x, y = _batch(data, batch_tokens, generator)
-            start = time.perf_counter()
+            start = time.process_time()
             loss = functional.mse_loss(adapter(x), y)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             curve.append(_finite(loss.item()))
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
             after_step()
     adapter.eval()
     return curve, min(seconds)

@@ -80,8 +80,8 @@ def legend(ablation: Ablation) -> str:
         f"Mean over seeds {', '.join(map(str, ablation.seeds))}, deviation between them in brackets. The standard arm "
         "is LayerNorm, SiLU, xavier, dropout 0.1, lr 1e-3. Losses: mean squared error without dropout, before the "
         f"first and after the last step; predicting the mean costs {ablation.target_variance:.3g}. Steps: "
-        f"{CONVERGENCE_RULE} (how many seeds got there, where not all). Time: of the fastest step, Linear = 1. Dead: "
-        "hidden units that give 0 on every token."
+        f"{CONVERGENCE_RULE} (how many seeds got there, where not all). Time: processor time of a step, Linear = "
+        "1. Dead: hidden units that give 0 on every token."
     )
 
 
