@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from rich.table import Table
 
+from kvgraft.migration import Migration
 from kvgraft.plan import Plan
 from kvgraft.report.results import ArmResult, RunResult
 
@@ -74,6 +76,16 @@ def plan_tables(plan: Plan) -> list[Table]:
     total.add_row("memory, activations aside", size_text(plan.training_memory_bytes))
     total.add_row("disk for KV", f"{size_text(plan.store_bytes)} of {size_text(plan.free_disk_bytes)} free")
     return [*tables, total]
+
+
+def migration_table(migration: Migration, folder: Path) -> Table:
+    """What became of an old checkpoint, and that nothing was lost."""
+    table = Table(title=f"migrated to {folder}", title_justify="left", show_header=False)
+    for teacher in migration.teachers:
+        table.add_row(teacher.name, f"{teacher.width} -> {migration.student_width}, {teacher.num_layers} layers")
+    table.add_row("parameters", f"{migration.old_parameters:,} -> {migration.new_parameters:,}")
+    table.add_row("largest difference at step 0", f"{migration.largest_difference:.1e}")
+    return table
 
 
 def markdown(result: RunResult) -> str:
