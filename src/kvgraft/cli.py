@@ -143,7 +143,9 @@ def ablate(
     overrides: Overrides = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="GROUP", help="width, layer_norm, activation, init or dropout; may be repeated."),
+        typer.Option(
+            metavar="GROUP", help="width, layer_norm, activation, init, learning_rate, dropout; may be repeated."
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Whole numbers between commas or blanks.")] = "0,1,2",
     steps: Annotated[int, typer.Option(help="Steps of AdamW; the guide takes 40.")] = 40,
@@ -157,8 +159,8 @@ def ablate(
 ) -> None:
     """Train adapters that differ in one setting, over several seeds, and put the guide's claims beside ours.
 
-    LayerNorm, activation, initialisation, dropout, width, and least squares. Without RECIPE the guide's scenario of
-    random targets runs, which is not evidence about real models.
+    LayerNorm, activation, initialisation, learning rate, dropout, width, and least squares. Without RECIPE the guide's
+    scenario of random targets runs, which is not evidence about real models.
 
     Quick look: kvgraft ablate --only width --seeds 0 --width-divisor 32
     """

@@ -47,6 +47,7 @@ def test_every_group_of_the_issue_is_there() -> None:
         "layer_norm": {arm.layer_norm for arm in GROUPS["layer_norm"]},
         "activation": {arm.activation for arm in GROUPS["activation"]},
         "init": {(arm.init_method, arm.training) for arm in GROUPS["init"]},
+        "learning_rate": {(arm.mlp_ratio, arm.learning_rate) for arm in GROUPS["learning_rate"]},
         "dropout": {arm.dropout for arm in GROUPS["dropout"]},
     }
     assert settings == {
@@ -54,15 +55,16 @@ def test_every_group_of_the_issue_is_there() -> None:
         "layer_norm": {True, False},
         "activation": {"silu", "relu", "gelu"},
         "init": {(name, "adam") for name in ("xavier", "kaiming", "normal")} | {("xavier", "from_least_squares")},
+        "learning_rate": {("linear", 1e-4), ("linear", 1e-3), (1.0, 1e-4), (1.0, 1e-3)},
         "dropout": {0.05, 0.1, 0.15, 0.2},
     }
     assert {arm.learning_rate for arm in GROUPS["width"] if arm.mlp_ratio == "linear"} == {1e-4, 1e-3}
-    assert len({arm.name for group in GROUPS.values() for arm in group}) == 15
+    assert len({arm.name for group in GROUPS.values() for arm in group}) == 16
 
 
 def test_all_groups_over_seeds() -> None:
     result = ablate(lambda seed: synthetic(seed, 64), seeds=[0, 5], steps=3)
-    assert len(result.arms) == 15
+    assert len(result.arms) == 16
     assert all([run.seed for run in arm.runs] == [0, 5] for arm in result.arms)
     standard, linear = result.arm(STANDARD), result.arm(LINEAR)
     assert standard.runs[0].parameters == 80 * 80 + 80 * 24 + 80 + 24 + 2 * 80

@@ -15,6 +15,7 @@ from kvgraft.projector.ablation import (
     LINEAR,
     NO_NORM,
     OLD_LINEAR,
+    OLD_RATE,
     RELU,
     STANDARD,
     Ablation,
@@ -22,7 +23,8 @@ from kvgraft.projector.ablation import (
     ArmResult,
     ArmRun,
 )
-from kvgraft.projector.claims import faster, judge, speed_up, within
+from kvgraft.projector.claims import judge
+from kvgraft.projector.verdicts import faster, speed_up, within
 
 
 def run_of(seed: int = 0, start: float = 3.0, **fields: object) -> ArmRun:
@@ -210,6 +212,11 @@ def test_real_kv_is_judged_on_held_out_tokens_and_random_targets_are_not() -> No
     overfitted = {**GUIDES, LEAST_SQUARES: [{"final_loss": 0.0, "held_out_loss": 0.2, "curve": []}]}
     assert verdict(ablation(overfitted), "fully surpassed") == "not reproduced"
     assert verdict(ablation(overfitted, synthetic=False), "fully surpassed") == "reproduced"
+
+
+@pytest.mark.parametrize(("slow", "expected"), [(0.1, "reproduced"), (0.05, "not reproduced")])
+def test_the_learning_rate_pays(slow: float, expected: str) -> None:
+    assert verdict(ablation({**GUIDES, OLD_RATE: losses(slow)}), "ten times the linear") == expected
 
 
 def test_a_head_start_is_no_speed() -> None:

@@ -52,6 +52,7 @@ STANDARD = Arm("MLP 1.0 (standard)")
 OLD_LINEAR = Arm("Linear, lr 1e-4", "linear", learning_rate=1e-4)
 LINEAR = Arm("Linear, lr 1e-3", "linear")
 LEAST_SQUARES = Arm("least squares", "linear", training="closed_form")
+OLD_RATE = Arm("MLP 1.0, lr 1e-4", learning_rate=1e-4)
 HALF, DOUBLE = Arm("MLP 0.5", 0.5), Arm("MLP 2.0", 2.0)
 NO_NORM = Arm("no LayerNorm", layer_norm=False)
 RELU, GELU = Arm("ReLU", activation="relu"), Arm("GELU", activation="gelu")
@@ -64,6 +65,7 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
     "layer_norm": (STANDARD, NO_NORM),
     "activation": (STANDARD, RELU, GELU),
     "init": (STANDARD, KAIMING, NORMAL, FROM_LEAST_SQUARES),
+    "learning_rate": (OLD_LINEAR, LINEAR, OLD_RATE, STANDARD),
     "dropout": (DROPOUT_LOW, STANDARD, DROPOUT_MIDDLE, DROPOUT_HIGH),
 }
 

@@ -13,8 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvgraft.projector.ablation import CONVERGENCE_RULE, Ablation, ArmResult, Measure, measure_of
-from kvgraft.projector.claims import Judgement
 from kvgraft.projector.scenario import SYNTHETIC_WARNING
+from kvgraft.projector.verdicts import Judgement
 
 ABLATION_FILES = ("ablation.json", "ablation.md", "ablation.png")
 CLAIM_COLUMNS = ("claim", "guide", "measured", "verdict", "why")
