@@ -26,8 +26,8 @@ CONVERGENCE_RULE = (
 )
 # Steps over which a training loss is averaged before two arms are compared: dropout and batches make it jump.
 SMOOTHING = 5
-_DEAD_UNIT_TOKENS = 4096
-_ROWS_AT_ONCE = 8192
+_DEAD_UNIT_TOKENS = 2048
+_ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,8 @@ def mean_of(values: Sequence[float]) -> float:
 
 def times(values: Iterable[float]) -> str:
     """Lowest and highest factor, for a sentence."""
-    found = list(values)
-    return f"{min(found):.1f}x to {max(found):.1f}x" if len(found) > 1 else f"{found[0]:.1f}x"
+    low, high = (f"{pick(found):.1f}x" for found in [list(values)] for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def of_seeds(flags: Sequence[bool]) -> str:

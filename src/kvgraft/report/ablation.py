@@ -19,6 +19,7 @@ from kvgraft.projector.verdicts import Judgement
 ABLATION_FILES = ("ablation.json", "ablation.md", "ablation.png")
 CLAIM_COLUMNS = ("claim", "guide", "measured", "verdict", "why")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#555555")
+_GROUPS_IN_A_ROW = 3
 _VERDICT_STYLES = {"reproduced": "green", "not reproduced": "red", "not comparable": "yellow"}
 
 Column = tuple[str, Callable[[Ablation, ArmResult], str]]
@@ -106,12 +107,17 @@ def save_ablation_plot(ablation: Ablation, path: Path) -> None:
     Lines and bars are means over seeds; bands and whiskers reach from the lowest to the highest.
     """
     groups = ablation.groups
-    figure = Figure(figsize=(5 * len(groups) + 1, 7), layout="constrained")
-    axes = figure.subplots(2, len(groups), squeeze=False)
-    for column, (group, names) in enumerate(groups.items()):
+    columns = min(_GROUPS_IN_A_ROW, len(groups))
+    rows = 2 * -(-len(groups) // columns)
+    figure = Figure(figsize=(5 * columns + 1, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for index, (group, names) in enumerate(groups.items()):
+        row, column = 2 * (index // columns), index % columns
         results = [result for name in names for result in ablation.arms if result.name == name]
-        _draw_training(axes[0, column], ablation, results, group)
-        _draw_held_out(axes[1, column], ablation, results)
+        _draw_training(axes[row, column], ablation, results, group)
+        _draw_held_out(axes[row + 1, column], ablation, results)
+    for axis in figure.axes:
+        axis.set_visible(axis.has_data())
     note = "\nrandom targets: not evidence about real models" if ablation.synthetic else ""
     figure.suptitle(f"{ablation.source}\n{_setting(ablation)}{note}")
     figure.savefig(path, dpi=100)
