@@ -55,6 +55,12 @@ def test_seeds_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_overrides_need_a_recipe(tmp_path: Path) -> None:
+    result = runner.invoke(app, [*QUICK, "--set", "seed=1", "--output", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_recipe_brings_real_kv(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 
 @app.command()
 def plan(
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="What `kvgraft train` would run.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="What `kvgraft train` would run.")] = None,
     overrides: Overrides = None,
     guide: Annotated[
         bool, typer.Option("--guide", help="Instead of RECIPE: the guide's schemes, and the real models it names.")
@@ -54,6 +54,7 @@ def plan(
 
     if (recipe is None) != guide:
         raise typer.BadParameter("give either RECIPE or --guide")
+    _require_recipe_for(overrides, recipe)
     if recipe is None:
         sizes = make_guide_plan()
         _show(sizes, guide_plan_tables(sizes), as_json)
@@ -138,7 +139,7 @@ def evaluate(
 @app.command()
 def ablate(
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="Take real KV from its store; default: synthetic numbers.")
+        Path | None, typer.Argument(metavar="RECIPE", help="Take real KV from its store; default: synthetic numbers.")
     ] = None,
     overrides: Overrides = None,
     only: Annotated[
@@ -168,6 +169,7 @@ def ablate(
     from kvgraft.recipe import load_recipe
     from kvgraft.report.ablation import ablation_tables
 
+    _require_recipe_for(overrides, recipe)
     report = run_ablations(
         None if recipe is None else load_recipe(recipe, overrides),
         output,
@@ -206,7 +208,7 @@ def migrate(
 ) -> None:
     """Turn a checkpoint of the old linear projector into an Elastic Bottleneck that starts where it stood.
 
-    OLD holds one linear map for keys and one for values per teacher: key_adapters.NAME.weight [student, teacher] and
+    OLD holds one linear map for keys and one for values per teacher: key_adapters.NAME.weight and
     .bias, value_adapters.NAME.weight and .bias. The map becomes a skip beside a bottleneck whose last layer is zero, so
     that NEW gives the same output until it is trained. Widths are read from OLD, layers of the models that `kvgraft
     plan --guide` lists from their names. Train on with a learning rate of 1e-3 where the linear projector had 1e-4.
@@ -223,6 +225,11 @@ def migrate(
         old, new, teachers=teacher or (), num_layers=num_layers, mlp_ratio=ratio, dropout=dropout, per_layer=per_layer
     )
     _show(migrated, [migration_table(migrated, new)], as_json)
+
+
+def _require_recipe_for(overrides: list[str] | None, recipe: Path | None) -> None:
+    if overrides and recipe is None:
+        raise typer.BadParameter(f"--set {overrides[0]} changes a field of RECIPE, and there is none")
 
 
 def _show(result: BaseModel, tables: Sequence[RenderableType], as_json: bool) -> None:
