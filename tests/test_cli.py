@@ -24,7 +24,7 @@ def recipe_file(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
 
 def test_help_names_every_command() -> None:
     output = runner.invoke(app, ["--help"]).output
-    assert all(command in output for command in ("plan", "cache", "train", "evaluate"))
+    assert all(command in output for command in ("plan", "cache", "train", "evaluate", "ablate", "migrate"))
 
 
 def test_plan_tells_sizes_without_running_anything(recipe_file: Path, tmp_path: Path) -> None:

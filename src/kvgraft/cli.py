@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 
 app = typer.Typer(
@@ -31,23 +33,37 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="What `kvgraft train` would run.")] = None,
+    overrides: Overrides = None,
+    guide: Annotated[
+        bool, typer.Option("--guide", help="Instead of RECIPE: the guide's schemes, and the real models it names.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what RECIPE takes (layers, adapters, memory, disk) and whether it can work. Loads no weights.
 
-    Exit code 1 where it cannot work.
+    Exit code 1 where it cannot work. With --guide: what the guide's three schemes and the models it names take, under
+    both readings of d_model, beside the guide's own numbers.
     """
+    from kvgraft.guide_plan import make_guide_plan
     from kvgraft.plan import make_plan
     from kvgraft.recipe import load_recipe
+    from kvgraft.report.guide_tables import guide_plan_tables
     from kvgraft.report.tables import plan_tables
 
+    if (recipe is None) != guide:
+        raise typer.BadParameter("give either RECIPE or --guide")
+    _require_recipe_for(overrides, recipe)
+    if recipe is None:
+        sizes = make_guide_plan()
+        _show(sizes, guide_plan_tables(sizes), as_json)
+        return
     made = make_plan(load_recipe(recipe, overrides))
-    if as_json:
-        typer.echo(made.model_dump_json(indent=2))
-    else:
-        _console.print(*plan_tables(made), sep="\n")
-        for problem in made.problems:
-            _console.print(f"cannot work: {problem}", style="red", markup=False)
+    _show(made, plan_tables(made), as_json)
     if made.problems:
+        for problem in () if as_json else made.problems:
+            _console.print(f"cannot work: {problem}", style="red", markup=False)
         raise typer.Exit(1)
 
 
@@ -118,6 +134,125 @@ def evaluate(
         typer.echo(json.dumps({arm.arm: arm.last for arm in result.arms}, indent=2))
     else:
         _console.print(evaluation_table(result))
+
+
+@app.command()
+def ablate(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="Take real KV from its store; default: synthetic numbers.")
+    ] = None,
+    overrides: Overrides = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GROUP", help="width, layer_norm, activation, init, learning_rate, dropout; may be repeated."
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Whole numbers between commas or blanks.")] = "0,1,2",
+    steps: Annotated[int, typer.Option(help="Steps of AdamW; the guide takes 40.")] = 40,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step; all where there are fewer.")] = 1024,
+    width_divisor: Annotated[
+        int | None, typer.Option(help="Synthetic scenario: divide 5120 and 1536 by this. Default 8; the guide 1.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for ablation.json, .md and .png.")] = Path("runs/ablation"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the ablation in the folder.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train adapters that differ in one setting, over several seeds, and put the guide's claims beside ours.
+
+    LayerNorm, activation, initialisation, learning rate, dropout, width, and least squares. Without RECIPE the guide's
+    scenario of random targets runs, which is not evidence about real models.
+
+    Quick look: kvgraft ablate --only width --seeds 0 --width-divisor 32
+    """
+    from kvgraft.ablate import run_ablations
+    from kvgraft.recipe import load_recipe
+    from kvgraft.report.ablation import ablation_tables
+
+    _require_recipe_for(overrides, recipe)
+    report = run_ablations(
+        None if recipe is None else load_recipe(recipe, overrides),
+        output,
+        only=only or (),
+        seeds=_whole_numbers(seeds),
+        steps=steps,
+        batch_tokens=batch_tokens,
+        width_divisor=width_divisor,
+        overwrite=overwrite,
+    )
+    _show(report, ablation_tables(report), as_json)
+    if not as_json:
+        _console.print(report.warning, style="yellow", end="\n" if report.warning else "")
+        _console.print(f"everything is in {output}: ablation.json, ablation.md, ablation.png", soft_wrap=True)
+
+
+@app.command()
+def migrate(
+    old: Annotated[
+        Path, typer.Argument(metavar="OLD", help="A .safetensors file, or a torch.saved state dict (.pt, .pth, .bin).")
+    ],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Folder to create for the new projector.")],
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=LAYERS", help="Name of a teacher and layers of its KV; may be repeated."),
+    ] = None,
+    num_layers: Annotated[int | None, typer.Option(help="Layers of every teacher that --teacher leaves out.")] = None,
+    mlp_ratio: Annotated[
+        str, typer.Option(help="Hidden width over the teacher's: a number, or auto by its width.")
+    ] = "1.0",
+    dropout: Annotated[float, typer.Option(help="Share of hidden units dropped in training.")] = 0.1,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="One adapter per layer, each from the old map.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a checkpoint of the old linear projector into an Elastic Bottleneck that starts where it stood.
+
+    OLD holds one linear map for keys and one for values per teacher: key_adapters.NAME.weight and
+    .bias, value_adapters.NAME.weight and .bias. The map becomes a skip beside a bottleneck whose last layer is zero, so
+    that NEW gives the same output until it is trained. Widths are read from OLD, layers of the models that `kvgraft
+    plan --guide` lists from their names. Train on with a learning rate of 1e-3 where the linear projector had 1e-4.
+
+    Example: kvgraft migrate old.pt projector --teacher Qwen2-7B=28 --mlp-ratio 0.5
+
+    Then: KVDimensionProjector.from_pretrained("projector")
+    """
+    from kvgraft.migration import migrate_checkpoint
+    from kvgraft.report.tables import migration_table
+
+    ratio = _number_or_auto(mlp_ratio)
+    migrated = migrate_checkpoint(
+        old, new, teachers=teacher or (), num_layers=num_layers, mlp_ratio=ratio, dropout=dropout, per_layer=per_layer
+    )
+    _show(migrated, [migration_table(migrated, new)], as_json)
+
+
+def _require_recipe_for(overrides: list[str] | None, recipe: Path | None) -> None:
+    if overrides and recipe is None:
+        raise typer.BadParameter(f"--set {overrides[0]} changes a field of RECIPE, and there is none")
+
+
+def _show(result: BaseModel, tables: Sequence[RenderableType], as_json: bool) -> None:
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        _console.print(*tables, sep="\n")
+
+
+def _number_or_auto(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} must be a number or auto") from error
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} must be whole numbers between commas or blanks, such as 0,1,2") from error
 
 
 def main() -> None:

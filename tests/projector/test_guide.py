@@ -16,6 +16,7 @@ from torch.optim import AdamW
 
 from experiments.kv_dimension_projector import KVDimensionProjector
 from kvgraft.distill.losses import compute_kv_loss
+from kvgraft.projector.adapters import ElasticBottleneck
 from kvgraft.projector.sizing import auto_mlp_ratio
 
 ROOT = Path(__file__).parents[2]
@@ -265,9 +266,21 @@ def test_verification_fails_where_the_upgrade_is_broken(
     assert not all(check.passed for check in verification.run_checks())
 
 
-def test_verification_learns_the_random_targets(verification: ModuleType) -> None:
-    x, target = verification.scenario(80, 24, seed=0)
-    wide = next(arm for arm in verification.ARMS if arm.name == "MLP 2.0")
-    measured = verification.train(wide, x, target, 40, seed=0)
-    assert measured.final_loss < 0.7 * measured.first_loss
-    assert verification.least_squares_loss(x, target) < measured.first_loss
+def test_verification_fails_where_the_bottleneck_does_not_beat_linear(
+    verification: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same scenario with an Elastic Bottleneck that cannot learn."""
+    monkeypatch.setattr("kvgraft.projector.ablation.ElasticBottleneck", FrozenBottleneck)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert verification.main(["--width-divisor", "64", "--steps", "40"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert len(failed) == 3
+    assert all("beats Linear, lr 1e-4" in line for line in failed)
+
+
+class FrozenBottleneck(ElasticBottleneck):
+    """Far from its target, and with no gradient to get there; a linear one is left alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        return out if self.mlp_ratio == "linear" else 10 + 0 * out

@@ -1,3 +1,4 @@
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -85,15 +86,111 @@ def test_the_migrated_projector_learns() -> None:
     assert projector.adapters("org/b")[1].down.weight.grad.abs().max() > 0
 
 
-def test_pickles_and_damaged_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "old.pt").write_bytes(b"\x80\x04.")
-    with pytest.raises(ProjectorError, match="Pickled"):
-        migrate_linear_checkpoint(tmp_path / "old.pt", CONFIGS)
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_it_trains_on_to_less_than_the_best_of_the_old_map(per_layer: bool) -> None:
+    """A target that bends: where the linear map was the best of its kind, the bottleneck goes below it."""
+    torch.manual_seed(0)
+    x, noise = torch.randn(1, 3, 200, 24), torch.randn(1, 3, 200, STUDENT)
+    bend = torch.tanh(x @ torch.randn(24, STUDENT))
+    rows, target = x.reshape(-1, 24), (bend + 0.01 * noise).reshape(-1, STUDENT)
+    padded = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+    best = torch.linalg.lstsq(padded, target).solution
+    linear = (best[:-1].T.contiguous(), best[-1])
+    projector = migrate_linear_checkpoint(
+        {"t": {"key": linear, "value": linear}}, {"t": {"d_model": 24, "num_layers": 3}}, per_layer=per_layer
+    )
+
+    def loss() -> Tensor:
+        return (projector.eval().project_teacher_kv("t", x, x)[0].reshape(-1, STUDENT) - target).square().mean()
+
+    start = loss().item()
+    assert start == pytest.approx((padded @ best - target).square().mean().item(), rel=1e-4)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss().item() < 0.9 * start
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "old.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ProjectorError, match="damaged"):
         migrate_linear_checkpoint(tmp_path / "old.safetensors", CONFIGS)
     with pytest.raises(ProjectorError, match="no old checkpoint"):
         migrate_linear_checkpoint(tmp_path / "absent.safetensors", CONFIGS)
+    (tmp_path / "old.npz").write_bytes(b"")
+    with pytest.raises(ProjectorError, match=r"suffix '\.npz'.*\.safetensors"):
+        migrate_linear_checkpoint(tmp_path / "old.npz", CONFIGS)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_from_a_state_dict_that_torch_saved(tmp_path: Path, suffix: str, zipped: bool) -> None:
+    maps = old_maps()
+    path = tmp_path / f"old{suffix}"
+    torch.save(OrderedDict(state_dict(maps)), path, _use_new_zipfile_serialization=zipped)
+    assert_same_maps(migrate_linear_checkpoint(path, CONFIGS), maps)
+
+
+def test_the_state_dict_of_the_old_module_as_it_was_saved(tmp_path: Path) -> None:
+    """One nn.Linear for keys and one for values per teacher, in module dicts; parameters and not bare tensors."""
+    names = {"a": {"d_model": 24, "num_layers": 3}}
+    old = nn.ModuleDict({f"{kind}_adapters": nn.ModuleDict({"a": nn.Linear(24, STUDENT)}) for kind in ("key", "value")})
+    torch.save(dict(old.named_parameters()), tmp_path / "old.pt")
+    projector = migrate_linear_checkpoint(tmp_path / "old.pt", names)
+    x = torch.randn(2, 3, 5, 24)
+    keys, values = projector.project_teacher_kv("a", x, x)
+    torch.testing.assert_close(keys, old["key_adapters"]["a"](x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(values, old["value_adapters"]["a"](x), atol=1e-6, rtol=0)
+
+
+class RunsCode:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> None:
+    torch.save({**state_dict(old_maps()), "extra": RunsCode(tmp_path / "ran")}, tmp_path / "old.pt")
+    with pytest.raises(ProjectorError, match=r"old\.pt is no state dict of tensors alone.*torch\.save"):
+        migrate_linear_checkpoint(tmp_path / "old.pt", CONFIGS)
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "old.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (nn.Linear(2, 2), "no state dict of tensors alone"),
+        ([torch.zeros(2)], "holds a list and no state dict"),
+        ({"state_dict": {"key_adapters.t.weight": torch.zeros(2, 2)}, "step": 3}, "no tensors: state_dict, step"),
+    ],
+)
+def test_other_things_that_torch_saved_are_refused(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "old.pt")
+    with pytest.raises(ProjectorError, match=message):
+        migrate_linear_checkpoint(tmp_path / "old.pt", CONFIGS)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"not a checkpoint", b"PK\x03\x04 cut short"])
+def test_what_torch_cannot_read_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "old.pt").write_bytes(content)
+    with pytest.raises(ProjectorError, match=r"old\.pt"):
+        migrate_linear_checkpoint(tmp_path / "old.pt", CONFIGS)
+
+
+def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
+    torch.save(state_dict(old_maps()), tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "old.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ProjectorError, match="damaged"):
+        migrate_linear_checkpoint(tmp_path / "old.pt", CONFIGS)
 
 
 def test_incomplete_checkpoints_say_what_is_missing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ LinearMap = tuple[Tensor, Tensor | None]
 LinearMaps = dict[str, dict[str, LinearMap]]
 
 _NAME = re.compile(r"^(?:.*?\.)??(?P<kind>key|value|k|v)_adapters\.(?P<teacher>.+)\.(?P<part>weight|bias)$")
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _KINDS = {"k": "key", "key": "key", "v": "value", "value": "value"}
 
 
@@ -38,7 +40,8 @@ def migrate_linear_checkpoint(
 
     Args:
         checkpoint: one of
-            a path to a ``.safetensors`` file;
+            a path to a ``.safetensors`` file, or to a state dict that ``torch.save`` wrote (``.pt``, ``.pth``,
+            ``.bin``; read with ``weights_only=True``, which runs no code);
             a state dict ``{"key_adapters.<teacher>.weight": tensor, "value_adapters.<teacher>.bias": ...}`` (any
             prefix before it, and ``k_adapters`` or ``v_adapters`` for short);
             ``{teacher: {"key": (weight, bias), "value": (weight, bias)}}``.
@@ -49,7 +52,8 @@ def migrate_linear_checkpoint(
             starts from the teacher's one map.
 
     Raises:
-        ProjectorError: a pickle, a damaged file, missing or extra teachers, or widths that do not fit.
+        ProjectorError: a file that is damaged or holds more than tensors, missing or extra teachers, or widths
+            that do not fit.
     """
     maps = _match_teachers(read_linear_maps(checkpoint), list(teacher_configs))
     student_widths = {weight.shape[0] for teacher in maps.values() for weight, _ in teacher.values()}
@@ -85,7 +89,7 @@ def read_linear_maps(checkpoint: str | Path | Mapping[str, Tensor] | LinearMaps)
     Accepts what :func:`migrate_linear_checkpoint` accepts.
     """
     if isinstance(checkpoint, str | Path):
-        checkpoint = _read_safetensors(Path(checkpoint))
+        checkpoint = _read_file(Path(checkpoint))
     maps: LinearMaps = {}
     for name, entry in checkpoint.items():
         if isinstance(entry, Mapping):
@@ -131,7 +135,7 @@ def _match_teachers(maps: LinearMaps, names: list[str]) -> LinearMaps:
     source = {name: name for name in names if name in maps}
     left = [old for old in maps if old not in source]
     for name in names:
-        found = [old for old in left if name not in source and _plain(old) == _plain(name)]
+        found = [old for old in left if name not in source and plain_name(old) == plain_name(name)]
         if len(found) == 1:
             source[name] = found[0]
             left.remove(found[0])
@@ -143,19 +147,46 @@ def _match_teachers(maps: LinearMaps, names: list[str]) -> LinearMaps:
     return {name: maps[source[name]] for name in names}
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A teacher name as a module could hold it: everything but letters and digits is ``_``."""
     return re.sub(r"[^0-9A-Za-z]", "_", name)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ProjectorError(f"no old checkpoint at {path}")
-    if path.suffix != ".safetensors":
-        raise ProjectorError(
-            f"{path} is not a .safetensors file. Pickled checkpoints can run code when read, so kvgraft does not: "
-            "convert it with safetensors.torch.save_file(state_dict, 'old.safetensors') where you trust it."
-        )
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ProjectorError(f"{path} is damaged or not a safetensors file: {error}") from error
+    if path.suffix in _TORCH_SUFFIXES:
+        return _read_state_dict(path)
+    raise ProjectorError(
+        f"{path} has the suffix {path.suffix!r}; an old checkpoint is a .safetensors file, or a state dict that "
+        f"torch.save wrote: {', '.join(_TORCH_SUFFIXES)}"
+    )
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    advice = "Save the tensors alone where you trust it: torch.save(projector.state_dict(), 'old.pt')."
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ProjectorError(f"{path} is damaged or not a safetensors file: {error}") from error
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    # Only the name of its error: torch.load reads tensors with an unpickler of its own that runs nothing.
+    except pickle.UnpicklingError as error:
+        raise ProjectorError(
+            f"{path} is no state dict of tensors alone, and reading anything else can run code, so kvgraft does not. "
+            f"{advice} {_first_line(error)}"
+        ) from error
+    except Exception as error:  # whatever a reader of foreign files makes of a damaged one
+        raise ProjectorError(f"{path} is damaged or was not written by torch.save: {_first_line(error)}") from error
+    if not isinstance(loaded, Mapping):
+        raise ProjectorError(f"{path} holds a {type(loaded).__name__} and no state dict. {advice}")
+    others = [str(name) for name, entry in loaded.items() if not isinstance(entry, Tensor)]
+    if others:
+        raise ProjectorError(f"{path} holds entries that are no tensors: {', '.join(others[:5])}. {advice}")
+    return dict(loaded)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from rich.table import Table
 
+from kvgraft.migration import Migration
 from kvgraft.plan import Plan
 from kvgraft.report.results import ArmResult, RunResult
 
@@ -62,16 +64,28 @@ def plan_tables(plan: Plan) -> list[Table]:
         table = Table(title=f"teacher {teacher.model.name}", title_justify="left", show_header=False)
         table.add_row("layers (student <- teacher)", ", ".join(f"{s} <- {t}" for s, t in teacher.layer_map))
         table.add_row("adapters", f"2 of {teacher.adapter_parameters:,} parameters, mlp_ratio {teacher.mlp_ratio}")
-        table.add_row("KV on disk", f"{teacher.kv_bytes_per_token:,} bytes a token, {_size(teacher.kv_bytes)} in all")
+        table.add_row(
+            "KV on disk", f"{teacher.kv_bytes_per_token:,} bytes a token, {size_text(teacher.kv_bytes)} in all"
+        )
         table.add_row("advice", f"mlp_ratio {teacher.advised_mlp_ratio}, dropout {teacher.advised_dropout}")
         for reason in teacher.reasons:
             table.add_row("", reason)
         tables.append(table)
     total = Table(title="in all", title_justify="left", show_header=False)
     total.add_row("texts", f"{plan.train_texts:,} to train on, {plan.held_out_texts:,} held out")
-    total.add_row("memory, activations aside", _size(plan.training_memory_bytes))
-    total.add_row("disk for KV", f"{_size(plan.store_bytes)} of {_size(plan.free_disk_bytes)} free")
+    total.add_row("memory, activations aside", size_text(plan.training_memory_bytes))
+    total.add_row("disk for KV", f"{size_text(plan.store_bytes)} of {size_text(plan.free_disk_bytes)} free")
     return [*tables, total]
+
+
+def migration_table(migration: Migration, folder: Path) -> Table:
+    """What became of an old checkpoint, and that nothing was lost."""
+    table = Table(title=f"migrated to {folder}", title_justify="left", show_header=False)
+    for teacher in migration.teachers:
+        table.add_row(teacher.name, f"{teacher.width} -> {migration.student_width}, {teacher.num_layers} layers")
+    table.add_row("parameters", f"{migration.old_parameters:,} -> {migration.new_parameters:,}")
+    table.add_row("largest difference at step 0", f"{migration.largest_difference:.1e}")
+    return table
 
 
 def markdown(result: RunResult) -> str:
@@ -137,7 +151,8 @@ def cost_rows(result: RunResult) -> list[tuple[str, str]]:
     return rows
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes in MB or GB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
