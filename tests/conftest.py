@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.data.word_problems import generate
-from kvgraft.recipe import Recipe
+from kvgraft.recipe import Recipe, StudentRecipe
 
 torch.set_num_threads(1)
 
@@ -20,18 +20,26 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Llama of 4 layers, 2 KV heads x 8, with a byte-level BPE of 400 entries."""
-    folder = tmp_path_factory.mktemp("teacher")
+    return _save_llama(tmp_path_factory.mktemp("teacher"), 400, hidden_size=32, num_hidden_layers=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of 3 layers, 2 KV heads x 6, with a byte-level BPE of 300 entries."""
+    return _save_llama(tmp_path_factory.mktemp("student"), 300, hidden_size=24, num_hidden_layers=3)
+
+
+def _save_llama(folder: Path, vocab_size: int, **sizes: int) -> Path:
     texts = [f"{problem['question']} {problem['answer']}" for problem in generate("train", 60, seed=7)]
-    tokenizer = train_tokenizer(texts, 400)
+    tokenizer = train_tokenizer(texts, vocab_size)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        **sizes,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -78,5 +86,23 @@ def tiny_recipe(tiny_fields: dict) -> Callable[..., Recipe]:
         for name, change in changes.items():
             fields[name] = {**fields.get(name, {}), **change} if isinstance(change, dict) else change
         return Recipe.model_validate(fields)
+
+    return make
+
+
+@pytest.fixture
+def fit_recipe(tiny_recipe: Callable[..., Recipe], tiny_student: Path) -> Callable[..., Recipe]:
+    """A recipe that fits a projector between the tiny teacher and the tiny student in seconds."""
+
+    def make(**changes: object) -> Recipe:
+        sections: dict = {
+            "data": {"train_samples": 30, "held_out_samples": 8, "max_length": 96},
+            "projector": {"init_method": "least_squares", "dropout": 0.0},
+            "fit": {"steps": 0, "tokens_per_step": 64, "scan_tokens": 600},
+        }
+        for name, change in changes.items():
+            sections[name] = {**sections.get(name, {}), **change} if isinstance(change, dict) else change
+        recipe = tiny_recipe(**sections)
+        return recipe.model_copy(update={"student": StudentRecipe(model=str(tiny_student))})
 
     return make

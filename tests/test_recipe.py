@@ -30,7 +30,7 @@ def test_defaults_are_the_measured_ones(tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file(tmp_path))
     assert recipe.kv_loss.objective == "student_to_teacher"
     assert recipe.kv_loss.weight == 10
-    assert recipe.projector.per_layer
+    assert recipe.projector.sharing == "per_layer"
     assert recipe.projector.skip
     assert recipe.training.learning_rate == 5e-5
     assert recipe.training.projector_learning_rate == 1e-3

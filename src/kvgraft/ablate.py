@@ -50,7 +50,7 @@ def run_ablations(
 
 def load(recipe: Recipe) -> AblationData:
     """Real KV of ``recipe``, from its store."""
-    from kvgraft.fit.data import ablation_data  # type: ignore[import-not-found]
+    from kvgraft.fit.data import ablation_data
 
     data: AblationData = ablation_data(recipe)
     return data.standardised()

@@ -98,7 +98,7 @@ def train(
 
     Several processes: accelerate launch -m kvgraft train RECIPE
     """
-    from kvgraft.distill.arms import TrainingInterruptedError
+    from kvgraft.errors import TrainingInterruptedError
     from kvgraft.processes import process_state
     from kvgraft.recipe import load_recipe
     from kvgraft.report.tables import cost_table, result_table
@@ -109,15 +109,43 @@ def train(
     try:
         result = run(loaded, folder, resume=resume, overwrite=overwrite)
     except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
-        changes = "".join(f" --set {change}" for change in overrides or [])
-        _console.print(f"{stopped or 'stopped'}", markup=False, soft_wrap=True)
-        _console.print(
-            f"go on with: kvgraft train {recipe}{changes} --output {folder} --resume", markup=False, soft_wrap=True
-        )
-        raise typer.Exit(130) from stopped
+        raise _stopped("train", stopped, recipe, overrides, folder) from stopped
     if process_state().is_main_process:
         _console.print(result_table(result), cost_table(result), sep="\n")
         _console.print(f"everything is in {folder}: results.md, curves.png, experiment.yaml, students", soft_wrap=True)
+
+
+@app.command()
+def fit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the fit in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove what is in the folder first.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit RECIPE's projector alone, between its teacher and an existing student, both frozen.
+
+    Says for every layer how much of one model's keys and values can be predicted from the other's on held-out text,
+    beside least squares, and how close the student's attention stays with the projected KV in place of its own.
+    """
+    from kvgraft.errors import TrainingInterruptedError
+    from kvgraft.fit.run import fit as fit_projector
+    from kvgraft.recipe import load_recipe
+    from kvgraft.report.fit import fit_table, suggested_layers_yaml
+
+    loaded = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / loaded.name
+    try:
+        report = fit_projector(loaded, folder, resume=resume, overwrite=overwrite)
+    except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
+        raise _stopped("fit", stopped, recipe, overrides, folder) from stopped
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
+    _console.print(fit_table(report))
+    _console.print("layer map that the scan suggests, for a recipe:", suggested_layers_yaml(report), sep="\n")
+    _console.print(f"everything is in {folder}: projector, fit.md, layers.png, fit.png", soft_wrap=True)
 
 
 @app.command()
@@ -253,6 +281,18 @@ def _whole_numbers(text: str) -> list[int]:
         return [int(number) for number in text.replace(",", " ").split()]
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} must be whole numbers between commas or blanks, such as 0,1,2") from error
+
+
+def _stopped(
+    command: str, stopped: BaseException, recipe: Path, overrides: list[str] | None, folder: Path
+) -> typer.Exit:
+    """Say that work was stopped and how to go on with it."""
+    changes = "".join(f" --set {change}" for change in overrides or [])
+    _console.print(f"{stopped or 'stopped'}", markup=False, soft_wrap=True)
+    _console.print(
+        f"go on with: kvgraft {command} {recipe}{changes} --output {folder} --resume", markup=False, soft_wrap=True
+    )
+    return typer.Exit(130)
 
 
 def main() -> None:

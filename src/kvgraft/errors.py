@@ -31,3 +31,7 @@ class StoreError(KVGraftError):
 
 class GraftError(KVGraftError):
     """A cache that cannot be made for a student, or not from what was given."""
+
+
+class TrainingInterruptedError(KVGraftError):
+    """Training was stopped on request and left a checkpoint."""

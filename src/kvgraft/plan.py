@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from kvgraft.align.layers import map_layers
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import encode_with_spans
+from kvgraft.distill.build import build_projector
 from kvgraft.distill.objectives import projector_direction
 from kvgraft.errors import KVGraftError, RecipeError
 from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
 from kvgraft.prepare import existing_tokenizer, load_examples_of, load_student_config, teacher_max_length
-from kvgraft.projector.sizing import FLOAT32_BYTES, TRAINING_COPIES, adapter_parameters, advise, auto_mlp_ratio
+from kvgraft.projector.sizing import FLOAT32_BYTES, TRAINING_COPIES, advise, auto_mlp_ratio
 from kvgraft.recipe import Recipe, TeacherRecipe
 
 # Texts whose teacher tokens are counted; the rest are estimated from their bytes.
@@ -171,14 +172,10 @@ def _teacher_plan(
     ratio = recipe.projector.mlp_ratio
     ratio = auto_mlp_ratio(model.kv_dim) if ratio == "auto" else ratio
     direction = projector_direction(recipe.kv_loss.objective)
-    widths = (model.kv_dim, student.kv_dim)
-    adapter = adapter_parameters(
-        *(widths if direction == "teacher_to_student" else widths[::-1]),
-        ratio,
-        skip=recipe.projector.skip,
-        layer_norm=recipe.projector.layer_norm,
-        num_layers=len(layer_map) if recipe.projector.per_layer else 1,
-    )
+    with torch.device("meta"):
+        teacher_config = {"d_model": model.hidden_size, "num_layers": len(layer_map), "kv_dim": model.kv_dim}
+        projector = build_projector(recipe, recipe.kv_loss.objective, student.kv_dim, {teacher.name: teacher_config})
+    adapter = projector.count_parameters() // 2
     advice = advise(
         model.parameters,
         model.hidden_size,
@@ -187,7 +184,7 @@ def _teacher_plan(
         train_texts or None,
         teacher_kv_dim=model.kv_dim,
         student_kv_dim=student.kv_dim,
-        per_layer=recipe.projector.per_layer,
+        per_layer=recipe.projector.sharing == "per_layer",
         skip=recipe.projector.skip,
         direction=direction,
         bytes_per_number=_BYTES[recipe.store.dtype],

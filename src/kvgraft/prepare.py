@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,7 +23,7 @@ from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
 from kvgraft.models.students import new_student, student_config
 from kvgraft.processes import process_state
-from kvgraft.recipe import Recipe, TeacherRecipe
+from kvgraft.recipe import Recipe, StoreRecipe, TeacherRecipe
 from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
@@ -166,65 +166,97 @@ def existing_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
     return None if name is None else loading.load_tokenizer(name, recipe.student.revision)
 
 
+@dataclass(frozen=True)
+class IdentifiedModel:
+    """A model whose KV is to be stored, known well enough to find its store; its weights are not loaded yet."""
+
+    recipe: TeacherRecipe
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    tokenizer_fingerprint: str
+    load: Callable[[], PreTrainedModel]
+
+    @property
+    def geometry(self) -> KVGeometry:
+        """Layers and heads of the model."""
+        return kv_geometry(self.config)
+
+
+def identify(model: TeacherRecipe) -> IdentifiedModel:
+    """Config, tokenizer and fingerprints of ``model``; ``load`` gives the model itself, once."""
+
+    @lru_cache(1)
+    def load() -> PreTrainedModel:
+        return loading.load_model(model.model, model.revision, dtype=model.dtype, device=model.device)
+
+    tokenizer = loading.load_tokenizer(model.model, model.revision)
+    return IdentifiedModel(
+        recipe=model,
+        config=loading.load_config(model.model, model.revision),
+        tokenizer=tokenizer,
+        fingerprint=f"{loading.fingerprint(model.model, model.revision)} in {model.dtype}",
+        tokenizer_fingerprint=loading.tokenizer_fingerprint(tokenizer),
+        load=load,
+    )
+
+
+def store_kv(
+    model: IdentifiedModel, examples: list[Example], layers: tuple[int, ...], max_length: int, settings: StoreRecipe
+) -> tuple[KVStore, FillReport]:
+    """The store of ``model``'s KV over ``examples``, filled where it is not yet; one process fills, the others wait."""
+    encoded = encode_for_teacher([example.text for example in examples], model.tokenizer, max_length)
+    identity = StoreIdentity(
+        model=model.fingerprint,
+        tokenizer=model.tokenizer_fingerprint,
+        text=text_fingerprint(text.sample_key for text in encoded),
+        layers=layers,
+        num_kv_heads=model.geometry.num_kv_heads,
+        head_dim=model.geometry.head_dim,
+        dtype=settings.dtype,
+        max_length=max_length,
+    )
+    with process_state().main_process_first():
+        return fill_store(
+            store_folder(settings.path, model.recipe.name, identity),
+            identity,
+            model.recipe.name,
+            model.load,
+            encoded,
+            shard_bytes=settings.shard_megabytes * 1_000_000,
+            token_budget=settings.token_budget,
+            verify=settings.verify,
+        )
+
+
 def _prepare_teacher(
     recipe: Recipe, teacher: TeacherRecipe, texts: Texts, student: KVGeometry, phases: Phases
 ) -> PreparedTeacher:
     with phases.timed(f"identify {teacher.name}"):
-        config = loading.load_config(teacher.model, teacher.revision)
-        tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
-        geometry = kv_geometry(config)
-        layer_map = map_layers(recipe.alignment.layers, student.num_layers, geometry.num_layers)
+        model = identify(teacher)
+        layer_map = map_layers(recipe.alignment.layers, student.num_layers, model.geometry.num_layers)
         layers = tuple(sorted({teacher_layer for _, teacher_layer in layer_map}))
-        max_length = teacher_max_length(recipe, config)
-        fingerprint = f"{loading.fingerprint(teacher.model, teacher.revision)} in {teacher.dtype}"
-        tokenizer_fingerprint = loading.tokenizer_fingerprint(tokenizer)
+        max_length = teacher_max_length(recipe, model.config)
 
-    @lru_cache(1)
-    def load_teacher() -> PreTrainedModel:
-        return loading.load_model(teacher.model, teacher.revision, dtype=teacher.dtype, device=teacher.device)
+    def source_of(examples: list[Example], part: str) -> tuple[TeacherSource, FillReport]:
+        with phases.timed(f"capture {teacher.name} ({part} text)"):
+            store, report = store_kv(model, examples, layers, max_length, recipe.store)
+        teacher_layers = [teacher_layer for _, teacher_layer in layer_map]
+        alignment = recipe.alignment
+        return TeacherSource(teacher.name, store, teacher_layers, alignment.tokens, alignment.skip_first_tokens), report
 
-    def store_of(examples: list[Example], part: str) -> tuple[KVStore, FillReport]:
-        encoded = encode_for_teacher([example.text for example in examples], tokenizer, max_length)
-        identity = StoreIdentity(
-            model=fingerprint,
-            tokenizer=tokenizer_fingerprint,
-            text=text_fingerprint(text.sample_key for text in encoded),
-            layers=layers,
-            num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
-            dtype=recipe.store.dtype,
-            max_length=max_length,
-        )
-        # One process fills; the others find everything there.
-        with phases.timed(f"capture {teacher.name} ({part} text)"), process_state().main_process_first():
-            return fill_store(
-                store_folder(recipe.store.path, teacher.name, identity),
-                identity,
-                teacher.name,
-                load_teacher,
-                encoded,
-                shard_bytes=recipe.store.shard_megabytes * 1_000_000,
-                token_budget=recipe.store.token_budget,
-                verify=recipe.store.verify,
-            )
-
-    train_store, report = store_of(texts.train_examples, "training")
-    held_out_store, _ = store_of(texts.held_out_examples, "held-out")
-    train, held_out = (
-        TeacherSource(
-            teacher.name,
-            store,
-            [teacher_layer for _, teacher_layer in layer_map],
-            recipe.alignment.tokens,
-            recipe.alignment.skip_first_tokens,
-        )
-        for store in (train_store, held_out_store)
-    )
+    train, report = source_of(texts.train_examples, "training")
+    held_out, _ = source_of(texts.held_out_examples, "held-out")
     with phases.timed(f"align {teacher.name}"):
         alignment = train.counts(texts.train)
+    require_coverage(teacher.name, alignment)
+    return PreparedTeacher(teacher, model.config, layer_map, train, held_out, report, alignment)
+
+
+def require_coverage(teacher: str, alignment: AlignmentCounts) -> None:
+    """Raise RecipeError where ``teacher`` answers for no token of the student's text."""
     if alignment.coverage == 0:
         raise RecipeError(
-            f"no token of the student's text is answered by teacher {teacher.name} ({alignment.dropped}); "
+            f"no token of the student's text is answered by teacher {teacher} ({dict(alignment.dropped)}); "
             "check that both read the same text and that data.max_length leaves room for it"
         )
-    return PreparedTeacher(teacher, config, layer_map, train, held_out, report, alignment)

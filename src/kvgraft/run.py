@@ -43,7 +43,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
     """
     require_workable(recipe)
     if process_state().is_main_process:
-        _open_folder(recipe, folder, resume, overwrite)
+        open_run_folder(recipe, folder, resume, overwrite)
     process_state().wait_for_everyone()
     prepared = prepare(recipe)
     result = _describe(prepared)
@@ -95,7 +95,8 @@ def evaluate(folder: Path) -> RunResult:
     return result
 
 
-def _open_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool) -> None:
+def open_run_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool) -> None:
+    """Make ``folder`` and write the resolved recipe; see :func:`run` for what is refused."""
     there = folder.is_dir() and any(folder.iterdir())
     if there and overwrite:
         shutil.rmtree(folder)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from kvgraft.errors import ProjectorError
-from kvgraft.projector.adapters import ElasticBottleneck, dead_unit_share
+from kvgraft.projector.adapters import ElasticBottleneck, dead_unit_share, layer_sets
 
 ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -166,3 +166,42 @@ def test_settings_out_of_range_are_named(setting: str, value: object) -> None:
     arguments = {"in_dim": 6, "out_dim": 4, setting: value}
     with pytest.raises(ProjectorError, match=setting):
         ElasticBottleneck(**arguments)
+
+
+@pytest.mark.parametrize(("layers", "sets"), [(5, 2), (4, 4), (6, 1), (7, 3)])
+def test_runs_of_layers_share_an_adapter(layers: int, sets: int) -> None:
+    adapter = randomised(ElasticBottleneck(6, 4, num_layers=sets, skip=True))
+    x = torch.randn(2, layers, 3, 6)
+    shared = layer_sets(layers, sets)
+    assert shared == sorted(shared)
+    assert max(shared.count(index) for index in range(sets)) - min(shared.count(index) for index in range(sets)) <= 1
+    for layer, index in enumerate(shared):
+        alone = ElasticBottleneck(6, 4, skip=True).eval()
+        alone.load_state_dict({name: part[index : index + 1] for name, part in adapter.state_dict().items()})
+        torch.testing.assert_close(adapter(x)[:, layer], alone(x[:, layer : layer + 1])[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_trunk_shares_matrices_and_nothing_else() -> None:
+    adapter = randomised(ElasticBottleneck(6, 4, num_layers=5, num_trunks=2, skip=True))
+    assert adapter.up.weight.shape[0] == adapter.down.weight.shape[0] == 2
+    own = {name for name, part in adapter.named_parameters() if len(part) == 5}
+    assert own == {"norm.weight", "norm.bias", "up.bias", "down.bias", "skip.weight", "skip.bias"}
+    x = torch.randn(2, 5, 3, 6)
+    for layer, trunk in enumerate(layer_sets(5, 2)):
+        alone = ElasticBottleneck(6, 4, skip=True).eval()
+        index = {name: layer if name in own else trunk for name in adapter.state_dict()}
+        alone.load_state_dict({name: part[index[name]][None] for name, part in adapter.state_dict().items()})
+        torch.testing.assert_close(adapter(x)[:, layer], alone(x[:, layer : layer + 1])[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_least_squares_waits_for_its_map_at_zero() -> None:
+    adapter = ElasticBottleneck(6, 4, init_method="least_squares").eval()
+    x = torch.randn(1, 1, 3, 6)
+    assert float(adapter(x).detach().abs().max()) == 0
+    adapter.load_linear(torch.ones(1, 4, 6), torch.zeros(1, 4))
+    torch.testing.assert_close(adapter(x), x.sum(-1, keepdim=True).expand(1, 1, 3, 4))
+
+
+def test_more_trunks_than_layers_are_refused() -> None:
+    with pytest.raises(ProjectorError, match="num_trunks 3 is more than num_layers 2"):
+        ElasticBottleneck(6, 4, num_layers=2, num_trunks=3)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from kvgraft.errors import ProjectorError
-from kvgraft.projector.closed_form import LeastSquares
+from kvgraft.projector.closed_form import LeastSquares, choose_ridge
 
 
 def sample(rows: int = 60, layers: int = 2, width: int = 7, out: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,3 +126,62 @@ def test_errors_name_what_is_wrong() -> None:
     solver.add(x, x[..., :3], mask)
     with pytest.raises(ProjectorError, match="ridge"):
         solver.solve(-1.0)
+
+
+def test_weights_count_like_repeated_tokens() -> None:
+    x, y = torch.randn(1, 2, 30, 4), torch.randn(1, 2, 30, 3)
+    times = torch.randint(0, 4, (30,))
+    mask = torch.ones(1, 30, dtype=torch.bool)
+    weighted, repeated = LeastSquares(2, 4, 3), LeastSquares(2, 4, 3)
+    for half in (slice(0, 15), slice(15, 30)):
+        weights = times[half].float().expand(1, 2, 15)
+        weighted.add(x[:, :, half], y[:, :, half], mask[:, half], weights)
+    again = [tensor.repeat_interleave(times, 2) for tensor in (x, y)]
+    repeated.add(*again, torch.ones(1, int(times.sum()), dtype=torch.bool))
+    for one, other in zip(weighted.solve(0.01), repeated.solve(0.01), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_merging_equals_adding() -> None:
+    x, y, mask = torch.randn(1, 2, 40, 4) + 50, torch.randn(1, 2, 40, 3), torch.ones(1, 40, dtype=torch.bool)
+    whole, first, second = (LeastSquares(2, 4, 3) for _ in range(3))
+    whole.add(x, y, mask)
+    first.add(x[:, :, :25], y[:, :, :25], mask[:, :25])
+    second.add(x[:, :, 25:], y[:, :, 25:], mask[:, 25:])
+    first.merge(second)
+    for one, other in zip(first.solve(), whole.solve(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_r2_from_moments_is_r2_from_tokens() -> None:
+    x, y, mask = torch.randn(1, 2, 200, 4) * 3 + 7, torch.randn(1, 2, 200, 3), torch.ones(1, 200, dtype=torch.bool)
+    y = y + x[..., :3]
+    fit, other = LeastSquares(2, 4, 3), LeastSquares(2, 4, 3)
+    fit.add(x[:, :, :100], y[:, :, :100], mask[:, :100])
+    other.add(x[:, :, 100:], y[:, :, 100:], mask[:, 100:])
+    weight, bias = fit.solve(0.1)
+    rows = y[0, :, 100:].double()
+    predicted = torch.einsum("lti,loi->lto", x[0, :, 100:].double(), weight) + bias[:, None]
+    spread = (rows - rows.mean(1, keepdim=True)).square().sum((1, 2))
+    torch.testing.assert_close(other.r2(weight, bias), 1 - (predicted - rows).square().sum((1, 2)) / spread)
+
+
+def test_the_chosen_ridge_is_the_best_on_held_out_tokens_for_each_map() -> None:
+    torch.manual_seed(0)
+    fit, other = LeastSquares(2, 20, 2), LeastSquares(2, 20, 2)
+    x, noise = torch.randn(1, 2, 330, 20), torch.randn(1, 2, 330, 2)
+    # Layer 0 is noise, where only a strong penalty helps; layer 1 is exactly linear.
+    y = torch.cat([noise[:, :1], x[:, 1:] @ torch.randn(20, 2)], 1)
+    fit.add(x[:, :, :30], y[:, :, :30], torch.ones(1, 30, dtype=torch.bool))
+    other.add(x[:, :, 30:], y[:, :, 30:], torch.ones(1, 300, dtype=torch.bool))
+    chosen = choose_ridge(fit, other, (1e-6, 1e-2, 10.0))
+    assert chosen.tolist() == [10.0, 1e-6]
+    best = other.r2(*fit.solve(chosen))
+    for ridge in (1e-6, 1e-2, 10.0):
+        assert bool((other.r2(*fit.solve(ridge)) <= best + 1e-12).all())
+
+
+def test_bad_weights_are_refused() -> None:
+    fit, mask = LeastSquares(1, 4, 3), torch.ones(1, 5, dtype=torch.bool)
+    with pytest.raises(ProjectorError, match="none negative"):
+        fit.add(torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 3), mask, -torch.ones(1, 1, 5))

@@ -287,3 +287,90 @@ def test_teacher_config_from_a_grouped_query_model() -> None:
     assert KVDimensionProjector({"t": teacher_config_from(config)}, STUDENT).adapters("t")[0].in_dim == 16
     with pytest.raises(ProjectorError, match="got dict"):
         teacher_config_from({"d_model": 3})
+
+
+SOURCES = {"wide": [[2, 0], [1, 1], [0, 2], [3, 2], [1, 0]]}
+
+
+@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher"])
+@pytest.mark.parametrize("kinds", ["same", "both"])
+def test_sources_are_the_chosen_layers_joined(kinds: str, direction: str) -> None:
+    configs = {"wide": {"d_model": 12, "num_layers": 4}}
+    projector = KVDimensionProjector(
+        configs, 8, sharing="per_layer", direction=direction, source_layers=SOURCES, source_kinds=kinds
+    )
+    width = 12 if direction == "teacher_to_student" else 8
+    keys, values = torch.randn(2, 4, 3, width), torch.randn(2, 4, 3, width)
+    sources = projector.sources_of("wide", keys, values)
+    for layer, (first, second) in enumerate(SOURCES["wide"]):
+        of_keys = torch.cat([keys[:, first], keys[:, second]], -1)
+        of_values = torch.cat([values[:, first], values[:, second]], -1)
+        both = torch.cat([of_keys, of_values], -1)
+        expected = (both, both) if kinds == "both" else (of_keys, of_values)
+        assert torch.equal(sources[0][:, layer], expected[0])
+        assert torch.equal(sources[1][:, layer], expected[1])
+    project = getattr(projector, _METHODS[direction])
+    assert project("wide", keys, values)[0].shape == (2, 5, 3, 20 - width)
+
+
+_METHODS = {"teacher_to_student": "project_teacher_kv", "student_to_teacher": "project_student_kv"}
+
+
+def test_standardised_both_ways_saves_loads_and_means_what_it_says(tmp_path) -> None:
+    configs = {"wide": {"d_model": 12, "num_layers": 4}}
+    projector = KVDimensionProjector(
+        configs,
+        8,
+        sharing="trunk",
+        num_groups=2,
+        init_method="least_squares",
+        source_layers=SOURCES,
+        source_kinds="both",
+    ).eval()
+    mean, deviation = torch.randn(2, 4, 12), torch.rand(2, 4, 12) + 0.5
+    out_mean, out_deviation = torch.randn(2, 5, 8), torch.rand(2, 5) + 0.5
+    projector.standardise_inputs("wide", mean, deviation)
+    projector.standardise_outputs("wide", out_mean, out_deviation)
+    for adapter in projector.adapters("wide"):
+        torch.nn.init.normal_(adapter.skip.weight)
+    keys, values = torch.randn(1, 4, 3, 12), torch.randn(1, 4, 3, 12)
+    projected = projector.project_teacher_kv("wide", keys, values)
+    standard = [(part - mean[kind][:, None]) / deviation[kind][:, None] for kind, part in enumerate((keys, values))]
+    plain = KVDimensionProjector(**projector.config).eval()
+    plain.load_state_dict(projector.state_dict(), strict=False)
+    for kind, (given, wanted) in enumerate(zip(plain.project_teacher_kv("wide", *standard), projected, strict=True)):
+        expected = out_mean[kind][:, None] + out_deviation[kind][:, None, None] * given
+        torch.testing.assert_close(wanted, expected)
+    targets = projector.targets_of("wide", *projected)
+    torch.testing.assert_close(targets[1], plain.project_teacher_kv("wide", *standard)[1], atol=1e-5, rtol=1e-5)
+    projector.save_pretrained(tmp_path)
+    loaded = KVDimensionProjector.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded.project_teacher_kv("wide", keys, values)[0], projected[0])
+    assert loaded.config == projector.config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source_layers": {"other": [[0]]}}, "names teachers"),
+        ({"source_layers": {"wide": [[0], [1, 2]]}}, "equally many"),
+        ({"source_layers": {"wide": [[4]]}}, r"0\.\.3"),
+        ({"sharing": "some"}, "sharing must be one of"),
+        ({"source_kinds": "keys"}, "source_kinds must be one of"),
+        ({"per_layer": True, "sharing": "trunk"}, "contradict"),
+        ({"sharing": "grouped", "num_groups": 5}, "more than the 4 layers"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ProjectorError, match=message):
+        KVDimensionProjector({"wide": {"d_model": 12, "num_layers": 4}}, 8, **settings)
+
+
+@pytest.mark.parametrize(("sharing", "sets"), [("shared", 1), ("grouped", 2), ("trunk", 4), ("per_layer", 4)])
+def test_sharing_counts(sharing: str, sets: int) -> None:
+    projector = KVDimensionProjector(
+        {"wide": {"d_model": 12, "num_layers": 4}}, 8, 1.0, sharing=sharing, num_groups=2 if sharing != "shared" else 1
+    )
+    trunks = 2 if sharing == "trunk" else sets
+    matrices, vectors = 12 * 12 + 12 * 8, 2 * 12 + 12 + 8
+    assert projector.count_parameters() == 2 * (trunks * matrices + sets * vectors)

@@ -18,7 +18,7 @@ from kvgraft.distill.callbacks import InterruptCallback, MetricsCallback, Progre
 from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, TeacherSource
 from kvgraft.distill.model import DistillationModel
 from kvgraft.distill.trainer import PROJECTOR_FOLDER, KVTrainer
-from kvgraft.errors import KVGraftError, RecipeError
+from kvgraft.errors import RecipeError, TrainingInterruptedError
 from kvgraft.evaluate.quality import held_out_quality
 from kvgraft.models.loading import load_weights
 from kvgraft.processes import on_cpu, process_state
@@ -30,10 +30,6 @@ from kvgraft.report.log import read_metrics
 STUDENT_FOLDER = "student"
 CHECKPOINTS_FOLDER = "checkpoints"
 _SHARE_MEASUREMENTS = 10
-
-
-class TrainingInterruptedError(KVGraftError):
-    """Training was stopped on request and left a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def build_projector(
             settings.dropout,
             settings.init_method,
             trainable=not fitted,
-            per_layer=settings.per_layer,
+            sharing=settings.sharing,
+            num_groups=settings.num_groups,
             direction=projector_direction(objective),
             layer_norm=settings.layer_norm,
             activation=settings.activation,
@@ -81,6 +82,7 @@ def build_distillation(
             loss.objective,
         )
     projector = build_projector(recipe, loss.objective, kv_geometry(student.config).kv_dim, teacher_configs)
+    _freeze_what_no_loss_reaches(projector, loss)
     if loss.objective == "student_to_teacher":
         scales = {source.name: _stored_scale(source) for source in train.sources}
         for name, scale in scales.items():
@@ -98,6 +100,15 @@ def build_distillation(
         loss=loss,
         teacher_weights={teacher.name: teacher.weight for teacher in recipe.teachers},
     )
+
+
+def _freeze_what_no_loss_reaches(projector: KVDimensionProjector, loss: KVLossRecipe) -> None:
+    """Adapters of a kind that weighs nothing: data parallelism waits for the gradient of all that ask for one."""
+    weights = (loss.keys_weight, loss.values_weight)
+    for name in projector.teachers:
+        for adapter, weight in zip(projector.adapters(name), weights, strict=True):
+            if weight == 0:
+                adapter.requires_grad_(False)
 
 
 def _stored_scale(source: TeacherSource) -> KVScale:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from kvgraft.align.tokens import AlignmentPolicy, TokenAlignment, align_tokens, gather_aligned
 from kvgraft.data.batching import IGNORED, EncodedExample
+from kvgraft.data.spans import EncodedText
 from kvgraft.errors import AlignmentError
 from kvgraft.kv import KV, stack_kv
 from kvgraft.store.reader import KVStore
@@ -46,14 +47,14 @@ class TeacherSource:
     skip_first_tokens: int = 2
     _alignments: dict[str, TokenAlignment] = field(default_factory=dict, repr=False)
 
-    def alignment(self, example: EncodedExample) -> TokenAlignment:
+    def alignment(self, example: EncodedExample | EncodedText) -> TokenAlignment:
         """Teacher tokens for each student token of ``example``."""
         key = example.sample_key
         if key not in self._alignments:
             self._alignments[key] = align_tokens(example.spans, self.store.read_tokens(key).spans, self.policy)
         return self._alignments[key]
 
-    def aligned(self, example: EncodedExample) -> KV:
+    def aligned(self, example: EncodedExample | EncodedText) -> KV:
         """Teacher KV ``[1, layers, heads, student tokens, head_dim]``; the mask says which tokens count."""
         stored = self.store.read(example.sample_key, layers=list(self.teacher_layers))
         kv = gather_aligned(stored.kv, self.alignment(example))
@@ -61,7 +62,7 @@ class TeacherSource:
         mask[:, : self.skip_first_tokens] = False
         return replace(kv, mask=mask)
 
-    def counts(self, examples: Sequence[EncodedExample]) -> AlignmentCounts:
+    def counts(self, examples: Sequence[EncodedExample | EncodedText]) -> AlignmentCounts:
         """Coverage and reasons for dropped tokens over all texts."""
         covered, text_tokens = 0, 0
         dropped: Counter[str] = Counter()

@@ -24,6 +24,8 @@ from kvgraft.models.rope import unrotate
 
 # Tokens and distance of the check that un-rotated keys do not depend on where a text stands.
 _PROBE_TOKENS, _PROBE_SHIFT, _PROBE_TOLERANCE = 8, 7, 0.05
+Rotation = tuple[Tensor, Tensor]
+Around = Callable[..., Any]
 _checked_models: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -56,12 +58,12 @@ class KVRecorder:
     def __init__(self, model: nn.Module, layers: Sequence[int], rotated: bool) -> None:
         self._model, self._layers, self._rotated = model, tuple(layers), rotated
         self._recorded: dict[int, tuple[Tensor, Tensor]] = {}
-        self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        self._rotations: dict[int, Rotation] = {}
         self._gradients = torch.is_grad_enabled()
 
-    def note_rotation(self, layer: int, cos: Tensor, sin: Tensor) -> None:
-        """Cosines and sines that ``layer`` received, ``[batch, tokens, rotary_dim]``."""
-        self._rotations[layer] = (cos, sin)
+    def read_rotations(self, rotations: dict[int, Rotation]) -> None:
+        """Where the cosines and sines that each layer received will be found."""
+        self._rotations = rotations
 
     def note(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keys (rotated) and values ``[batch, heads, tokens, head_dim]`` of ``layer``."""
@@ -78,7 +80,7 @@ class KVRecorder:
         """Whether every wanted layer has been seen."""
         return len(self._recorded) == len(set(self._layers))
 
-    def rotation(self, layer: int) -> tuple[Tensor, Tensor] | None:
+    def rotation(self, layer: int) -> Rotation | None:
         """Cosines and sines of ``layer``, or None where the model has no rotary positions."""
         return self._rotations.get(layer)
 
@@ -184,48 +186,81 @@ def capture(
         torch.set_grad_enabled(gradients),
         record_kv(model, layers, rotated, stop_early=not gradients) as recorder,
     ):
-        _decoder(model)(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        decoder_of(model)(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
     return recorder.kv(attention_mask, position_ids)
 
 
 @contextmanager
-def _recording(model: PreTrainedModel, recorder: KVRecorder, stop_early: bool) -> Iterator[None]:
+def intercepted_attention(model: PreTrainedModel, around: Around) -> Iterator[dict[int, Rotation]]:
+    """Let ``around`` stand between every attention layer of ``model`` and the function that it looks up.
+
+    Args:
+        model: a causal language model of transformers. Another model that runs inside the block is left alone.
+        around: called as ``around(layer, attention, module, query, key, value, *rest, **options)`` in place of
+            ``attention(module, query, key, value, *rest, **options)``; returns what the layer gets.
+
+    Yields:
+        cosines and sines that each layer received, ``[batch, tokens, rotary_dim]``; filled as layers run.
+    """
     attentions: dict[nn.Module, int] = {
         module: int(module.layer_idx)  # type: ignore[arg-type]
-        for module in _decoder(model).modules()
+        for module in decoder_of(model).modules()
         if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith("Attention")
     }
+    rotations: dict[int, Rotation] = {}
 
     def note_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rotation = kwargs.get("position_embeddings")
         if rotation is not None:
-            recorder.note_rotation(attentions[module], *rotation)
+            rotations[attentions[module]] = rotation
 
     look_up = ALL_ATTENTION_FUNCTIONS.get_interface
 
-    def look_up_and_note(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+    def look_up_and_stand_between(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         attention = look_up(*args, **kwargs)
 
-        def noted(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
-            # Another model may run inside the block: only this one's layers are noted.
-            if module in attentions:
-                recorder.note(attentions[module], key, value)
-                if stop_early and recorder.complete:
-                    raise _LastLayerReached
-            return attention(module, query, key, value, *rest, **options)
+        def called(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+            if module not in attentions:
+                return attention(module, *inputs, **options)
+            return around(attentions[module], attention, module, *inputs, **options)
 
-        return noted
+        return called
 
     handles = [module.register_forward_pre_hook(note_rotation, with_kwargs=True) for module in attentions]
-    ALL_ATTENTION_FUNCTIONS.get_interface = look_up_and_note
+    ALL_ATTENTION_FUNCTIONS.get_interface = look_up_and_stand_between
     try:
-        yield
-    except _LastLayerReached:
-        return
+        yield rotations
     finally:
         ALL_ATTENTION_FUNCTIONS.get_interface = look_up
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _recording(model: PreTrainedModel, recorder: KVRecorder, stop_early: bool) -> Iterator[None]:
+    def note(
+        layer: int,
+        attention: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        recorder.note(layer, key, value)
+        if stop_early and recorder.complete:
+            raise _LastLayerReached
+        return attention(module, query, key, value, *rest, **options)
+
+    try:
+        with intercepted_attention(model, note) as rotations:
+            recorder.read_rotations(rotations)
+            yield
+    except _LastLayerReached:
+        return
 
 
 def _require_shift_invariance(model: PreTrainedModel) -> None:
@@ -262,12 +297,12 @@ def _probe(model: PreTrainedModel, shift: int) -> Tensor | None:
     position_ids = torch.arange(_PROBE_TOKENS, device=model.device)[None] + shift
     recorder = KVRecorder(model, range(kv_geometry(model.config).num_layers), rotated=False)
     with _recording(model, recorder, stop_early=True):
-        _decoder(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        decoder_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     kv = recorder.kv(torch.ones_like(input_ids), position_ids)
     return kv.keys.float() if recorder.rotation(0) is not None else None
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The layers without the language-model head."""
     decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     return decoder

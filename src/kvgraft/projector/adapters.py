@@ -65,7 +65,7 @@ class StackedLinear(nn.Module):
         if matrices == layers:
             return torch.baddbmm(bias, rows, self.weight.transpose(1, 2))
         sets = layer_sets(layers, matrices)
-        runs = rows.split([sets.count(index) for index in range(matrices)])
+        runs = torch.split(rows, [sets.count(index) for index in range(matrices)])
         return torch.cat([run @ weight.T for run, weight in zip(runs, self.weight, strict=True)]) + bias
 
 

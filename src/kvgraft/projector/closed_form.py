@@ -148,7 +148,9 @@ class LeastSquares:
         """Real tokens of each map: ``num_layers`` tensors ``[rows, width]``."""
         by_layer = tensor.detach().transpose(1, 2)[mask].to(self.device).transpose(0, 1)
         sets = layer_sets(len(by_layer), self.num_layers)
-        return [run.flatten(0, 1) for run in by_layer.split([sets.count(index) for index in range(self.num_layers)])]
+        return [
+            run.flatten(0, 1) for run in torch.split(by_layer, [sets.count(index) for index in range(self.num_layers)])
+        ]
 
     def _require_shapes(self, x: Tensor, y: Tensor, mask: Tensor, weights: Tensor | None) -> None:
         if x.dim() != 4 or x.shape[3] != self.in_dim or x.shape[1] < self.num_layers:

@@ -1,0 +1,131 @@
+"""The best linear map between two models' KV, from one pass over the pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvgraft.errors import ProjectorError
+from kvgraft.fit.data import KVRows, PairDataset, join_rows
+from kvgraft.progress import Advance, progress_bar
+from kvgraft.projector.closed_form import LeastSquares, choose_ridge
+from kvgraft.projector.projector import KVDimensionProjector
+
+# One text in so many chooses the ridge strength; afterwards it is fitted on like the others.
+_HELD_OUT_EVERY = 10
+# Tokens that are taken in at once: enough for matrix products to pay.
+_CHUNK_TOKENS = 1024
+
+Weighting = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """What the pass found: the ridge strength of each set of weights, keys first ``[2, sets]``, and the tokens."""
+
+    ridges: Tensor
+    tokens: int
+
+
+@torch.no_grad()
+def fit_closed_form(
+    projector: KVDimensionProjector,
+    teacher: str,
+    pairs: PairDataset,
+    *,
+    ridge: float | None = None,
+    weighting: Weighting | None = None,
+) -> ClosedForm:
+    """Put the least-squares map into the linear part of ``teacher``'s adapters.
+
+    Memory does not grow with the number of tokens: normal equations are summed in float64 as texts stream by.
+
+    Args:
+        projector: with a linear part (``init_method="least_squares"``, ``skip=True`` or ``mlp_ratio="linear"``). What
+            it is standardised by has to be set before.
+        teacher: its name.
+        pairs: texts that both models have read.
+        ridge: strength of the penalty; default: for each set of weights the best of a few on held-out texts.
+        weighting: from the index of a text to how much each of its tokens counts, ``[output layers, tokens]``.
+
+    Raises:
+        ProjectorError: no linear part, no token, or numbers that are not finite.
+    """
+    adapters = projector.adapters(teacher)
+    if any(adapter.skip is None for adapter in adapters):
+        raise ProjectorError(
+            f"the adapters of teacher {teacher!r} have no linear part to fit; build the projector with "
+            'init_method="least_squares", skip=True or mlp_ratio="linear"'
+        )
+    sums = _Sums(projector, teacher)
+    with progress_bar(f"least squares for {teacher}", len(pairs), "texts") as advance:
+        for rows, weights, held_out in _chunks(pairs, weighting, advance):
+            sums.add(rows, weights, held_out)
+    return sums.solve(ridge)
+
+
+class _Sums:
+    """Normal equations of fitted and of held-out texts; keys and values share them where they read the same."""
+
+    def __init__(self, projector: KVDimensionProjector, teacher: str) -> None:
+        self.projector, self.teacher = projector, teacher
+        self.adapters = projector.adapters(teacher)
+        key_adapter, _ = self.adapters
+        self.joint = projector.source_kinds == "both"
+        out_dim = key_adapter.out_dim * (2 if self.joint else 1)
+        self.fitted, self.held_out = (
+            [LeastSquares(key_adapter.num_layers, key_adapter.in_dim, out_dim) for _ in range(1 if self.joint else 2)]
+            for _ in range(2)
+        )
+        self.tokens = 0
+
+    def add(self, rows: KVRows, weights: Tensor | None, held_out: bool) -> None:
+        """``weights [output layers, tokens]``; default one each."""
+        sources = self.projector.sources_of(self.teacher, *rows.source[:, None])
+        targets = self.projector.targets_of(self.teacher, *rows.target[:, None])
+        mask = torch.ones(1, len(rows), dtype=torch.bool)
+        self.tokens += len(rows)
+        found = self.held_out if held_out else self.fitted
+        pairs = [(sources[0], torch.cat(targets, -1))] if self.joint else list(zip(sources, targets, strict=True))
+        for equations, (source, target) in zip(found, pairs, strict=True):
+            equations.add(source, target, mask, None if weights is None else weights[None])
+
+    def solve(self, ridge: float | None) -> ClosedForm:
+        ridges, maps = [], []
+        for fitted, held_out in zip(self.fitted, self.held_out, strict=True):
+            if ridge is None and bool((held_out.weight_sums > 0).all()):
+                chosen = choose_ridge(fitted, held_out)
+            else:
+                chosen = torch.full((fitted.num_layers,), 1e-3 if ridge is None else ridge, dtype=torch.float64)
+            fitted.merge(held_out)
+            ridges.append(chosen)
+            maps.append(fitted.solve(chosen))
+        if self.joint:
+            weight, bias = maps[0]
+            maps = list(zip(weight.chunk(2, 1), bias.chunk(2, 1), strict=True))
+            ridges = ridges * 2
+        for adapter, (weight, bias) in zip(self.adapters, maps, strict=True):
+            adapter.load_linear(weight.float(), bias.float())
+        return ClosedForm(torch.stack(ridges), self.tokens)
+
+
+def _chunks(
+    pairs: PairDataset, weighting: Weighting | None, advance: Advance
+) -> Iterator[tuple[KVRows, Tensor | None, bool]]:
+    """Tokens of all texts, some texts at once; those that choose the ridge, if there are enough, apart and last."""
+    kept_out = range(_HELD_OUT_EVERY - 1, len(pairs), _HELD_OUT_EVERY)
+    for held_out, indices in ((False, [i for i in range(len(pairs)) if i not in kept_out]), (True, kept_out)):
+        rows: list[KVRows] = []
+        weights: list[Tensor] = []
+        for index in indices:
+            pair = pairs[index]
+            rows.append(pair.rows())
+            if weighting is not None:
+                weights.append(weighting(index)[:, pair.mask[0]])
+            advance(1)
+            if sum(len(part) for part in rows) >= _CHUNK_TOKENS or index == indices[-1]:
+                yield join_rows(rows), torch.cat(weights, 1) if weights else None, held_out
+                rows, weights = [], []

@@ -1,0 +1,268 @@
+"""Pairs of KV to fit on: what two frozen models make of the same tokens, from a store for each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from kvgraft.align.layers import map_layers
+from kvgraft.data.spans import EncodedText
+from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
+from kvgraft.errors import RecipeError
+from kvgraft.kv import KV
+from kvgraft.models.capture import kv_geometry
+from kvgraft.prepare import (
+    IdentifiedModel,
+    Phases,
+    identify,
+    load_examples_of,
+    require_coverage,
+    store_kv,
+    teacher_max_length,
+)
+from kvgraft.projector.scenario import AblationData
+from kvgraft.projector.settings import Direction
+from kvgraft.recipe import Recipe, TeacherRecipe
+from kvgraft.store.fill import FillReport, encode_for_teacher
+from kvgraft.store.reader import KVStatistics, KVStore
+
+# Tokens from which a step's are drawn, over those of a step: enough to mix many texts, little enough to hold.
+_BUFFER_STEPS = 8
+_ABLATION_LAYERS, _ABLATION_TOKENS, _ABLATION_HELD_OUT_TOKENS = 4, 8192, 2048
+
+
+@dataclass(frozen=True)
+class KVPair:
+    """KV of the same tokens in two models, pre-RoPE keys.
+
+    Attributes:
+        source: what the adapters read, ``[1, source layers, heads, tokens, head_dim]``.
+        target: what they should give, ``[1, target layers, heads, tokens, head_dim]``.
+        mask: ``[1, tokens]`` bool, true where both models have the token and it counts.
+        input_ids: ``[1, tokens]``, the tokens as the student reads them.
+    """
+
+    source: KV
+    target: KV
+    mask: Tensor
+    input_ids: Tensor
+
+    def rows(self) -> KVRows:
+        """The tokens that count."""
+        chosen = self.mask[0]
+        source, target = (
+            torch.stack([part[0][:, chosen] for part in kv.flatten()]) for kv in (self.source, self.target)
+        )
+        return KVRows(source, target)
+
+
+@dataclass(frozen=True)
+class KVRows:
+    """Tokens of any texts: ``source [2, source layers, tokens, width]`` and ``target`` likewise, keys first."""
+
+    source: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return self.source.shape[2]
+
+    def take(self, index: Tensor | slice) -> KVRows:
+        """Some of the tokens."""
+        return KVRows(self.source[:, :, index], self.target[:, :, index])
+
+
+def join_rows(rows: Sequence[KVRows]) -> KVRows:
+    """The tokens of all, in order."""
+    return KVRows(torch.cat([part.source for part in rows], 2), torch.cat([part.target for part in rows], 2))
+
+
+@dataclass(frozen=True)
+class PairDataset(Dataset[KVPair]):
+    """Texts as both models store them.
+
+    Attributes:
+        texts: as the student's tokenizer reads them.
+        student_store: the student's KV.
+        teacher: the teacher's KV, seen from the student's tokens.
+        student_layers: which of the student's are read.
+        direction: ``teacher_to_student``: the student's KV is the target; or ``student_to_teacher``.
+    """
+
+    texts: Sequence[EncodedText]
+    student_store: KVStore
+    teacher: TeacherSource
+    student_layers: Sequence[int]
+    direction: Direction
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> KVPair:
+        text = self.texts[index]
+        student = self.student_store.read(text.sample_key, layers=list(self.student_layers)).kv
+        teacher = self.teacher.aligned(text)
+        source, target = (teacher, student) if self.direction == "teacher_to_student" else (student, teacher)
+        return KVPair(source, target, teacher.mask, torch.tensor([text.input_ids]))
+
+    @property
+    def num_source_layers(self) -> int:
+        """Layers that are read of the model that the adapters read."""
+        read = self.teacher.teacher_layers if self.direction == "teacher_to_student" else self.student_layers
+        return len(read)
+
+    def subset(self, indices: Sequence[int]) -> PairDataset:
+        """Some of the texts."""
+        return replace(self, texts=[self.texts[index] for index in indices])
+
+    def reading(
+        self, *, teacher_layers: Sequence[int] | None = None, student_layers: Sequence[int] | None = None
+    ) -> PairDataset:
+        """The same texts, read in other layers of either model."""
+        teacher = self.teacher if teacher_layers is None else replace(self.teacher, teacher_layers=list(teacher_layers))
+        return replace(self, teacher=teacher, student_layers=student_layers or self.student_layers)
+
+    def rows(self, limit: int, seed: int = 0) -> KVRows:
+        """About ``limit`` tokens, whole texts drawn by ``seed``; the last is cut."""
+        order = list(range(len(self)))
+        random.Random(seed).shuffle(order)
+        found: list[KVRows] = []
+        for index in order:
+            found.append(self[index].rows())
+            if sum(len(rows) for rows in found) >= limit:
+                break
+        return join_rows(found).take(slice(0, limit))
+
+    def statistics(self) -> tuple[KVStatistics, KVStatistics]:
+        """Mean and variance of each channel of the source and of the target, from what their stores keep."""
+        student = self.student_store.statistics(layers=self.student_layers)
+        teacher = self.teacher.store.statistics(layers=self.teacher.teacher_layers)
+        return (teacher, student) if self.direction == "teacher_to_student" else (student, teacher)
+
+
+class TokenBatches(IterableDataset[KVRows]):
+    """Endless batches of ``tokens`` tokens drawn from many texts, the same for a seed.
+
+    Texts come in a new order each time round and fill a buffer from which tokens are drawn, so that memory does not
+    grow with the number of texts.
+    """
+
+    def __init__(self, pairs: PairDataset, tokens: int, seed: int) -> None:
+        self.pairs, self.tokens, self.seed = pairs, tokens, seed
+
+    def __iter__(self) -> Iterator[KVRows]:
+        order, generator = random.Random(self.seed), torch.Generator().manual_seed(self.seed)
+        waiting: list[KVRows] = []
+        for index in self._texts(order):
+            waiting.append(self.pairs[index].rows())
+            if sum(len(rows) for rows in waiting) < _BUFFER_STEPS * self.tokens:
+                continue
+            mixed = join_rows(waiting)
+            mixed = mixed.take(torch.randperm(len(mixed), generator=generator))
+            # Half stays to be mixed with what comes.
+            batches = _BUFFER_STEPS // 2
+            for start in range(batches):
+                yield mixed.take(slice(start * self.tokens, (start + 1) * self.tokens))
+            waiting = [mixed.take(slice(batches * self.tokens, None))]
+
+    def _texts(self, order: random.Random) -> Iterator[int]:
+        indices = list(range(len(self.pairs)))
+        while True:
+            order.shuffle(indices)
+            yield from indices
+
+
+@dataclass(frozen=True)
+class FitData:
+    """What two frozen models give to fit on.
+
+    Attributes:
+        layer_map: pairs of (student layer, teacher layer).
+        train, held_out: every layer of the source; of the target those that ``layer_map`` names, in its order.
+    """
+
+    student: IdentifiedModel
+    teacher: IdentifiedModel
+    layer_map: list[tuple[int, int]]
+    train: PairDataset
+    held_out: PairDataset
+    reports: dict[str, FillReport]
+    alignment: AlignmentCounts
+    phases: Phases
+
+
+def prepare_fit(recipe: Recipe) -> FitData:
+    """Store the KV of the recipe's student and teacher over its text; what is stored already is not done again.
+
+    Raises:
+        RecipeError: several teachers, or a student that is new.
+        KVGraftError: of the room where it went wrong.
+    """
+    if len(recipe.teachers) != 1:
+        raise RecipeError(
+            f"fit takes one teacher and the recipe names {len(recipe.teachers)}; fit them one by one, each with a "
+            "recipe that names it alone"
+        )
+    if recipe.student.model is None:
+        raise RecipeError(
+            "fit takes a student that exists (student.model): the KV of a new one, with random weights, is not worth "
+            "predicting. To train a new student on a teacher's KV use `kvgraft train`."
+        )
+    phases = Phases()
+    settings = recipe.student
+    student_recipe = TeacherRecipe(
+        name="student", model=recipe.student.model, revision=settings.revision, dtype=settings.dtype
+    )
+    with phases.timed("identify models"):
+        student, teacher = identify(student_recipe), identify(recipe.teachers[0])
+    with phases.timed("read text"):
+        examples = load_examples_of(recipe, student.tokenizer)
+    layer_map = map_layers(recipe.alignment.layers, student.geometry.num_layers, teacher.geometry.num_layers)
+    parts, reports = [], {}
+    for part, texts in zip(("training", "held-out"), examples, strict=True):
+        stores = {}
+        for model, max_length in (
+            (teacher, teacher_max_length(recipe, teacher.config)),
+            (student, recipe.data.max_length),
+        ):
+            layers = tuple(range(kv_geometry(model.config).num_layers))
+            name = model.recipe.name
+            with phases.timed(f"capture {name} ({part} text)"):
+                stores[name], reports[f"{name}, {part} text"] = store_kv(model, texts, layers, max_length, recipe.store)
+        alignment = recipe.alignment
+        mapped_students, mapped_teachers = (list(layers) for layers in zip(*layer_map, strict=True))
+        forwards = recipe.fit.direction == "teacher_to_student"
+        source = TeacherSource(
+            teacher.recipe.name,
+            stores[teacher.recipe.name],
+            list(range(teacher.geometry.num_layers)) if forwards else mapped_teachers,
+            alignment.tokens,
+            alignment.skip_first_tokens,
+        )
+        encoded = encode_for_teacher([text.text for text in texts], student.tokenizer, recipe.data.max_length)
+        student_layers = mapped_students if forwards else list(range(student.geometry.num_layers))
+        parts.append(PairDataset(encoded, stores["student"], source, student_layers, recipe.fit.direction))
+    train, held_out = parts
+    counts = train.teacher.counts(train.texts)
+    require_coverage(teacher.recipe.name, counts)
+    return FitData(student, teacher, layer_map, train, held_out, reports, counts, phases)
+
+
+def ablation_data(recipe: Recipe) -> AblationData:
+    """Keys of a few mapped layers of the recipe's models, in the direction of ``fit.direction``."""
+    data = prepare_fit(recipe)
+    step = max(1, len(data.layer_map) // _ABLATION_LAYERS)
+    chosen = data.layer_map[step // 2 :: step][:_ABLATION_LAYERS]
+    students, teachers = zip(*chosen, strict=True)
+
+    def keys(pairs: PairDataset, limit: int) -> tuple[Tensor, Tensor]:
+        rows = pairs.reading(teacher_layers=teachers, student_layers=students).rows(limit)
+        return rows.source[:1], rows.target[:1]
+
+    layers = ", ".join(f"{teacher} and {student}" for student, teacher in chosen)
+    source = f"keys of {data.teacher.recipe.name} and {recipe.student.model}, layers {layers}"
+    return AblationData(*keys(data.train, _ABLATION_TOKENS), *keys(data.held_out, _ABLATION_HELD_OUT_TOKENS), source)

@@ -1,0 +1,215 @@
+"""``kvgraft fit``: from a recipe to a projector between two frozen models, and what it is worth."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvgraft.errors import RecipeError
+from kvgraft.fit.closed_form import ClosedForm, Weighting, fit_closed_form
+from kvgraft.fit.data import FitData, PairDataset, prepare_fit
+from kvgraft.fit.measure import Fit, measure_fits
+from kvgraft.fit.scan import Scan, scan_layers
+from kvgraft.fit.train import CHECKPOINTS_FOLDER, FitModel, key_metric_from, train_projector
+from kvgraft.models.attention import read_attention
+from kvgraft.projector.projector import KVDimensionProjector
+from kvgraft.projector.settings import teacher_config_from
+from kvgraft.recipe import Recipe
+from kvgraft.report.fit import FitReport, LayerFit, write_fit
+from kvgraft.run import open_run_folder
+
+logger = logging.getLogger(__name__)
+
+PROJECTOR_FOLDER, LEAST_SQUARES_FOLDER, REPORT_FILE = "projector", "least_squares", "fit.json"
+# Texts on which queries are looked at, and held-out texts on which attention is compared.
+_QUERY_TEXTS, _ATTENTION_TEXTS = 32, 30
+
+
+def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> FitReport:
+    """Fit ``recipe``'s projector and leave it in ``folder`` with a report.
+
+    ``folder`` gets ``recipe.yaml``, ``projector`` and ``least_squares`` (the closed form alone), ``fit.json``,
+    ``fit.md``, ``layers.png`` (what each layer predicts of each) and ``fit.png`` (each layer's R2).
+
+    Args:
+        folder: the run's own.
+        resume: go on with what is there.
+        overwrite: start over, removing what is there.
+
+    Raises:
+        RecipeError: the folder exists and neither was asked for, or the recipe cannot be fitted.
+        TrainingInterruptedError: Ctrl-C; a checkpoint was left.
+    """
+    _require_fittable(recipe)
+    open_run_folder(recipe, folder, resume, overwrite)
+    if (folder / REPORT_FILE).is_file():
+        logger.info("%s is finished and is not fitted again", folder)
+        return FitReport.read(folder / REPORT_FILE)
+    data = prepare_fit(recipe)
+    phases, teacher = data.phases, data.teacher.recipe.name
+    with phases.timed("scan layers"):
+        scan = scan_layers(data.train, recipe.fit.sources, recipe.fit.scan_tokens, recipe.seed)
+    sources = chosen_sources(recipe, data, scan)
+    linear, projector = (build_projector(recipe, data, sources, ratio) for ratio in ("linear", None))
+    with phases.timed("least squares"):
+        closed_form = _closed_form(recipe, linear, data)
+    start_from_closed_form(projector, linear, teacher)
+    linear.save_pretrained(folder / LEAST_SQUARES_FOLDER)
+    model = FitModel(projector, teacher, _key_metric(recipe, data))
+    with phases.timed("train"):
+        if recipe.fit.steps:
+            train_projector(model, recipe.fit, data.train, data.held_out, folder, recipe.seed)
+    projector.save_pretrained(folder / PROJECTOR_FOLDER)
+    with phases.timed("measure"):
+        student = data.student.load() if recipe.fit.direction == "teacher_to_student" else None
+        fits = measure_fits(
+            {"least squares": linear, "projector": projector}, teacher, data.held_out, student, _ATTENTION_TEXTS
+        )
+    report = _report(recipe, data, scan, sources, closed_form, projector, fits)
+    write_fit(report, scan, folder)
+    shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
+    return report
+
+
+def chosen_sources(recipe: Recipe, data: FitData, scan: Scan) -> list[list[int]]:
+    """Source layers that each target layer reads: the mapped one, or the best of the scan."""
+    if recipe.fit.sources > 1:
+        return scan.chosen
+    forwards = recipe.fit.direction == "teacher_to_student"
+    return [[teacher if forwards else student] for student, teacher in data.layer_map]
+
+
+def build_projector(
+    recipe: Recipe, data: FitData, sources: list[list[int]], mlp_ratio: Any = None
+) -> KVDimensionProjector:
+    """The recipe's projector between the two models, standardised by what their stores keep; the same at every call.
+
+    Args:
+        sources: for each target layer, the source layers that it reads.
+        mlp_ratio: default the recipe's.
+    """
+    settings, name = recipe.projector, data.teacher.recipe.name
+    config = {**teacher_config_from(data.teacher.config), "num_layers": data.train.num_source_layers}
+    linear = mlp_ratio == "linear"
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        projector = KVDimensionProjector(
+            {name: config},
+            data.student.geometry.kv_dim,
+            settings.mlp_ratio if mlp_ratio is None else mlp_ratio,
+            settings.dropout,
+            "least_squares" if linear else settings.init_method,
+            sharing="per_layer" if linear and settings.sharing == "trunk" else settings.sharing,
+            num_groups=1 if linear and settings.sharing == "trunk" else settings.num_groups,
+            direction=recipe.fit.direction,
+            layer_norm=settings.layer_norm,
+            activation=settings.activation,
+            skip=settings.skip,
+            source_layers={name: sources},
+            source_kinds=recipe.fit.source_kinds,
+        )
+    source, target = data.train.statistics()
+    floor = torch.finfo(torch.float32).eps
+    mean, deviation = source.mean.transpose(0, 1), source.variance.sqrt().clamp_min(floor).transpose(0, 1)
+    projector.standardise_inputs(name, mean, deviation)
+    deviation = target.variance.mean(-1).sqrt().clamp_min(floor)
+    projector.standardise_outputs(name, target.mean.transpose(0, 1), deviation.transpose(0, 1))
+    return projector
+
+
+def start_from_closed_form(projector: KVDimensionProjector, linear: KVDimensionProjector, teacher: str) -> None:
+    """Give ``projector`` the linear maps of ``linear`` where its ``init_method`` asks for them."""
+    if projector.config["init_method"] != "least_squares":
+        return
+    for adapter, fitted in zip(projector.adapters(teacher), linear.adapters(teacher), strict=True):
+        assert fitted.skip is not None
+        adapter.load_linear(fitted.skip.weight.detach(), fitted.skip.bias.detach())
+
+
+def _closed_form(recipe: Recipe, linear: KVDimensionProjector, data: FitData) -> ClosedForm:
+    ridge = None if recipe.fit.ridge == "auto" else recipe.fit.ridge
+    weighting = _attention_weighting(data) if recipe.fit.weighting == "attention" else None
+    return fit_closed_form(linear, data.teacher.recipe.name, data.train, ridge=ridge, weighting=weighting)
+
+
+def _attention_weighting(data: FitData) -> Weighting:
+    """How much the student's own attention reads each token of a text, 1 on average over its tokens."""
+    student, layers = data.student.load(), list(data.train.student_layers)
+
+    def weights(index: int) -> Tensor:
+        received = read_attention(student, torch.tensor([data.train.texts[index].input_ids])).received[layers]
+        return received / received.mean(1, keepdim=True)
+
+    return weights
+
+
+def _key_metric(recipe: Recipe, data: FitData) -> Tensor | None:
+    if recipe.fit.metric == "plain":
+        return None
+    student, pairs = data.student.load(), data.train
+    texts = pairs.texts[:_QUERY_TEXTS]
+    moments = [read_attention(student, torch.tensor([text.input_ids])).query_moments for text in texts]
+    return key_metric_from(torch.stack(moments).mean(0), pairs.student_layers)
+
+
+def _require_fittable(recipe: Recipe) -> None:
+    if recipe.fit.direction == "student_to_teacher" and (
+        recipe.fit.weighting != "none" or recipe.fit.metric != "plain"
+    ):
+        raise RecipeError(
+            "fit.weighting and fit.metric go by how the student's attention reads its KV, and with fit.direction: "
+            "student_to_teacher the teacher's KV is predicted; leave both out, or let the two models change places"
+        )
+
+
+def _report(
+    recipe: Recipe,
+    data: FitData,
+    scan: Scan,
+    sources: list[list[int]],
+    closed_form: ClosedForm,
+    projector: KVDimensionProjector,
+    fits: dict[str, Fit],
+) -> FitReport:
+    pairs: PairDataset = data.train
+    forwards = recipe.fit.direction == "teacher_to_student"
+    targets = [student if forwards else teacher for student, teacher in data.layer_map]
+    linear, fitted = fits["least squares"], fits["projector"]
+    layers = [
+        LayerFit(
+            layer=layer,
+            sources=sources[index],
+            keys_r2=fitted.keys_r2[index],
+            values_r2=fitted.values_r2[index],
+            least_squares_keys_r2=linear.keys_r2[index],
+            least_squares_values_r2=linear.values_r2[index],
+            attention_cosine=fitted.attention_cosine[index] if fitted.attention_cosine else None,
+            least_squares_attention_cosine=linear.attention_cosine[index] if linear.attention_cosine else None,
+        )
+        for index, layer in enumerate(targets)
+    ]
+    best = [
+        (student, scan.best[index]) if forwards else (scan.best[index], teacher)
+        for index, (student, teacher) in enumerate(data.layer_map)
+    ]
+    return FitReport(
+        name=recipe.name,
+        seed=recipe.seed,
+        teacher=data.teacher.recipe.name,
+        student=str(recipe.student.model),
+        direction=recipe.fit.direction,
+        steps=recipe.fit.steps,
+        tokens=closed_form.tokens,
+        held_out_texts=len(data.held_out),
+        alignment_coverage=data.alignment.coverage,
+        parameters=projector.count_parameters(),
+        sharing=projector.sharing,
+        layers=layers,
+        suggested_layers=best if len(pairs) else [],
+        seconds=dict(data.phases.seconds),
+    )

@@ -1,0 +1,75 @@
+from collections.abc import Callable
+from itertools import islice
+
+import pytest
+import torch
+
+from kvgraft.align.tokens import gather_aligned
+from kvgraft.errors import RecipeError
+from kvgraft.fit.data import TokenBatches, ablation_data, prepare_fit
+from kvgraft.models.capture import capture
+from kvgraft.recipe import Recipe
+
+
+def test_pairs_are_both_models_kv_of_the_same_tokens(fit_recipe: Callable[..., Recipe]) -> None:
+    data = prepare_fit(fit_recipe(store={"dtype": "float32"}, data={"max_length": 250}))
+    pair, text = data.train[3], data.train.texts[3]
+    own = capture(data.student.load(), pair.input_ids)
+    torch.testing.assert_close(pair.target.keys, own.keys)
+    torch.testing.assert_close(pair.target.values, own.values)
+    teacher_ids = data.teacher.tokenizer(data.student.tokenizer.decode(text.input_ids), return_tensors="pt")
+    theirs = capture(data.teacher.load(), teacher_ids["input_ids"])
+    aligned = gather_aligned(theirs, data.train.teacher.alignment(text))
+    torch.testing.assert_close(pair.source.values[:, :, :, 2:], aligned.values[:, :, :, 2:])
+    assert not pair.mask[0, :2].any()
+    assert pair.mask[0, 2:].all()
+
+
+def test_direction_turns_the_pair_around(fit_recipe: Callable[..., Recipe]) -> None:
+    recipes = [fit_recipe(fit={"direction": name}) for name in ("teacher_to_student", "student_to_teacher")]
+    layers = [teacher for _, teacher in prepare_fit(recipes[0]).layer_map]
+    pairs = [prepare_fit(recipe).train[0] for recipe in recipes]
+    forwards, backwards = pairs
+    assert torch.equal(forwards.source.keys[:, layers], backwards.target.keys)
+    assert torch.equal(forwards.target.keys, backwards.source.keys)
+
+
+def test_batches_hold_so_many_tokens_and_repeat_with_their_seed(fit_recipe: Callable[..., Recipe]) -> None:
+    pairs = prepare_fit(fit_recipe()).train
+    first, again, other = (list(islice(TokenBatches(pairs, 50, seed), 12)) for seed in (0, 0, 1))
+    assert {len(batch) for batch in first} == {50}
+    assert all(torch.equal(one.source, two.source) for one, two in zip(first, again, strict=True))
+    assert not torch.equal(first[0].source, other[0].source)
+    rows = first[0]
+    known = pairs.rows(10**6)
+    # Every token comes from the texts, source and target still together.
+    for index in range(5):
+        same = (known.source[0, 0] == rows.source[0, 0, index]).all(1)
+        assert same.any()
+        assert (known.target[1, 1][same] == rows.target[1, 1, index]).all(1).any()
+
+
+def test_all_texts_are_drawn_from(fit_recipe: Callable[..., Recipe]) -> None:
+    pairs = prepare_fit(fit_recipe()).train
+    total = len(pairs.rows(10**6))
+    seen = torch.cat([batch.target[1, 0] for batch in islice(TokenBatches(pairs, 64, 0), 4 * total // 64)])
+    assert len(torch.unique(seen, dim=0)) > 0.9 * len(torch.unique(pairs.rows(10**6).target[1, 0], dim=0))
+
+
+def test_ablation_data_is_real_keys(fit_recipe: Callable[..., Recipe]) -> None:
+    data = ablation_data(fit_recipe())
+    assert data.x.shape[1] == data.y.shape[1] == 3
+    assert (data.x.shape[3], data.y.shape[3]) == (16, 12)
+    assert not data.synthetic
+
+
+def test_a_new_student_is_refused(tiny_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match=r"student\.model"):
+        prepare_fit(tiny_recipe())
+
+
+def test_several_teachers_are_refused(fit_recipe: Callable[..., Recipe]) -> None:
+    recipe = fit_recipe()
+    two = [recipe.teachers[0], recipe.teachers[0].model_copy(update={"name": "other"})]
+    with pytest.raises(RecipeError, match="one teacher"):
+        prepare_fit(recipe.model_copy(update={"teachers": two}))

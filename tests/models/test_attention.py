@@ -1,0 +1,74 @@
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from kvgraft.errors import ModelError
+from kvgraft.kv import KV
+from kvgraft.models.attention import attention_output_cosine, read_attention
+from kvgraft.models.capture import capture, record_kv
+
+SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 8}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+IDS = torch.arange(1, 13)[None] * 5 % 59
+
+
+def models() -> dict:
+    torch.manual_seed(0)
+    return {
+        "llama": LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).eval(),
+        "gemma3": Gemma3ForCausalLM(
+            Gemma3TextConfig(**SIZES, **HEADS, sliding_window=4, sliding_window_pattern=2)
+        ).eval(),
+        "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4)).eval(),
+    }
+
+
+@pytest.mark.parametrize("name", list(models()))
+def test_own_kv_gives_the_same_output_and_other_kv_another(name: str) -> None:
+    model = models()[name]
+    own = capture(model, IDS)
+    other = KV(own.keys, own.values.roll(1, 3), own.positions, own.mask, own.layers)
+    cosines = attention_output_cosine(model, IDS, {"own": own, "other": other})
+    torch.testing.assert_close(cosines["own"], torch.ones(3, 12))
+    assert cosines["other"].mean() < 0.9
+
+
+def test_what_the_mask_leaves_out_stays_the_models_own() -> None:
+    model = models()["llama"]
+    own = capture(model, IDS)
+    mask = torch.zeros_like(own.mask)
+    kv = KV(own.keys * 3, -own.values, own.positions, mask, own.layers)
+    torch.testing.assert_close(attention_output_cosine(model, IDS, {"x": kv})["x"], torch.ones(3, 12))
+    only_last = KV(own.keys[:, 2:], -own.values[:, 2:], own.positions, own.mask, (2,))
+    assert attention_output_cosine(model, IDS, {"x": only_last})["x"].shape == (1, 12)
+    torch.testing.assert_close(attention_output_cosine(model, IDS, {"x": only_last})["x"], -torch.ones(1, 12))
+
+
+def test_received_attention_is_the_models_own() -> None:
+    model = models()["llama"]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(IDS, output_attentions=True).attentions
+    expected = torch.stack([layer[0].sum(1).mean(0) for layer in attentions])
+    torch.testing.assert_close(read_attention(model, IDS).received, expected)
+
+
+def test_query_moments_do_not_depend_on_the_place_of_the_text() -> None:
+    model = models()["llama"]
+    moments = read_attention(model, IDS).query_moments
+    assert moments.shape == (3, 2, 8)
+    assert torch.equal(moments[..., :4], moments[..., 4:])
+    # The first token stands at position 0, where rotation does nothing: its queries are those of the projection.
+    first = read_attention(model, IDS[:, :1]).query_moments[0]
+    layer = model.model.layers[0]
+    query = layer.self_attn.q_proj(layer.input_layernorm(model.model.embed_tokens(IDS[:, :1]))).reshape(2, 2, 8)
+    expected = query.square().mean(1).reshape(2, 2, 4).mean(1).repeat(1, 2)
+    torch.testing.assert_close(first, expected)
+
+
+def test_kv_of_other_heads_is_refused() -> None:
+    model = models()["llama"]
+    with torch.no_grad(), record_kv(model, rotated=True) as recorder:
+        model(IDS)
+    with pytest.raises(ModelError, match="pre-RoPE keys of 2 heads of 8"):
+        attention_output_cosine(model, IDS, {"rotated": recorder.kv(torch.ones_like(IDS))})
