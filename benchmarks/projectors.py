@@ -48,6 +48,12 @@ VARIANTS: dict[str, list[str]] = {
         "fit.source_kinds=both",
         "projector.mlp_ratio=1.0",
     ],
+    "one layer, keys and values of the token and the one before": [
+        "fit.sources=1",
+        "fit.source_kinds=both",
+        "fit.context_tokens=1",
+        "projector.mlp_ratio=0.5",
+    ],
     "three layers, keys and values in: Elastic Bottleneck 0.25": BEST,
     "three layers, keys and values in: trunk in one group": [*BEST, "projector.sharing=trunk"],
     "three layers, weighted by attention": [*BEST, "fit.weighting=attention"],

@@ -105,6 +105,7 @@ class FitRecipe(_Section):
 
     ``sources`` is how many layers each adapter reads: 1 is the layer of ``alignment.layers``, more are those chosen by
     what each adds on held-out tokens. ``source_kinds: both`` makes keys and values each from keys and values.
+    ``context_tokens`` lets them read so many tokens before each.
     ``weighting: attention`` counts a token by how much the other model's attention reads it; ``metric: queries`` weighs
     errors of keys by the queries that will meet them. ``ridge: auto`` is chosen on texts that are kept out of the fit.
     """
@@ -112,6 +113,7 @@ class FitRecipe(_Section):
     direction: Literal["teacher_to_student", "student_to_teacher"] = "teacher_to_student"
     sources: Positive = 1
     source_kinds: Literal["same", "both"] = "both"
+    context_tokens: Annotated[int, Field(ge=0)] = 0
     ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     weighting: Literal["none", "attention"] = "none"
     metric: Literal["plain", "queries"] = "plain"

@@ -37,6 +37,33 @@ def test_equals_least_squares_on_all_rows_at_once(fit_recipe: Callable[..., Reci
             torch.testing.assert_close(projected[0, layer].double(), expected, atol=2e-3, rtol=1e-2)
 
 
+def test_context_is_the_same_in_text_and_out_of_it(fit_recipe: Callable[..., Recipe]) -> None:
+    recipe = fit_recipe(fit={"context_tokens": 2})
+    data = prepare_fit(recipe)
+    projector = build_projector(recipe, data, SOURCES)
+    pair = data.train[0]
+    whole = projector.sources_of(TEACHER, pair.source)
+    rows = projector.sources_of_rows(TEACHER, *data.train.rows_of(0).source[:, None])
+    for in_text, alone in zip(whole, rows, strict=True):
+        assert torch.equal(in_text[:, :, pair.mask[0]], alone)
+    # Two layers, keys and values, and of each the token itself and the two before it.
+    assert whole[0].shape[-1] == 2 * 2 * 3 * 16
+    steps = whole[0].reshape(1, 3, -1, 2, 3, 2 * 16)
+    assert torch.equal(steps[:, :, 2:, :, 2], steps[:, :, :-2, :, 0])
+    assert torch.equal(steps[:, :, 0, :, 1], steps[:, :, 0, :, 0])
+
+
+def test_context_predicts_more(fit_recipe: Callable[..., Recipe]) -> None:
+    fits = {}
+    for count in (0, 1):
+        recipe = fit_recipe(fit={"context_tokens": count})
+        data = prepare_fit(recipe)
+        linear, _ = fitted(recipe, data, [[0], [1], [3]], ridge=0.0)
+        # On the texts themselves, where more to read can only help.
+        fits[count] = measure_fits({"linear": linear}, TEACHER, data.train)["linear"]
+    assert all(more > less for more, less in zip(fits[1].keys_r2, fits[0].keys_r2, strict=True))
+
+
 @pytest.mark.parametrize("sharing", ["shared", "grouped", "trunk", "per_layer"])
 def test_an_elastic_bottleneck_starts_as_the_linear_map(fit_recipe: Callable[..., Recipe], sharing: str) -> None:
     recipe = fit_recipe(projector={"sharing": sharing, "num_groups": 2})

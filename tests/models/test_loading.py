@@ -68,6 +68,27 @@ def test_names_that_lead_nowhere(name: str, message: str) -> None:
         loading.load_config(name)
 
 
+def test_a_file_in_parts_over_several_packages_is_joined_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVGRAFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    for package, part, content in (
+        ("split_model_part2", "part01", b"second"),
+        ("split_model_part1", "part00", b"first "),
+    ):
+        (tmp_path / package / "data").mkdir(parents=True)
+        (tmp_path / package / "data" / f"model.gguf.{part}").write_bytes(content)
+    (tmp_path / "split_model").mkdir()
+    (tmp_path / "split_model" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    name = "package:split_model/model.gguf"
+    assert loading.fingerprint(name) == hashlib.sha256(b"first second").hexdigest()
+    (joined,) = (tmp_path / "cache" / "joined").rglob("*.gguf")
+    written = joined.stat().st_mtime_ns
+    assert loading.fingerprint(name) == hashlib.sha256(b"first second").hexdigest()
+    assert joined.stat().st_mtime_ns == written
+    with pytest.raises(ModelError, match=r"has no file 'other\.gguf'"):
+        loading.fingerprint("package:split_model/other.gguf")
+
+
 def test_hub_id_without_a_network_says_what_it_was_taken_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

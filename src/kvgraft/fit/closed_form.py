@@ -84,7 +84,7 @@ class _Sums:
 
     def add(self, rows: KVRows, weights: Tensor | None, held_out: bool) -> None:
         """``weights [output layers, tokens]``; default one each."""
-        sources = self.projector.sources_of(self.teacher, *rows.source[:, None])
+        sources = self.projector.sources_of_rows(self.teacher, *rows.source[:, None])
         targets = self.projector.targets_of(self.teacher, *rows.target[:, None])
         mask = torch.ones(1, len(rows), dtype=torch.bool)
         self.tokens += len(rows)
@@ -122,7 +122,7 @@ def _chunks(
         weights: list[Tensor] = []
         for index in indices:
             pair = pairs[index]
-            rows.append(pair.rows())
+            rows.append(pair.rows(pairs.context_tokens))
             if weighting is not None:
                 weights.append(weighting(index)[:, pair.mask[0]])
             advance(1)

@@ -25,6 +25,7 @@ from kvgraft.prepare import (
     store_kv,
     teacher_max_length,
 )
+from kvgraft.projector.projector import with_previous_tokens
 from kvgraft.projector.scenario import AblationData
 from kvgraft.projector.settings import Direction
 from kvgraft.recipe import Recipe, TeacherRecipe
@@ -52,18 +53,23 @@ class KVPair:
     mask: Tensor
     input_ids: Tensor
 
-    def rows(self) -> KVRows:
-        """The tokens that count."""
+    def rows(self, context_tokens: int = 0) -> KVRows:
+        """The tokens that count, each with so many before it."""
         chosen = self.mask[0]
+        read = [with_previous_tokens(part[0], context_tokens) for part in self.source.flatten()]
         source, target = (
-            torch.stack([part[0][:, chosen] for part in kv.flatten()]) for kv in (self.source, self.target)
+            torch.stack([part[:, chosen] for part in parts])
+            for parts in (read, [part[0] for part in self.target.flatten()])
         )
         return KVRows(source, target)
 
 
 @dataclass(frozen=True)
 class KVRows:
-    """Tokens of any texts: ``source [2, source layers, tokens, width]`` and ``target`` likewise, keys first."""
+    """Tokens of any texts: ``source [2, source layers, tokens, width]`` and ``target`` likewise, keys first.
+
+    With context, the source layers are those of :func:`kvgraft.projector.projector.with_previous_tokens`.
+    """
 
     source: Tensor
     target: Tensor
@@ -91,6 +97,7 @@ class PairDataset(Dataset[KVPair]):
         teacher: the teacher's KV, seen from the student's tokens.
         student_layers: which of the student's are read.
         direction: ``teacher_to_student``: the student's KV is the target; or ``student_to_teacher``.
+        context_tokens: tokens before each that its row brings along.
     """
 
     texts: Sequence[EncodedText]
@@ -98,6 +105,7 @@ class PairDataset(Dataset[KVPair]):
     teacher: TeacherSource
     student_layers: Sequence[int]
     direction: Direction
+    context_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -126,13 +134,17 @@ class PairDataset(Dataset[KVPair]):
         teacher = self.teacher if teacher_layers is None else replace(self.teacher, teacher_layers=list(teacher_layers))
         return replace(self, teacher=teacher, student_layers=student_layers or self.student_layers)
 
+    def rows_of(self, index: int) -> KVRows:
+        """The tokens of one text that count."""
+        return self[index].rows(self.context_tokens)
+
     def rows(self, limit: int, seed: int = 0) -> KVRows:
         """About ``limit`` tokens, whole texts drawn by ``seed``; the last is cut."""
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)
         found: list[KVRows] = []
         for index in order:
-            found.append(self[index].rows())
+            found.append(self.rows_of(index))
             if sum(len(rows) for rows in found) >= limit:
                 break
         return join_rows(found).take(slice(0, limit))
@@ -158,7 +170,7 @@ class TokenBatches(IterableDataset[KVRows]):
         order, generator = random.Random(self.seed), torch.Generator().manual_seed(self.seed)
         waiting: list[KVRows] = []
         for index in self._texts(order):
-            waiting.append(self.pairs[index].rows())
+            waiting.append(self.pairs.rows_of(index))
             if sum(len(rows) for rows in waiting) < _BUFFER_STEPS * self.tokens:
                 continue
             mixed = join_rows(waiting)
@@ -245,7 +257,11 @@ def prepare_fit(recipe: Recipe) -> FitData:
         )
         encoded = encode_for_teacher([text.text for text in texts], student.tokenizer, recipe.data.max_length)
         student_layers = mapped_students if forwards else list(range(student.geometry.num_layers))
-        parts.append(PairDataset(encoded, stores["student"], source, student_layers, recipe.fit.direction))
+        parts.append(
+            PairDataset(
+                encoded, stores["student"], source, student_layers, recipe.fit.direction, recipe.fit.context_tokens
+            )
+        )
     train, held_out = parts
     counts = train.teacher.counts(train.texts)
     require_coverage(teacher.recipe.name, counts)
@@ -260,7 +276,8 @@ def ablation_data(recipe: Recipe) -> AblationData:
     students, teachers = zip(*chosen, strict=True)
 
     def keys(pairs: PairDataset, limit: int) -> tuple[Tensor, Tensor]:
-        rows = pairs.reading(teacher_layers=teachers, student_layers=students).rows(limit)
+        alone = replace(pairs, context_tokens=0)
+        rows = alone.reading(teacher_layers=teachers, student_layers=students).rows(limit)
         return rows.source[:1], rows.target[:1]
 
     layers = ", ".join(f"{teacher} and {student}" for student, teacher in chosen)

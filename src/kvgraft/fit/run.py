@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
     data = prepare_fit(recipe)
     phases, teacher = data.phases, data.teacher.recipe.name
     with phases.timed("scan layers"):
-        scan = scan_layers(data.train, recipe.fit.sources, recipe.fit.scan_tokens, recipe.seed)
+        scan = scan_layers(
+            replace(data.train, context_tokens=0), recipe.fit.sources, recipe.fit.scan_tokens, recipe.seed
+        )
     sources = chosen_sources(recipe, data, scan)
     linear, projector = (build_projector(recipe, data, sources, ratio) for ratio in ("linear", None))
     with phases.timed("least squares"):
@@ -112,6 +115,7 @@ def build_projector(
             skip=settings.skip,
             source_layers={name: sources},
             source_kinds=recipe.fit.source_kinds,
+            context_tokens=recipe.fit.context_tokens,
         )
     source, target = data.train.statistics()
     floor = torch.finfo(torch.float32).eps

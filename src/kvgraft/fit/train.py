@@ -49,7 +49,7 @@ class FitModel(nn.Module):
             target: ``[2, output layers, tokens, width]``.
         """
         wanted = self.projector.targets_of(self.teacher, *target[:, None])
-        sources = self.projector.sources_of(self.teacher, *source[:, None])
+        sources = self.projector.sources_of_rows(self.teacher, *source[:, None])
         errors = [
             (adapter(x) - y).square()
             for adapter, x, y in zip(self.projector.adapters(self.teacher), sources, wanted, strict=True)

@@ -54,6 +54,7 @@ class KVDimensionProjector(nn.Module):
             as many for every output layer; their widths are joined. Default: each output layer reads its own.
         source_kinds: ``same`` (default): keys are made from keys, values from values. ``both``: each is made from keys
             and values together.
+        context_tokens: tokens before each that its adapters read too, default none.
         layer_norm, activation, skip: see :class:`ElasticBottleneck`.
 
     Raises:
@@ -78,6 +79,7 @@ class KVDimensionProjector(nn.Module):
         skip: bool = False,
         source_layers: SourceLayers | None = None,
         source_kinds: SourceKinds = "same",
+        context_tokens: int = 0,
     ) -> None:
         super().__init__()
         if not teacher_configs:
@@ -91,6 +93,7 @@ class KVDimensionProjector(nn.Module):
         self.source_kinds = source_kinds
         self.source_layers = read_source_layers(source_layers or {}, self.teachers)
         require_sharing(self.sharing, per_layer, num_groups, source_kinds)
+        self.context_tokens = whole_number("context_tokens", context_tokens, least=0)
         self._settings: dict[str, Any] = {
             "mlp_ratio": mlp_ratio,
             "dropout": dropout,
@@ -104,6 +107,7 @@ class KVDimensionProjector(nn.Module):
             "skip": skip,
             "source_layers": self.source_layers or None,
             "source_kinds": source_kinds,
+            "context_tokens": context_tokens,
         }
         # Lists and not dicts: a module's name must not hold a dot, a teacher's may.
         self.key_adapters = nn.ModuleList(self._adapter(name) for name in self.teachers)
@@ -260,14 +264,26 @@ class KVDimensionProjector(nn.Module):
         The arguments are those of :meth:`project_teacher_kv`, or of :meth:`project_student_kv` in that direction.
         Standardised where the projector is; ``[batch, output layers, tokens, in_dim]`` each.
         """
-        keys, values = self._checked(teacher, *_as_pair(teacher, keys, values))
+        checked = self._checked(teacher, *_as_pair(teacher, keys, values))
+        keys, values = (with_previous_tokens(part, self.context_tokens) for part in checked)
+        return self.sources_of_rows(teacher, keys, values)
+
+    def sources_of_rows(self, teacher: str, keys: Tensor, values: Tensor) -> Pair:
+        """:meth:`sources_of` for tokens out of their text, which bring along the tokens before them.
+
+        Both ``[batch, layers, tokens, width]`` as :func:`with_previous_tokens` gives them.
+        """
+        reach = 1 + self.context_tokens
+        layers = keys.shape[1] // reach
         standard = self._standard("input", teacher)
         if standard is not None:
-            mean, deviation = (part[:, : keys.shape[1], None] for part in standard)
+            mean, deviation = (part[:, :layers, None].repeat(1, reach, 1, 1) for part in standard)
             keys, values = (keys - mean[0]) / deviation[0], (values - mean[1]) / deviation[1]
         chosen = self.source_layers.get(teacher)
-        if chosen is not None:
-            index = torch.tensor(chosen, device=keys.device)
+        if chosen is not None or reach > 1:
+            own = [[layer] for layer in range(layers)] if chosen is None else chosen
+            back = [[layer + step * layers for step in range(reach) for layer in read] for read in own]
+            index = torch.tensor(back, device=keys.device)
             keys, values = _join_layers(keys, index), _join_layers(values, index)
         if self.source_kinds == "same":
             return keys, values
@@ -298,7 +314,7 @@ class KVDimensionProjector(nn.Module):
         if groups > layers:
             raise ProjectorError(f"num_groups {groups} is more than the {layers} layers of teacher {name!r}")
         return ElasticBottleneck(
-            self._input_width(name) * num_sources * kinds,
+            self._input_width(name) * num_sources * kinds * (1 + self.context_tokens),
             self.student_d_model if self.direction == "teacher_to_student" else teacher.width,
             ratio,
             settings["dropout"],
@@ -380,6 +396,16 @@ def _as_pair(teacher: str, keys: Tensor | KV | Pair, values: Tensor | None) -> P
         f"KV for teacher {teacher!r} must be two tensors (keys, values) or one KV; got {type(keys).__name__} and "
         f"{type(values).__name__}"
     )
+
+
+def with_previous_tokens(tensor: Tensor, count: int) -> Tensor:
+    """``[..., layers, tokens, width]`` to ``[..., layers * (1 + count), tokens, width]``: first the tokens themselves,
+    then those one before, two before and so on; a text's first token stands for those before it.
+    """
+    steps = [tensor]
+    for _ in range(count):
+        steps.append(torch.cat([steps[-1][..., :1, :], steps[-1][..., :-1, :]], -2))
+    return torch.cat(steps, -3)
 
 
 def _join_layers(tensor: Tensor, index: Tensor) -> Tensor:

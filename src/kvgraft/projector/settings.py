@@ -91,7 +91,8 @@ def require_sharing(sharing: str, per_layer: bool, num_groups: int, source_kinds
     whole_number("num_groups", num_groups)
 
 
-def whole_number(name: str, size: object) -> int:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ProjectorError(f"{name} must be a whole number of at least 1; got {size!r}")
+def whole_number(name: str, size: object, least: int = 1) -> int:
+    """``size`` where it is a whole number of at least ``least``; otherwise an error that names it."""
+    if not isinstance(size, int) or isinstance(size, bool) or size < least:
+        raise ProjectorError(f"{name} must be a whole number of at least {least}; got {size!r}")
     return size
