@@ -283,6 +283,38 @@ def _whole_numbers(text: str) -> list[int]:
         raise typer.BadParameter(f"{text!r} must be whole numbers between commas or blanks, such as 0,1,2") from error
 
 
+@app.command()
+def graft(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove what is in the folder first.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit RECIPE's projector (see `fit`), then let the student go on from the teacher's projected cache of a question.
+
+    Says how likely the answers of held-out problems are from that cache, from the student's own, from none, and from
+    controls: another question's cache, the mean, zeros, tokens in another order.
+    """
+    from kvgraft.errors import TrainingInterruptedError
+    from kvgraft.graft.run import graft as measure_graft
+    from kvgraft.recipe import load_recipe
+    from kvgraft.report.graft import graft_table
+
+    loaded = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / loaded.name
+    try:
+        report = measure_graft(loaded, folder, resume=resume, overwrite=overwrite)
+    except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
+        raise _stopped("graft", stopped, recipe, overrides, folder) from stopped
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
+    _console.print(graft_table(report))
+    _console.print(f"everything is in {folder}: projector, graft.md, graft.json, fit.md", soft_wrap=True)
+
+
 def _stopped(
     command: str, stopped: BaseException, recipe: Path, overrides: list[str] | None, folder: Path
 ) -> typer.Exit:

@@ -126,6 +126,17 @@ class FitRecipe(_Section):
     scan_tokens: Positive = 4096
 
 
+class GraftRecipe(_Section):
+    """How ``kvgraft graft`` measures what a projected cache is worth to the student.
+
+    ``own_first_tokens`` of every text keep the student's own KV: they act as attention sinks. ``texts`` limits how many
+    held-out texts are measured.
+    """
+
+    own_first_tokens: Annotated[int, Field(ge=0)] = 4
+    texts: Positive | None = None
+
+
 class KVLossRecipe(_Section):
     """How the student's KV is compared with the teachers'.
 
@@ -191,6 +202,7 @@ class Recipe(_Section):
     projector: ProjectorRecipe = ProjectorRecipe()
     kv_loss: KVLossRecipe = KVLossRecipe()
     fit: FitRecipe = FitRecipe()
+    graft: GraftRecipe = GraftRecipe()
     store: StoreRecipe = StoreRecipe()
     training: TrainingRecipe = TrainingRecipe()
     arms: list[Arm] = ["baseline", "kv"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from kvgraft.align.layers import map_layers
+from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
 from kvgraft.errors import RecipeError
@@ -195,6 +196,7 @@ class FitData:
     Attributes:
         layer_map: pairs of (student layer, teacher layer).
         train, held_out: every layer of the source; of the target those that ``layer_map`` names, in its order.
+        held_out_examples: the held-out texts, which say where their prompts end.
     """
 
     student: IdentifiedModel
@@ -202,6 +204,7 @@ class FitData:
     layer_map: list[tuple[int, int]]
     train: PairDataset
     held_out: PairDataset
+    held_out_examples: list[Example]
     reports: dict[str, FillReport]
     alignment: AlignmentCounts
     phases: Phases
@@ -265,7 +268,7 @@ def prepare_fit(recipe: Recipe) -> FitData:
     train, held_out = parts
     counts = train.teacher.counts(train.texts)
     require_coverage(teacher.recipe.name, counts)
-    return FitData(student, teacher, layer_map, train, held_out, reports, counts, phases)
+    return FitData(student, teacher, layer_map, train, held_out, examples[1], reports, counts, phases)
 
 
 def ablation_data(recipe: Recipe) -> AblationData:

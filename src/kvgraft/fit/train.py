@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,4 +156,6 @@ def _arguments(settings: FitRecipe, output: Path, seed: int) -> TrainingArgument
     )
 
 
-_only: Callable[[list[KVRows]], dict[str, Tensor]] = lambda rows: {"source": rows[0].source, "target": rows[0].target}  # noqa: E731
+def _only(rows: list[KVRows]) -> dict[str, Tensor]:
+    """A batch of the data set is a batch of the Trainer already."""
+    return {"source": rows[0].source, "target": rows[0].target}
