@@ -142,15 +142,14 @@ class KVLossRecipe(_Section):
 
     ``student_to_teacher`` (default) predicts the teacher's fixed KV from the student's; ``teacher_to_student`` pulls
     the student to a projector that was fitted once and frozen; ``alternating`` and ``shared`` train the projector and
-    the student on each other and are kept for comparison. Values alone are compared by default: measured on GSM8K, that
-    teaches a student more than keys and values together (docs/results.md).
+    the student on each other and are kept for comparison. A kind whose weight is 0 is left out, and its adapters with it.
     """
 
     objective: Objective = "student_to_teacher"
     form: Literal["mse", "l1", "smooth_l1", "cosine"] = "mse"
     weight: Weight = 10.0
     schedule: Literal["constant", "linear_decay"] = "constant"
-    keys_weight: Weight = 0.0
+    keys_weight: Weight = 1.0
     values_weight: Weight = 1.0
     layer_weights: list[Weight] | None = None
 

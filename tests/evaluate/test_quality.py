@@ -20,7 +20,7 @@ TEACHER = "org/teacher-1.0"
 def test_quality_equals_a_plain_computation_however_text_is_batched(
     tiny_recipe: Callable[..., Recipe], batch_size: int
 ) -> None:
-    recipe = tiny_recipe(projector={"dropout": 0.5}, kv_loss={"keys_weight": 1})
+    recipe = tiny_recipe(projector={"dropout": 0.5})
     data = arm_data(prepare(recipe))
     model = build_arm(recipe, "kv", data).train()
     with torch.no_grad():
