@@ -27,7 +27,14 @@ from kvgraft.recipe import Recipe, StudentRecipe, load_recipe
 from kvgraft.report.fit import FitReport
 
 ONE = ["fit.sources=1", "fit.source_kinds=same"]
-BEST = ["fit.sources=3", "fit.source_kinds=both", "projector.mlp_ratio=0.25", "fit.steps=300"]
+BEST = [
+    "fit.sources=3",
+    "fit.source_kinds=both",
+    "projector.mlp_ratio=0.5",
+    "projector.dropout=0.3",
+    "fit.learning_rate=2e-3",
+    "fit.steps=250",
+]
 VARIANTS: dict[str, list[str]] = {
     "one layer: Elastic Bottleneck 2.0 from least squares": ONE,
     "one layer: Elastic Bottleneck 2.0, the guide's xavier": [
@@ -54,7 +61,7 @@ VARIANTS: dict[str, list[str]] = {
         "fit.context_tokens=1",
         "projector.mlp_ratio=0.5",
     ],
-    "three layers, keys and values in: Elastic Bottleneck 0.25": BEST,
+    "three layers, keys and values in: Elastic Bottleneck 0.5": BEST,
     "three layers, keys and values in: trunk in one group": [*BEST, "projector.sharing=trunk"],
     "three layers, weighted by attention": [*BEST, "fit.weighting=attention"],
     "three layers, keys weighed by queries": [*BEST, "fit.metric=queries"],
