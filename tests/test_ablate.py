@@ -1,20 +1,16 @@
 """``kvgraft ablate`` as a user meets it."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from kvgraft.ablate import run_ablations
 from kvgraft.cli import app
 from kvgraft.errors import ProjectorError
-from kvgraft.projector.scenario import AblationData
 from kvgraft.recipe import Recipe
 
 runner = CliRunner()
@@ -61,26 +57,15 @@ def test_overrides_need_a_recipe(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recipe_brings_real_kv(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_brings_real_kv(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """Layers of their own, targets in their own units, no synthetic warning."""
-    recipe = tiny_recipe()
-    asked: list[str] = []
-
-    def ablation_data(given: Recipe) -> AblationData:
-        asked.append(given.name)
-        x, y = torch.randn(1, 3, 50, 8), torch.randn(1, 3, 50, 4) * 100 + 1000
-        return AblationData(x[:, :, :30], y[:, :, :30], x[:, :, 30:], y[:, :, 30:], "a store")
-
-    monkeypatch.setitem(sys.modules, "kvgraft.fit", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "kvgraft.fit.data", SimpleNamespace(ablation_data=ablation_data))
-    report = run_ablations(recipe, tmp_path, only=["width"], seeds=[0], steps=2)
-    assert asked == ["tiny"]
+    report = run_ablations(fit_recipe(), tmp_path, only=["width"], seeds=[0], steps=2, batch_tokens=64)
     assert report.warning == ""
-    assert (report.ablation.num_layers, report.ablation.source) == (3, "a store")
+    assert report.ablation.num_layers == 3
+    assert "keys of org/teacher-1.0" in report.ablation.source
     assert report.ablation.target_variance == pytest.approx(1, rel=1e-4)
-    assert report.ablation.arms[0].runs[0].parameters == 3 * (8 * 4 + 4)
+    # The teacher's keys are 16 wide, the student's 12.
+    assert report.ablation.arms[0].runs[0].parameters == 3 * (16 * 12 + 12)
 
 
 def test_width_divisor_and_a_recipe_exclude_each_other(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

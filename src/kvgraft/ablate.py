@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvgraft.errors import ProjectorError
+from kvgraft.fit.data import ablation_data
 from kvgraft.projector.ablation import ablate
 from kvgraft.projector.claims import judge
 from kvgraft.projector.scenario import DEFAULT_WIDTH_DIVISOR, AblationData, synthetic
@@ -50,10 +51,7 @@ def run_ablations(
 
 def load(recipe: Recipe) -> AblationData:
     """Real KV of ``recipe``, from its store."""
-    from kvgraft.fit.data import ablation_data
-
-    data: AblationData = ablation_data(recipe)
-    return data.standardised()
+    return ablation_data(recipe).standardised()
 
 
 def _data_of_seed(recipe: Recipe | None, width_divisor: int | None) -> Callable[[int], AblationData]:
