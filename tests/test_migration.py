@@ -56,7 +56,7 @@ def test_the_new_projector_gives_what_the_old_one_gave(
     assert told["old_parameters"] == 2 * (24 * 10 + 10)
     assert told["new_parameters"] == projector.count_parameters()
     assert told["largest_difference"] < 1e-6
-    assert projector.config["per_layer"] is bool(options)
+    assert projector.sharing == ("per_layer" if options else "shared")
     assert [path.name for path in new.parent.iterdir()] == ["new"]
 
 
