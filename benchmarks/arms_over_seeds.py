@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.logging import RichHandler
 
 from kvgraft.recipe import load_recipe
@@ -30,7 +31,9 @@ def main(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Change one field: a.b=value.")] = None,
 ) -> None:
     """Run what is missing and print the table in Markdown."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
+    )
     results = []
     for seed in seeds.split(","):
         folder = output / f"seed-{seed}"

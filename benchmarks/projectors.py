@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 from per_head_ridge import per_head_ridge
+from rich.console import Console
 from rich.logging import RichHandler
 
 from kvgraft.align.layers import map_layers
@@ -78,7 +79,9 @@ def main(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Change one field in all: a.b=value.")] = None,
 ) -> None:
     """Run what is missing and print the table in Markdown."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
+    )
 
     def load(changes: list[str]) -> Recipe:
         loaded = load_recipe(recipe, [*(overrides or []), *changes])
