@@ -142,7 +142,7 @@ class KVLossRecipe(_Section):
 
     ``student_to_teacher`` (default) predicts the teacher's fixed KV from the student's; ``teacher_to_student`` pulls
     the student to a projector that was fitted once and frozen; ``alternating`` and ``shared`` train the projector and
-    the student on each other and are kept for comparison. A kind whose weight is 0 is left out, and its adapters with it.
+    the student on each other and are kept for comparison. A kind (keys or values) whose weight is 0 is left out.
     """
 
     objective: Objective = "student_to_teacher"
