@@ -16,7 +16,6 @@ from kvgraft.data.spans import EncodedText
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
 from kvgraft.errors import RecipeError
 from kvgraft.kv import KV
-from kvgraft.models.capture import kv_geometry
 from kvgraft.prepare import (
     IdentifiedModel,
     Phases,
@@ -30,7 +29,7 @@ from kvgraft.projector.projector import with_previous_tokens
 from kvgraft.projector.scenario import AblationData
 from kvgraft.projector.settings import Direction
 from kvgraft.recipe import Recipe, TeacherRecipe
-from kvgraft.store.fill import FillReport, encode_for_teacher
+from kvgraft.store.fill import encode_for_teacher
 from kvgraft.store.reader import KVStatistics, KVStore
 
 # Tokens from which a step's are drawn, over those of a step: enough to mix many texts, little enough to hold.
@@ -205,7 +204,6 @@ class FitData:
     train: PairDataset
     held_out: PairDataset
     held_out_examples: list[Example]
-    reports: dict[str, FillReport]
     alignment: AlignmentCounts
     phases: Phases
 
@@ -217,6 +215,55 @@ def prepare_fit(recipe: Recipe) -> FitData:
         RecipeError: several teachers, or a student that is new.
         KVGraftError: of the room where it went wrong.
     """
+    _require_two_frozen_models(recipe)
+    phases = Phases()
+    settings, model = recipe.student, str(recipe.student.model)
+    with phases.timed("identify models"):
+        student = identify(TeacherRecipe(name="student", model=model, revision=settings.revision, dtype=settings.dtype))
+        teacher = identify(recipe.teachers[0])
+    with phases.timed("read text"):
+        examples, held_out_examples = load_examples_of(recipe, student.tokenizer)
+    layer_map = map_layers(recipe.alignment.layers, student.geometry.num_layers, teacher.geometry.num_layers)
+    train, held_out = (
+        _pairs(recipe, student, teacher, layer_map, texts, phases) for texts in (examples, held_out_examples)
+    )
+    counts = train.teacher.counts(train.texts)
+    require_coverage(teacher.recipe.name, counts)
+    return FitData(student, teacher, layer_map, train, held_out, held_out_examples, counts, phases)
+
+
+def _pairs(
+    recipe: Recipe,
+    student: IdentifiedModel,
+    teacher: IdentifiedModel,
+    layer_map: list[tuple[int, int]],
+    examples: list[Example],
+    phases: Phases,
+) -> PairDataset:
+    """Both models' KV over ``examples``: all layers of the source, the mapped ones of the target."""
+
+    def store_of(model: IdentifiedModel, max_length: int) -> KVStore:
+        with phases.timed(f"capture {model.recipe.name}"):
+            layers = tuple(range(model.geometry.num_layers))
+            return store_kv(model, examples, layers, max_length, recipe.store)[0]
+
+    teacher_store = store_of(teacher, teacher_max_length(recipe, teacher.config))
+    student_store = store_of(student, recipe.data.max_length)
+    mapped_students, mapped_teachers = (list(layers) for layers in zip(*layer_map, strict=True))
+    forwards = recipe.fit.direction == "teacher_to_student"
+    source = TeacherSource(
+        teacher.recipe.name,
+        teacher_store,
+        list(range(teacher.geometry.num_layers)) if forwards else mapped_teachers,
+        recipe.alignment.tokens,
+        recipe.alignment.skip_first_tokens,
+    )
+    texts = encode_for_teacher([example.text for example in examples], student.tokenizer, recipe.data.max_length)
+    student_layers = mapped_students if forwards else list(range(student.geometry.num_layers))
+    return PairDataset(texts, student_store, source, student_layers, recipe.fit.direction, recipe.fit.context_tokens)
+
+
+def _require_two_frozen_models(recipe: Recipe) -> None:
     if len(recipe.teachers) != 1:
         raise RecipeError(
             f"fit takes one teacher and the recipe names {len(recipe.teachers)}; fit them one by one, each with a "
@@ -227,48 +274,6 @@ def prepare_fit(recipe: Recipe) -> FitData:
             "fit takes a student that exists (student.model): the KV of a new one, with random weights, is not worth "
             "predicting. To train a new student on a teacher's KV use `kvgraft train`."
         )
-    phases = Phases()
-    settings = recipe.student
-    student_recipe = TeacherRecipe(
-        name="student", model=recipe.student.model, revision=settings.revision, dtype=settings.dtype
-    )
-    with phases.timed("identify models"):
-        student, teacher = identify(student_recipe), identify(recipe.teachers[0])
-    with phases.timed("read text"):
-        examples = load_examples_of(recipe, student.tokenizer)
-    layer_map = map_layers(recipe.alignment.layers, student.geometry.num_layers, teacher.geometry.num_layers)
-    parts, reports = [], {}
-    for part, texts in zip(("training", "held-out"), examples, strict=True):
-        stores = {}
-        for model, max_length in (
-            (teacher, teacher_max_length(recipe, teacher.config)),
-            (student, recipe.data.max_length),
-        ):
-            layers = tuple(range(kv_geometry(model.config).num_layers))
-            name = model.recipe.name
-            with phases.timed(f"capture {name} ({part} text)"):
-                stores[name], reports[f"{name}, {part} text"] = store_kv(model, texts, layers, max_length, recipe.store)
-        alignment = recipe.alignment
-        mapped_students, mapped_teachers = (list(layers) for layers in zip(*layer_map, strict=True))
-        forwards = recipe.fit.direction == "teacher_to_student"
-        source = TeacherSource(
-            teacher.recipe.name,
-            stores[teacher.recipe.name],
-            list(range(teacher.geometry.num_layers)) if forwards else mapped_teachers,
-            alignment.tokens,
-            alignment.skip_first_tokens,
-        )
-        encoded = encode_for_teacher([text.text for text in texts], student.tokenizer, recipe.data.max_length)
-        student_layers = mapped_students if forwards else list(range(student.geometry.num_layers))
-        parts.append(
-            PairDataset(
-                encoded, stores["student"], source, student_layers, recipe.fit.direction, recipe.fit.context_tokens
-            )
-        )
-    train, held_out = parts
-    counts = train.teacher.counts(train.texts)
-    require_coverage(teacher.recipe.name, counts)
-    return FitData(student, teacher, layer_map, train, held_out, examples[1], reports, counts, phases)
 
 
 def ablation_data(recipe: Recipe) -> AblationData:

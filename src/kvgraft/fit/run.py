@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvgraft.errors import RecipeError
 from kvgraft.fit.closed_form import ClosedForm, Weighting, fit_closed_form
-from kvgraft.fit.data import FitData, PairDataset, prepare_fit
+from kvgraft.fit.data import FitData, prepare_fit
 from kvgraft.fit.measure import Fit, measure_fits
 from kvgraft.fit.scan import Scan, scan_layers
 from kvgraft.fit.train import CHECKPOINTS_FOLDER, FitModel, key_metric_from, train_projector
@@ -180,7 +180,6 @@ def _report(
     projector: KVDimensionProjector,
     fits: dict[str, Fit],
 ) -> FitReport:
-    pairs: PairDataset = data.train
     forwards = recipe.fit.direction == "teacher_to_student"
     targets = [student if forwards else teacher for student, teacher in data.layer_map]
     linear, fitted = fits["least squares"], fits["projector"]
@@ -214,6 +213,6 @@ def _report(
         parameters=projector.count_parameters(),
         sharing=projector.sharing,
         layers=layers,
-        suggested_layers=best if len(pairs) else [],
+        suggested_layers=best,
         seconds=dict(data.phases.seconds),
     )

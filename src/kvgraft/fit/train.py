@@ -125,9 +125,9 @@ def train_projector(
     model.eval()
 
 
-def key_metric_from(query_moments: Tensor, num_layers: Sequence[int]) -> Tensor:
+def key_metric_from(query_moments: Tensor, layers: Sequence[int]) -> Tensor:
     """``[layers, kv heads, head_dim]`` mean squares of the queries as a metric ``[chosen layers, width]`` of mean 1."""
-    chosen = query_moments[list(num_layers)].flatten(1)
+    chosen = query_moments[list(layers)].flatten(1)
     return chosen / chosen.mean(1, keepdim=True)
 
 
