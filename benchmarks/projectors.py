@@ -34,7 +34,7 @@ BEST = [
     "projector.mlp_ratio=0.5",
     "projector.dropout=0.3",
     "fit.learning_rate=2e-3",
-    "fit.steps=250",
+    "fit.steps=450",
 ]
 VARIANTS: dict[str, list[str]] = {
     "one layer: Elastic Bottleneck 2.0 from least squares": ONE,
