@@ -40,7 +40,7 @@ checkstyle: setup ## ruff and mypy
 test-oldest: ## contact with transformers' insides, on the oldest release that is supported
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --constraint constraints.txt --editable '.[gguf,dev]' transformers==5.1.0
-	$(OLDEST)/bin/pytest tests/models tests/distill tests/test_run.py
+	$(OLDEST)/bin/pytest tests/models tests/graft tests/distill tests/test_run.py
 
 clean: ## remove environments, runs and stores
 	rm -rf $(VENV) $(OLDEST) runs stores
