@@ -39,7 +39,7 @@ def teacher_to_student(
 def shared(projector: KVDimensionProjector, teacher: str, student_kv: KV, teacher_kv: KV) -> list[Comparison]:
     """The guide's objective: projector and student trained together on one loss between them.
 
-    Measured to leave the student 1.4 nats worse than no KV at all (docs/results.md); kept for comparison.
+    Measured to leave the student 1.1 to 1.4 nats worse than no KV at all (docs/results.md); kept for comparison.
     """
     return [Comparison(student_kv.flatten(), projector.project_teacher_kv(teacher, teacher_kv))]
 
