@@ -17,7 +17,7 @@ import torch
 import typer
 
 from kvgraft.fit.closed_form import fit_closed_form
-from kvgraft.fit.data import prepare_fit
+from kvgraft.fit.data import KVRows, prepare_fit
 from kvgraft.fit.run import build_projector, start_from_closed_form
 from kvgraft.fit.train import FitModel, train_projector
 from kvgraft.recipe import load_recipe
@@ -58,7 +58,7 @@ def main(
         typer.echo(f"| {name} | {seconds * 1e6:,.0f} | {seconds / plain:.2f} |")
 
 
-def _plain_seconds(model: FitModel, rows, steps: int) -> float:  # type: ignore[no-untyped-def]
+def _plain_seconds(model: FitModel, rows: KVRows, steps: int) -> float:
     model.train()
     with torch.no_grad():
         sources = model.projector.sources_of_rows(model.teacher, *rows.source[:, None])

@@ -99,6 +99,8 @@ def build_projector(
     settings, name = recipe.projector, data.teacher.recipe.name
     config = {**teacher_config_from(data.teacher.config), "num_layers": data.train.num_source_layers}
     linear = mlp_ratio == "linear"
+    # Layers that share a trunk have a linear part each.
+    sharing = "per_layer" if linear and settings.sharing == "trunk" else settings.sharing
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         projector = KVDimensionProjector(
@@ -107,8 +109,8 @@ def build_projector(
             settings.mlp_ratio if mlp_ratio is None else mlp_ratio,
             settings.dropout,
             "least_squares" if linear else settings.init_method,
-            sharing="per_layer" if linear and settings.sharing == "trunk" else settings.sharing,
-            num_groups=1 if linear and settings.sharing == "trunk" else settings.num_groups,
+            sharing=sharing,
+            num_groups=settings.num_groups,
             direction=recipe.fit.direction,
             layer_norm=settings.layer_norm,
             activation=settings.activation,
