@@ -18,7 +18,7 @@ QUICK = ["ablate", "--only", "layer_norm", "--seeds", "3 4", "--steps", "2", "--
 
 
 def test_tables_warning_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvgraft.cli._console", Console(width=200))
+    monkeypatch.setattr("kvgraft.cli.shared.console", Console(width=200))
     result = runner.invoke(app, [*QUICK, "--output", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "not evidence about real models" in " ".join(result.output.split())

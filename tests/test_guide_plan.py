@@ -97,7 +97,7 @@ def test_a_right_figure_gets_no_note(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_prints_tables_and_json(monkeypatch: pytest.MonkeyPatch, plan: GuidePlan) -> None:
-    monkeypatch.setattr("kvgraft.cli._console", Console(width=80))
+    monkeypatch.setattr("kvgraft.cli.shared.console", Console(width=80))
     shown = runner.invoke(app, ["plan", "--guide"])
     assert shown.exit_code == 0, shown.output
     text = " ".join(shown.output.split())

@@ -1,0 +1,35 @@
+"""The command line: one file for each command, which reads its arguments and calls one function."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+# isort: off
+# Importing a command adds it to the app; this is their order in `kvgraft --help`.
+from kvgraft.cli import plan, cache, train, evaluate, fit, graft, ablate, migrate  # noqa: F401
+
+# isort: on
+from kvgraft.cli.shared import app
+
+
+def main() -> None:
+    """Entry point of ``kvgraft``: errors meant for users are printed without a traceback."""
+    from transformers.utils import logging as transformers_logging
+
+    from kvgraft.errors import KVGraftError
+
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("kvgraft").setLevel(logging.INFO)
+    # Its bars and warnings would cut through ours; what matters of them comes back as an error.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        app()
+    except KVGraftError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

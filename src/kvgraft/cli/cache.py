@@ -1,0 +1,24 @@
+"""``kvgraft cache``: keep the teachers' KV."""
+
+from __future__ import annotations
+
+from kvgraft.cli.shared import Overrides, RecipePath, app, console
+
+
+@app.command()
+def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Run RECIPE's teachers once and keep their KV on disk. What is there already is not done again."""
+    from kvgraft.plan import require_workable
+    from kvgraft.prepare import prepare
+    from kvgraft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    require_workable(loaded)
+    for teacher in prepare(loaded).teachers:
+        speed = teacher.report.tokens_per_second
+        done = f"captured at {speed:,.0f} tokens per second" if speed else "was there already"
+        console.print(
+            f"{teacher.recipe.name}: KV of {teacher.store.num_tokens:,} tokens, "
+            f"{teacher.store.total_bytes / 1e6:,.1f} MB, {done}: {teacher.store.folder}",
+            soft_wrap=True,
+        )

@@ -1,0 +1,42 @@
+"""``kvgraft fit``: the projector alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from kvgraft.cli.shared import AsJson, Output, Overrides, Overwrite, RecipePath, Resume, app, console, stopped_exit
+
+
+@app.command()
+def fit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit RECIPE's projector alone, between its teacher and an existing student, both frozen.
+
+    Says for every layer how much of one model's keys and values can be predicted from the other's on held-out text,
+    beside least squares, and how close the student's attention stays with the projected KV in place of its own.
+    """
+    from kvgraft.errors import TrainingInterruptedError
+    from kvgraft.fit.run import fit as fit_projector
+    from kvgraft.recipe import load_recipe
+    from kvgraft.report.fit import fit_table, suggested_layers_yaml
+
+    loaded = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / loaded.name
+    try:
+        report = fit_projector(loaded, folder, resume=resume, overwrite=overwrite)
+    except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
+        raise stopped_exit("fit", stopped, recipe, overrides, folder) from stopped
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
+    console.print(fit_table(report))
+    console.print("layer map that the scan suggests, for a recipe:", suggested_layers_yaml(report), sep="\n")
+    console.print(f"everything is in {folder}: projector, fit.md, layers.png, fit.png", soft_wrap=True)

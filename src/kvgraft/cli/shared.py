@@ -1,0 +1,55 @@
+"""What all commands share: the app, how arguments look, how results and stops are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
+
+app = typer.Typer(
+    help="Move knowledge between language models through their key/value caches.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="A.B=VALUE", help="Change one field, e.g. --set training.steps=100; may be repeated."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Output = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove what is in the folder first.")]
+
+
+def require_recipe_for(overrides: list[str] | None, recipe: Path | None) -> None:
+    if overrides and recipe is None:
+        raise typer.BadParameter(f"--set {overrides[0]} changes a field of RECIPE, and there is none")
+
+
+def show(result: BaseModel, tables: Sequence[RenderableType], as_json: bool) -> None:
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        console.print(*tables, sep="\n")
+
+
+def stopped_exit(
+    command: str, stopped: BaseException, recipe: Path, overrides: list[str] | None, folder: Path
+) -> typer.Exit:
+    """Say that work was stopped and how to go on with it."""
+    changes = "".join(f" --set {change}" for change in overrides or [])
+    console.print(f"{stopped or 'stopped'}", markup=False, soft_wrap=True)
+    console.print(
+        f"go on with: kvgraft {command} {recipe}{changes} --output {folder} --resume", markup=False, soft_wrap=True
+    )
+    return typer.Exit(130)

@@ -1,0 +1,36 @@
+"""``kvgraft train``: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvgraft.cli.shared import Output, Overrides, Overwrite, RecipePath, Resume, app, console, stopped_exit
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Do everything RECIPE says: store the teachers' KV, train every arm, compare them, write a run folder.
+
+    Several processes: accelerate launch -m kvgraft train RECIPE
+    """
+    from kvgraft.errors import TrainingInterruptedError
+    from kvgraft.processes import process_state
+    from kvgraft.recipe import load_recipe
+    from kvgraft.report.tables import cost_table, result_table
+    from kvgraft.run import run
+
+    loaded = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / loaded.name
+    try:
+        result = run(loaded, folder, resume=resume, overwrite=overwrite)
+    except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
+        raise stopped_exit("train", stopped, recipe, overrides, folder) from stopped
+    if process_state().is_main_process:
+        console.print(result_table(result), cost_table(result), sep="\n")
+        console.print(f"everything is in {folder}: results.md, curves.png, experiment.yaml, students", soft_wrap=True)

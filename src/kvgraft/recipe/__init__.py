@@ -1,0 +1,35 @@
+"""What a run is: the YAML a user writes, as types that say what is wrong with it."""
+
+from kvgraft.recipe.load import load_recipe
+from kvgraft.recipe.recipe import Recipe
+from kvgraft.recipe.sections import (
+    AlignmentRecipe,
+    Arm,
+    DataRecipe,
+    FitRecipe,
+    GraftRecipe,
+    KVLossRecipe,
+    Objective,
+    ProjectorRecipe,
+    StoreRecipe,
+    StudentRecipe,
+    TeacherRecipe,
+    TrainingRecipe,
+)
+
+__all__ = [
+    "AlignmentRecipe",
+    "Arm",
+    "DataRecipe",
+    "FitRecipe",
+    "GraftRecipe",
+    "KVLossRecipe",
+    "Objective",
+    "ProjectorRecipe",
+    "Recipe",
+    "StoreRecipe",
+    "StudentRecipe",
+    "TeacherRecipe",
+    "TrainingRecipe",
+    "load_recipe",
+]

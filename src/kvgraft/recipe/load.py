@@ -1,0 +1,94 @@
+"""From the YAML a user writes to a recipe, with errors that point at the line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kvgraft.errors import RecipeError
+from kvgraft.recipe.recipe import Recipe
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read ``path`` and apply ``overrides`` of the form ``a.b=value`` (lists by index: ``teachers.0.model=...``).
+
+    Raises RecipeError naming the file, the line where it can be told, the field, and what would be right.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}; name a YAML file, for example recipes/quickstart.yaml")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold fields such as `teachers:` and `student:`; got {type(content).__name__}")
+    for override in overrides or []:
+        _apply_override(content, override)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(_describe(error, path, text)) from error
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    dotted, separator, value = override.partition("=")
+    if not separator or not dotted:
+        raise RecipeError(f"--set {override}: expected a.b=value, for example --set training.steps=100")
+    target: Any = content
+    *parents, last = dotted.split(".")
+    try:
+        for part in parents:
+            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+        if isinstance(target, list):
+            target[int(last)] = yaml.safe_load(value)
+        else:
+            target[last] = yaml.safe_load(value)
+    except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise RecipeError(f"--set {override}: there is no field {dotted} in this recipe ({error})") from error
+
+
+def _describe(error: ValidationError, path: Path, text: str) -> str:
+    lines = [f"{path} cannot be run as written:"]
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"] if not _is_union_branch(part))
+        where = _line_of(text, problem["loc"])
+        hint = _known_fields(problem["loc"]) if problem["type"] == "extra_forbidden" else ""
+        given = "" if problem["type"] in ("missing", "extra_forbidden") else f" (given {problem['input']!r})"
+        lines.append(f"  {field or 'recipe'}{where}: {problem['msg']}{given}{hint}")
+    return "\n".join(lines)
+
+
+def _is_union_branch(part: str | int) -> bool:
+    return isinstance(part, str) and re.search(r"[\[(]", part) is not None
+
+
+def _line_of(text: str, location: tuple[str | int, ...]) -> str:
+    """Line of the field in the file, found by walking YAML's own marks."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    for part in location:
+        child = None
+        if isinstance(node, yaml.MappingNode):
+            child = next((value for key, value in node.value if key.value == part), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            child = node.value[part]
+        if child is None:
+            break
+        node = child
+    return f" (line {node.start_mark.line + 1})" if node is not None else ""
+
+
+def _known_fields(location: tuple[str | int, ...]) -> str:
+    section: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
+    return f"; known here: {', '.join(section.model_fields)}"

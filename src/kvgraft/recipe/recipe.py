@@ -1,0 +1,79 @@
+"""What a run is, whole."""
+
+from __future__ import annotations
+
+import hashlib
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from kvgraft.recipe.sections import (
+    AlignmentRecipe,
+    Arm,
+    DataRecipe,
+    FitRecipe,
+    GraftRecipe,
+    KVLossRecipe,
+    ProjectorRecipe,
+    Section,
+    StoreRecipe,
+    StudentRecipe,
+    TeacherRecipe,
+    TrainingRecipe,
+)
+
+_DEFAULT_ARMS: tuple[Arm, ...] = ("baseline", "kv")
+
+
+class Recipe(Section):
+    """One run: teachers, a student, text, and how the first teach the second."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    teachers: list[TeacherRecipe] = Field(min_length=1)
+    student: StudentRecipe
+    data: DataRecipe = DataRecipe()
+    alignment: AlignmentRecipe = AlignmentRecipe()
+    projector: ProjectorRecipe = ProjectorRecipe()
+    kv_loss: KVLossRecipe = KVLossRecipe()
+    fit: FitRecipe = FitRecipe()
+    graft: GraftRecipe = GraftRecipe()
+    store: StoreRecipe = StoreRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+    arms: list[Arm] = Field(default_factory=lambda: list(_DEFAULT_ARMS))
+
+    @field_validator("teachers")
+    @classmethod
+    def _distinct_names(cls, teachers: list[TeacherRecipe]) -> list[TeacherRecipe]:
+        names = [teacher.name for teacher in teachers]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"two teachers are named {repeated}; give each its own name")
+        return teachers
+
+    @field_validator("arms")
+    @classmethod
+    def _distinct_arms(cls, arms: list[Arm]) -> list[Arm]:
+        if not arms or len(set(arms)) != len(arms):
+            raise ValueError(f"name at least one arm, each once; got {arms}")
+        return arms
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Recipe:
+        if self.training.batch_size % self.training.gradient_accumulation_steps:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} is not a multiple of "
+                f"training.gradient_accumulation_steps {self.training.gradient_accumulation_steps}"
+            )
+        return self
+
+    def fingerprint(self) -> str:
+        """Identity of the run: sha256 of every field that changes what an arm computes.
+
+        Arms may be added to a run, so they do not count.
+        """
+        return hashlib.sha256(self.model_dump_json(exclude={"name", "store", "arms"}).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
