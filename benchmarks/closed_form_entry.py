@@ -20,7 +20,7 @@ from kvgraft.fit.closed_form import fit_closed_form
 from kvgraft.fit.data import FitData, TokenBatches, prepare_fit
 from kvgraft.fit.measure import measure_fits
 from kvgraft.fit.run import build_projector, start_from_closed_form
-from kvgraft.fit.train import FitModel
+from kvgraft.fit.train import RegressionModel
 from kvgraft.projector.adapters import ElasticBottleneck
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe, load_recipe
@@ -82,7 +82,7 @@ def factor_into(adapter: ElasticBottleneck, linear: ElasticBottleneck) -> None:
 
 def train(recipe: Recipe, data: FitData, projector: KVDimensionProjector) -> None:
     """Plain AdamW with one cycle, as `kvgraft fit` trains."""
-    model, settings = FitModel(projector, data.teacher.recipe.name), recipe.fit
+    model, settings = RegressionModel(projector, data.teacher.recipe.name), recipe.fit
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

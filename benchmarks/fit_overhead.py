@@ -19,7 +19,7 @@ import typer
 from kvgraft.fit.closed_form import fit_closed_form
 from kvgraft.fit.data import KVRows, prepare_fit
 from kvgraft.fit.run import build_projector, start_from_closed_form
-from kvgraft.fit.train import FitModel, train_projector
+from kvgraft.fit.train import RegressionModel, train_projector
 from kvgraft.recipe import load_recipe
 
 
@@ -40,11 +40,11 @@ def main(
     found = fit_closed_form(linear, teacher, data.train)
     closed_form = (time.perf_counter() - started) / found.tokens
     start_from_closed_form(projector, linear, teacher)
-    model = FitModel(projector, teacher)
+    model = RegressionModel(projector, teacher, held_out=data.held_out.rows(2048))
     plain = _plain_seconds(model, data.train.rows(tokens), steps) / (steps * tokens)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        train_projector(model, loaded.fit, data.train, data.held_out, Path(folder), loaded.seed)
+        train_projector(model, loaded.fit, data.train, Path(folder), loaded.seed)
         fitting = (time.perf_counter() - started) / (steps * tokens)
     plain = (plain + _plain_seconds(model, data.train.rows(tokens), steps) / (steps * tokens)) / 2
     rows = [
@@ -58,7 +58,7 @@ def main(
         typer.echo(f"| {name} | {seconds * 1e6:,.0f} | {seconds / plain:.2f} |")
 
 
-def _plain_seconds(model: FitModel, rows: KVRows, steps: int) -> float:
+def _plain_seconds(model: RegressionModel, rows: KVRows, steps: int) -> float:
     model.train()
     with torch.no_grad():
         sources = model.projector.sources_of_rows(model.teacher, *rows.source[:, None])

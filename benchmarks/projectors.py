@@ -27,7 +27,7 @@ from kvgraft.models.loading import load_config
 from kvgraft.recipe import Recipe, StudentRecipe, load_recipe
 from kvgraft.report.fit import FitReport
 
-ONE = ["fit.sources=1", "fit.source_kinds=same"]
+ONE = ["fit.sources=1", "fit.source_kinds=same", "projector.mlp_ratio=2.0", "fit.steps=600"]
 BEST = [
     "fit.sources=3",
     "fit.source_kinds=both",
@@ -55,16 +55,18 @@ VARIANTS: dict[str, list[str]] = {
         "fit.sources=1",
         "fit.source_kinds=both",
         "projector.mlp_ratio=1.0",
+        "fit.steps=600",
     ],
     "one layer, keys and values of the token and the one before": [
         "fit.sources=1",
         "fit.source_kinds=both",
         "fit.context_tokens=1",
         "projector.mlp_ratio=0.5",
+        "fit.steps=600",
     ],
     "three layers, keys and values in: Elastic Bottleneck 0.5": BEST,
     "three layers, keys and values in: trunk in one group": [*BEST, "projector.sharing=trunk"],
-    "three layers, weighted by attention": [*BEST, "fit.weighting=attention"],
+    "three layers, weighted by attention": [*BEST, "fit.objective=attention"],
     "three layers, keys weighed by queries": [*BEST, "fit.metric=queries"],
 }
 PER_HEAD = "published closed form: per-head ridge, top {} layers"

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,13 +93,12 @@ def test_weighting_draws_the_map_to_the_tokens_that_count(fit_recipe: Callable[.
     recipe = fit_recipe()
     data = prepare_fit(recipe)
 
-    def early_tokens(index: int) -> torch.Tensor:
-        tokens = len(data.train.texts[index].input_ids)
-        return torch.where(torch.arange(tokens) < 12, 1.0, 1e-4).expand(3, tokens)
-
+    lengths = [len(text.input_ids) for text in data.train.texts]
+    early_tokens = [torch.where(torch.arange(tokens) < 12, 1.0, 1e-4).expand(3, tokens) for tokens in lengths]
     errors = {}
-    for name, weighting in (("alike", None), ("early", early_tokens)):
-        linear, _ = fitted(recipe, data, [[0], [1], [3]], ridge=1e-3, weighting=weighting)
+    for name, weights in (("alike", None), ("early", early_tokens)):
+        weighted = replace(data, train=replace(data.train, token_weights=weights))
+        linear, _ = fitted(recipe, weighted, [[0], [1], [3]], ridge=1e-3)
         error = 0.0
         for index in range(len(data.train)):
             pair = data.train[index]

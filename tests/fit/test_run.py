@@ -94,7 +94,7 @@ def test_settings_about_the_students_attention_need_the_student_as_target(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"weighting": "attention"}, {"metric": "queries"}, {"direction": "student_to_teacher"}]
+    "changes", [{"objective": "attention"}, {"metric": "queries"}, {"direction": "student_to_teacher"}]
 )
 def test_every_setting_goes_the_whole_way(fit_recipe: Callable[..., Recipe], tmp_path: Path, changes: dict) -> None:
     report = fit(fit_recipe(fit={"steps": 2, "evaluate_every": 2, **changes}), tmp_path / "run")

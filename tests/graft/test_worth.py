@@ -6,8 +6,10 @@ import torch
 
 from kvgraft.errors import GraftError, RecipeError
 from kvgraft.fit.data import prepare_fit
+from kvgraft.graft.grafter import Grafter
+from kvgraft.graft.questions import Questions
 from kvgraft.graft.run import graft
-from kvgraft.graft.worth import cache_worth, continuations
+from kvgraft.graft.worth import Measured, cache_worth, teacher_alone
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe
 from kvgraft.report.graft import GraftReport
@@ -17,16 +19,16 @@ WHOLE = {"data": {"max_length": 250, "train_samples": 20, "held_out_samples": 5}
 
 def test_questions_end_where_the_answer_begins(fit_recipe: Callable[..., Recipe]) -> None:
     data = prepare_fit(fit_recipe(**WHOLE))
-    items = continuations(data)
+    items = Questions(data.held_out, data.held_out_examples)
     assert len(items) == 5
     for item, example in zip(items, data.held_out_examples, strict=True):
         decode = data.student.tokenizer.decode
-        question, answer = decode(item.question.input_ids[0]), decode(item.answer_ids[0])
+        question, answer = decode(item.pair.input_ids[0]), decode(item.answer_ids[0])
         # Texts are cut at max_length.
         assert len(answer) > 5
         assert example.text.startswith(question + answer)
         assert example.text[: example.prompt_characters].startswith(question)
-        assert item.question.source.mask.shape[1] == item.question.target.mask.shape[1] == item.question.mask.shape[1]
+        assert item.pair.source.mask.shape[1] == item.pair.target.mask.shape[1] == item.pair.mask.shape[1]
 
 
 def test_nothing_of_the_answer_is_in_the_cache(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -36,13 +38,12 @@ def test_nothing_of_the_answer_is_in_the_cache(fit_recipe: Callable[..., Recipe]
     data = prepare_fit(
         fit_recipe(data={"train": str(tmp_path / "data.jsonl"), "max_length": 250, "held_out_samples": 9})
     )
-    for item, example, text in zip(continuations(data), data.held_out_examples, data.held_out.texts, strict=True):
+    items = Questions(data.held_out, data.held_out_examples)
+    for item, example, text in zip(items, data.held_out_examples, data.held_out.texts, strict=True):
         spans = data.held_out.teacher.store.read_tokens(text.sample_key).spans
         students, teachers = data.held_out.teacher.alignment(text).pairs()
         used = [
-            t
-            for s, t in zip(students, teachers, strict=True)
-            if s < item.question.mask.shape[1] and item.question.mask[0, s]
+            t for s, t in zip(students, teachers, strict=True) if s < item.pair.mask.shape[1] and item.pair.mask[0, s]
         ]
         assert all(spans[token, 1] <= example.prompt_characters for token in used)
 
@@ -50,31 +51,64 @@ def test_nothing_of_the_answer_is_in_the_cache(fit_recipe: Callable[..., Recipe]
 def test_own_cache_equals_reading_and_the_controls_differ(fit_recipe: Callable[..., Recipe]) -> None:
     recipe = fit_recipe(**WHOLE, store={"dtype": "float32"})
     data = prepare_fit(recipe)
-    student, items = data.student.load(), continuations(data)
+    student, items = data.student.load(), Questions(data.held_out, data.held_out_examples)
     config = {"org/teacher-1.0": {"d_model": 16, "num_layers": 4}}
     projector = KVDimensionProjector(config, 12, source_layers={"org/teacher-1.0": [[0], [1], [3]]})
     zero = torch.zeros(3, 12)
-    losses = cache_worth(student, items, {"random": projector}, "org/teacher-1.0", (zero, zero), 2)
+    grafter = Grafter(projector, "org/teacher-1.0", 2, own_first_tokens=2).eval()
+    losses = cache_worth(student, items, [Measured("random", grafter, items)], (zero, zero), 2, layer_groups=3)
     with torch.no_grad():
         for index, item in enumerate(items):
-            ids = torch.cat([item.question.input_ids, item.answer_ids], 1)
-            logits = student(input_ids=ids).logits[0, item.question.mask.shape[1] : -1]
+            ids = torch.cat([item.pair.input_ids, item.answer_ids], 1)
+            logits = student(input_ids=ids).logits[0, item.pair.mask.shape[1] : -1]
             read = torch.nn.functional.cross_entropy(logits, item.answer_ids[0, 1:], reduction="sum")
             assert losses["own"].sums[index] == pytest.approx(float(read), rel=1e-4)
     assert losses["mean"].sums == losses["zeros"].sums
     assert losses["none"].mean != losses["own"].mean
-    for name in ("random", "random, another question", "random, tokens shuffled", "another question, own"):
+    # All groups of layers are tried, and each differs from the student's own cache.
+    tried = [name for name in losses if name.endswith("alone")]
+    assert tried == [f"random in layers {layer} to {layer} alone" for layer in range(3)]
+    for name in (*tried, "random", "random, another question", "random, tokens shuffled", "another question, own"):
         assert losses[name].mean != losses["own"].mean
 
 
+def test_the_teacher_alone_answers_as_it_does_without_us(fit_recipe: Callable[..., Recipe]) -> None:
+    data = prepare_fit(fit_recipe(**WHOLE))
+    teacher, tokenizer = data.teacher.load(), data.teacher.tokenizer
+    questions = Questions(data.held_out, data.held_out_examples, limit=2)
+    measured = teacher_alone(teacher, tokenizer, questions)
+    for index, nats in enumerate(measured.sums):
+        text, start, end = questions.answer_span(index)
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        ids = torch.tensor(encoded["input_ids"])
+        with torch.no_grad():
+            likelihood = teacher(input_ids=ids[None]).logits[0].log_softmax(-1)
+        # The text is ASCII, so that characters are bytes.
+        places = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if i and a >= start and b <= end]
+        assert nats == pytest.approx(-float(sum(likelihood[i - 1, ids[i]] for i in places)), rel=1e-4)
+        assert measured.tokens[index] == questions[index].answer_ids.shape[1] - 1
+
+
 def test_goes_the_whole_way_and_is_not_done_twice(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = fit_recipe(**WHOLE, fit={"steps": 2, "evaluate_every": 2})
+    continuation = {"steps": 2, "texts_per_step": 2, "evaluate_every": 2, "save_every": 2}
+    recipe = fit_recipe(
+        **WHOLE,
+        fit={"steps": 2, "evaluate_every": 2, "continuation": continuation},
+        graft={"trained": ["continuation", "own", "gated", "both"], "layer_groups": 2},
+    )
     report = graft(recipe, tmp_path / "run")
     assert report.retention("own") == 1
     assert report.retention("none") == 0
     low, high = report.retention_interval("projector")
     assert low <= report.retention("projector") <= high
-    assert (tmp_path / "run" / "graft.md").read_text().count("\n|") == len(report.nats) + 2
+    nats, low, high = report.difference("projector", "own")
+    assert low <= nats <= high
+    longest = [length for _, length, _ in report.retention_by_length("own")]
+    assert longest == [sorted(report.question_tokens)[place] for place in (1, 3, 4)]
+    for name in ("continuation", "own", "gated", "both"):
+        assert (tmp_path / "run" / name / "grafter.json").is_file()
+        assert not (tmp_path / "run" / name / "checkpoints").exists()
+    assert all(f"| {name} |" in (tmp_path / "run" / "graft.md").read_text() for name in report.nats)
     assert graft(recipe, tmp_path / "run", resume=True) == GraftReport.read(tmp_path / "run" / "graft.json")
 
 
@@ -85,5 +119,5 @@ def test_what_cannot_be_grafted_is_refused(fit_recipe: Callable[..., Recipe], tm
         graft(fit_recipe(alignment={"layers": [(0, 0), (2, 1)]}), tmp_path / "b")
     (tmp_path / "data.jsonl").write_text("\n".join(f'{{"text": "some text {n}"}}' for n in range(40)))
     data = prepare_fit(fit_recipe(data={"train": str(tmp_path / "data.jsonl")}))
-    with pytest.raises(GraftError, match="no held-out text has a prompt"):
-        continuations(data)
+    with pytest.raises(GraftError, match="no text has a prompt"):
+        Questions(data.held_out, data.held_out_examples)

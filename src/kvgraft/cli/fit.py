@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +14,10 @@ from kvgraft.cli.shared import AsJson, Output, Overrides, Overwrite, RecipePath,
 def fit(
     recipe: RecipePath,
     overrides: Overrides = None,
+    objective: Annotated[
+        Literal["regression", "attention", "continuation"] | None,
+        typer.Option(help="What is trained for; short for --set fit.objective=..."),
+    ] = None,
     output: Output = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -22,12 +27,17 @@ def fit(
 
     Says for every layer how much of one model's keys and values can be predicted from the other's on held-out text,
     beside least squares, and how close the student's attention stays with the projected KV in place of its own.
+
+    Objectives: regression (predict the KV), attention (the same, tokens counted by how much attention reads them),
+    continuation (then train through the frozen student on what follows a prompt, for `kvgraft graft`).
     """
     from kvgraft.errors import TrainingInterruptedError
     from kvgraft.fit.run import fit as fit_projector
     from kvgraft.recipe import load_recipe
     from kvgraft.report.fit import fit_table, suggested_layers_yaml
 
+    if objective is not None:
+        overrides = [*(overrides or []), f"fit.objective={objective}"]
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
     try:

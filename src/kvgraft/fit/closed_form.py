@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,6 @@ from kvgraft.projector.projector import KVDimensionProjector
 _HELD_OUT_EVERY = 10
 # Tokens that are taken in at once: enough for matrix products to pay.
 _CHUNK_TOKENS = 1024
-
-Weighting = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,6 @@ def fit_closed_form(
     pairs: PairDataset,
     *,
     ridge: float | None = None,
-    weighting: Weighting | None = None,
 ) -> ClosedForm:
     """Put the least-squares map into the linear part of ``teacher``'s adapters.
 
@@ -47,9 +44,8 @@ def fit_closed_form(
         projector: with a linear part (``init_method="least_squares"``, ``skip=True`` or ``mlp_ratio="linear"``). What
             it is standardised by has to be set before.
         teacher: its name.
-        pairs: texts that both models have read.
+        pairs: texts that both models have read; their ``token_weights`` count.
         ridge: strength of the penalty; default: for each set of weights the best of a few on held-out texts.
-        weighting: from the index of a text to how much each of its tokens counts, ``[output layers, tokens]``.
 
     Raises:
         ProjectorError: no linear part, no token, or numbers that are not finite.
@@ -62,8 +58,8 @@ def fit_closed_form(
         )
     sums = _Sums(projector, teacher)
     with progress_bar(f"least squares for {teacher}", len(pairs), "texts") as advance:
-        for rows, weights, held_out in _chunks(pairs, weighting, advance):
-            sums.add(rows, weights, held_out)
+        for rows, held_out in _chunks(pairs, advance):
+            sums.add(rows, held_out)
     return sums.solve(ridge)
 
 
@@ -82,8 +78,7 @@ class _Sums:
         )
         self.tokens = 0
 
-    def add(self, rows: KVRows, weights: Tensor | None, held_out: bool) -> None:
-        """``weights [output layers, tokens]``; default one each."""
+    def add(self, rows: KVRows, held_out: bool) -> None:
         sources = self.projector.sources_of_rows(self.teacher, *rows.source[:, None])
         targets = self.projector.targets_of(self.teacher, *rows.target[:, None])
         mask = torch.ones(1, len(rows), dtype=torch.bool)
@@ -91,7 +86,7 @@ class _Sums:
         found = self.held_out if held_out else self.fitted
         pairs = [(sources[0], torch.cat(targets, -1))] if self.joint else list(zip(sources, targets, strict=True))
         for equations, (source, target) in zip(found, pairs, strict=True):
-            equations.add(source, target, mask, None if weights is None else weights[None])
+            equations.add(source, target, mask, None if rows.weights is None else rows.weights[None])
 
     def solve(self, ridge: float | None) -> ClosedForm:
         ridges, maps = [], []
@@ -112,20 +107,14 @@ class _Sums:
         return ClosedForm(torch.stack(ridges), self.tokens)
 
 
-def _chunks(
-    pairs: PairDataset, weighting: Weighting | None, advance: Advance
-) -> Iterator[tuple[KVRows, Tensor | None, bool]]:
+def _chunks(pairs: PairDataset, advance: Advance) -> Iterator[tuple[KVRows, bool]]:
     """Tokens of all texts, some texts at once; those that choose the ridge, if there are enough, apart and last."""
     kept_out = range(_HELD_OUT_EVERY - 1, len(pairs), _HELD_OUT_EVERY)
     for held_out, indices in ((False, [i for i in range(len(pairs)) if i not in kept_out]), (True, kept_out)):
         rows: list[KVRows] = []
-        weights: list[Tensor] = []
         for index in indices:
-            pair = pairs[index]
-            rows.append(pair.rows(pairs.context_tokens))
-            if weighting is not None:
-                weights.append(weighting(index)[:, pair.mask[0]])
+            rows.append(pairs.rows_of(index))
             advance(1)
             if sum(len(part) for part in rows) >= _CHUNK_TOKENS or index == indices[-1]:
-                yield join_rows(rows), torch.cat(weights, 1) if weights else None, held_out
-                rows, weights = [], []
+                yield join_rows(rows), held_out
+                rows = []

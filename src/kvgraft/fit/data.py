@@ -53,38 +53,46 @@ class KVPair:
     mask: Tensor
     input_ids: Tensor
 
-    def rows(self, context_tokens: int = 0) -> KVRows:
-        """The tokens that count, each with so many before it."""
+    def rows(self, context_tokens: int = 0, weights: Tensor | None = None) -> KVRows:
+        """The tokens that count, each with so many before it; ``weights [target layers, tokens]`` go along."""
         chosen = self.mask[0]
         read = [with_previous_tokens(part[0], context_tokens) for part in self.source.flatten()]
         source, target = (
             torch.stack([part[:, chosen] for part in parts])
             for parts in (read, [part[0] for part in self.target.flatten()])
         )
-        return KVRows(source, target)
+        return KVRows(source, target, None if weights is None else weights[:, chosen])
 
 
 @dataclass(frozen=True)
 class KVRows:
     """Tokens of any texts: ``source [2, source layers, tokens, width]`` and ``target`` likewise, keys first.
 
-    With context, the source layers are those of :func:`kvgraft.projector.projector.with_previous_tokens`.
+    ``weights [target layers, tokens]`` say how much each counts, default alike. With context, the source layers are
+    those of :func:`kvgraft.projector.projector.with_previous_tokens`.
     """
 
     source: Tensor
     target: Tensor
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.source.shape[2]
 
     def take(self, index: Tensor | slice) -> KVRows:
         """Some of the tokens."""
-        return KVRows(self.source[:, :, index], self.target[:, :, index])
+        weights = None if self.weights is None else self.weights[:, index]
+        return KVRows(self.source[:, :, index], self.target[:, :, index], weights)
 
 
 def join_rows(rows: Sequence[KVRows]) -> KVRows:
     """The tokens of all, in order."""
-    return KVRows(torch.cat([part.source for part in rows], 2), torch.cat([part.target for part in rows], 2))
+    weights = [part.weights for part in rows if part.weights is not None]
+    return KVRows(
+        torch.cat([part.source for part in rows], 2),
+        torch.cat([part.target for part in rows], 2),
+        torch.cat(weights, 1) if weights else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,8 @@ class PairDataset(Dataset[KVPair]):
         student_layers: which of the student's are read.
         direction: ``teacher_to_student``: the student's KV is the target; or ``student_to_teacher``.
         context_tokens: tokens before each that its row brings along.
+        token_weights: for each text how much each token counts in each target layer ``[target layers, tokens]``,
+            about 1 on average; default alike.
     """
 
     texts: Sequence[EncodedText]
@@ -106,6 +116,7 @@ class PairDataset(Dataset[KVPair]):
     student_layers: Sequence[int]
     direction: Direction
     context_tokens: int = 0
+    token_weights: Sequence[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -125,7 +136,8 @@ class PairDataset(Dataset[KVPair]):
 
     def subset(self, indices: Sequence[int]) -> PairDataset:
         """Some of the texts."""
-        return replace(self, texts=[self.texts[index] for index in indices])
+        weights = None if self.token_weights is None else [self.token_weights[index] for index in indices]
+        return replace(self, texts=[self.texts[index] for index in indices], token_weights=weights)
 
     def reading(
         self, *, teacher_layers: Sequence[int] | None = None, student_layers: Sequence[int] | None = None
@@ -136,7 +148,7 @@ class PairDataset(Dataset[KVPair]):
 
     def rows_of(self, index: int) -> KVRows:
         """The tokens of one text that count."""
-        return self[index].rows(self.context_tokens)
+        return self[index].rows(self.context_tokens, None if self.token_weights is None else self.token_weights[index])
 
     def rows(self, limit: int, seed: int = 0) -> KVRows:
         """About ``limit`` tokens, whole texts drawn by ``seed``; the last is cut."""
@@ -195,7 +207,7 @@ class FitData:
     Attributes:
         layer_map: pairs of (student layer, teacher layer).
         train, held_out: every layer of the source; of the target those that ``layer_map`` names, in its order.
-        held_out_examples: the held-out texts, which say where their prompts end.
+        examples, held_out_examples: the texts, which say where their prompts end.
     """
 
     student: IdentifiedModel
@@ -203,6 +215,7 @@ class FitData:
     layer_map: list[tuple[int, int]]
     train: PairDataset
     held_out: PairDataset
+    examples: list[Example]
     held_out_examples: list[Example]
     alignment: AlignmentCounts
     phases: Phases
@@ -229,7 +242,7 @@ def prepare_fit(recipe: Recipe) -> FitData:
     )
     counts = train.teacher.counts(train.texts)
     require_coverage(teacher.recipe.name, counts)
-    return FitData(student, teacher, layer_map, train, held_out, held_out_examples, counts, phases)
+    return FitData(student, teacher, layer_map, train, held_out, examples, held_out_examples, counts, phases)
 
 
 def _pairs(
@@ -261,6 +274,16 @@ def _pairs(
     texts = encode_for_teacher([example.text for example in examples], student.tokenizer, recipe.data.max_length)
     student_layers = mapped_students if forwards else list(range(student.geometry.num_layers))
     return PairDataset(texts, student_store, source, student_layers, recipe.fit.direction, recipe.fit.context_tokens)
+
+
+def require_all_layers(data: FitData) -> None:
+    """Raise RecipeError where some student layer has no teacher layer: a student cannot go on without its cache."""
+    layers = data.student.geometry.num_layers
+    if list(data.train.student_layers) != list(range(layers)):
+        raise RecipeError(
+            f"alignment.layers gives a teacher layer to student layers {list(data.train.student_layers)}; a graft "
+            f"needs one for each of 0..{layers - 1}, in order: use `ratio` or name them all"
+        )
 
 
 def _require_two_frozen_models(recipe: Recipe) -> None:

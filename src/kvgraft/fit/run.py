@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from kvgraft.errors import RecipeError
-from kvgraft.fit.closed_form import ClosedForm, Weighting, fit_closed_form
-from kvgraft.fit.data import FitData, prepare_fit
+from kvgraft.fit.closed_form import ClosedForm, fit_closed_form
+from kvgraft.fit.data import FitData, PairDataset, prepare_fit, require_all_layers
 from kvgraft.fit.measure import Fit, measure_fits
 from kvgraft.fit.scan import Scan, scan_layers
-from kvgraft.fit.train import CHECKPOINTS_FOLDER, FitModel, key_metric_from, train_projector
+from kvgraft.fit.train import CHECKPOINTS_FOLDER, RegressionModel, key_metric_from, train_projector
+from kvgraft.graft.grafter import Grafter
+from kvgraft.graft.objectives import train_on_continuations
+from kvgraft.graft.questions import Questions
 from kvgraft.models.attention import read_attention
+from kvgraft.progress import progress_bar
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.projector.settings import teacher_config_from
 from kvgraft.recipe import Recipe
@@ -27,8 +31,11 @@ from kvgraft.run import open_run_folder
 logger = logging.getLogger(__name__)
 
 PROJECTOR_FOLDER, LEAST_SQUARES_FOLDER, REPORT_FILE = "projector", "least_squares", "fit.json"
+CONTINUATION_FOLDER = "continuation"
 # Texts on which queries are looked at, and held-out texts on which attention is compared.
 _QUERY_TEXTS, _ATTENTION_TEXTS = 32, 30
+# Held-out tokens that are looked at while training.
+_EVALUATION_TOKENS = 2048
 
 
 def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> FitReport:
@@ -57,16 +64,23 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
         scan = scan_layers(
             replace(data.train, context_tokens=0), recipe.fit.sources, recipe.fit.scan_tokens, recipe.seed
         )
+    if recipe.fit.objective == "attention":
+        with phases.timed("read attention"):
+            data = replace(data, train=_weighted_by_attention(data))
     sources = chosen_sources(recipe, data, scan)
     linear, projector = (build_projector(recipe, data, sources, ratio) for ratio in ("linear", None))
     with phases.timed("least squares"):
         closed_form = _closed_form(recipe, linear, data)
     start_from_closed_form(projector, linear, teacher)
     linear.save_pretrained(folder / LEAST_SQUARES_FOLDER)
-    model = FitModel(projector, teacher, _key_metric(recipe, data))
-    with phases.timed("train"):
-        if recipe.fit.steps:
-            train_projector(model, recipe.fit, data.train, data.held_out, folder, recipe.seed)
+    if recipe.fit.steps:
+        held_out = data.held_out.rows(_EVALUATION_TOKENS)
+        with phases.timed("train"):
+            model = RegressionModel(projector, teacher, _key_metric(recipe, data), held_out)
+            train_projector(model, recipe.fit, data.train, folder, recipe.seed)
+    if recipe.fit.objective == "continuation":
+        with phases.timed("train on continuations"):
+            _train_on_continuations(recipe, data, projector, folder / CONTINUATION_FOLDER)
     projector.save_pretrained(folder / PROJECTOR_FOLDER)
     with phases.timed("measure"):
         student = data.student.load() if recipe.fit.direction == "teacher_to_student" else None
@@ -139,19 +153,33 @@ def start_from_closed_form(projector: KVDimensionProjector, linear: KVDimensionP
 
 def _closed_form(recipe: Recipe, linear: KVDimensionProjector, data: FitData) -> ClosedForm:
     ridge = None if recipe.fit.ridge == "auto" else recipe.fit.ridge
-    weighting = _attention_weighting(data) if recipe.fit.weighting == "attention" else None
-    return fit_closed_form(linear, data.teacher.recipe.name, data.train, ridge=ridge, weighting=weighting)
+    return fit_closed_form(linear, data.teacher.recipe.name, data.train, ridge=ridge)
 
 
-def _attention_weighting(data: FitData) -> Weighting:
-    """How much the student's own attention reads each token of a text, 1 on average over its tokens."""
+def _weighted_by_attention(data: FitData) -> PairDataset:
+    """The training texts, each token counted by how much the student's own attention reads it."""
     student, layers = data.student.load(), list(data.train.student_layers)
+    weights = []
+    with progress_bar("what the student's attention reads", len(data.train), "texts") as advance:
+        for text in data.train.texts:
+            received = read_attention(student, torch.tensor([text.input_ids])).received[layers]
+            weights.append(received / received.mean(1, keepdim=True))
+            advance(1)
+    return replace(data.train, token_weights=weights)
 
-    def weights(index: int) -> Tensor:
-        received = read_attention(student, torch.tensor([data.train.texts[index].input_ids])).received[layers]
-        return received / received.mean(1, keepdim=True)
 
-    return weights
+def _train_on_continuations(recipe: Recipe, data: FitData, projector: KVDimensionProjector, folder: Path) -> None:
+    require_all_layers(data)
+    train_on_continuations(
+        Grafter(projector, data.teacher.recipe.name, data.student.geometry.num_kv_heads, recipe.graft.own_first_tokens),
+        data.student.load(),
+        Questions(data.train, data.examples),
+        Questions(data.held_out, data.held_out_examples),
+        recipe.fit.continuation,
+        folder,
+        recipe.seed,
+        "training on what follows",
+    )
 
 
 def _key_metric(recipe: Recipe, data: FitData) -> Tensor | None:
@@ -165,11 +193,12 @@ def _key_metric(recipe: Recipe, data: FitData) -> Tensor | None:
 
 def _require_fittable(recipe: Recipe) -> None:
     if recipe.fit.direction == "student_to_teacher" and (
-        recipe.fit.weighting != "none" or recipe.fit.metric != "plain"
+        recipe.fit.objective != "regression" or recipe.fit.metric != "plain"
     ):
         raise RecipeError(
-            "fit.weighting and fit.metric go by how the student's attention reads its KV, and with fit.direction: "
-            "student_to_teacher the teacher's KV is predicted; leave both out, or let the two models change places"
+            "fit.objective: attention or continuation, and fit.metric: queries, go by how the student reads its KV; "
+            "with fit.direction: student_to_teacher the teacher's KV is predicted. Leave them out, or let the two "
+            "models change places"
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -18,35 +20,62 @@ from kvgraft.fit.data import KVRows, PairDataset, TokenBatches
 from kvgraft.processes import on_cpu
 from kvgraft.progress import progress_bar
 from kvgraft.projector.projector import KVDimensionProjector
-from kvgraft.recipe import FitRecipe
+from kvgraft.recipe import ContinuationRecipe, FitRecipe
 
 METRICS_FILE, CHECKPOINTS_FOLDER = "metrics.jsonl", "checkpoints"
 _WARMUP_SHARE = 0.1
-_EVALUATION_TOKENS = 2048
 
 
-class FitModel(nn.Module):
-    """The projector and its loss on a batch of tokens.
+class FitModel(nn.Module, ABC):
+    """What :func:`train_fit` trains: ``forward`` gives ``loss`` for a batch."""
+
+    @abstractmethod
+    def held_out_losses(self) -> dict[str, float]:
+        """``loss`` and its parts on held-out text; called with dropout off."""
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Groups of the optimizer; none for what the Trainer makes of all parameters."""
+        return []
+
+    @abstractmethod
+    def save_trained(self, folder: Path) -> None:
+        """Write what is trained."""
+
+    @abstractmethod
+    def load_trained(self, folder: Path) -> None:
+        """Read what :meth:`save_trained` wrote."""
+
+
+class RegressionModel(FitModel):
+    """The projector and its squared error on a batch of tokens.
 
     Args:
         projector: standardised, so that an error of 1 is what predicting the mean costs.
         teacher: its name.
         key_metric: ``[output layers, width]``, how much the squared error of each key channel counts, 1 on average;
             default alike.
+        held_out: tokens to watch it on.
     """
 
-    def __init__(self, projector: KVDimensionProjector, teacher: str, key_metric: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        projector: KVDimensionProjector,
+        teacher: str,
+        key_metric: Tensor | None = None,
+        held_out: KVRows | None = None,
+    ) -> None:
         super().__init__()
-        self.projector, self.teacher = projector, teacher
+        self.projector, self.teacher, self.held_out = projector, teacher, held_out
         self.key_metric: Tensor | None
         self.register_buffer("key_metric", key_metric, persistent=False)
 
-    def forward(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def forward(self, source: Tensor, target: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
         """Mean squared error of keys and of values over the target's variance, each layer counting alike.
 
         Args:
             source: ``[2, source layers, tokens, width]``, keys first.
             target: ``[2, output layers, tokens, width]``.
+            weights: ``[output layers, tokens]``, how much each token counts, about 1 on average; default alike.
         """
         wanted = self.projector.targets_of(self.teacher, *target[:, None])
         sources = self.projector.sources_of_rows(self.teacher, *source[:, None])
@@ -56,48 +85,87 @@ class FitModel(nn.Module):
         ]
         if self.key_metric is not None:
             errors[0] = errors[0] * self.key_metric[:, None]
+        if weights is not None:
+            errors = [error * weights[..., None] for error in errors]
         keys_loss, values_loss = (error.mean() for error in errors)
         return {"loss": keys_loss + values_loss, "keys_loss": keys_loss, "values_loss": values_loss}
 
+    @torch.no_grad()
+    def held_out_losses(self) -> dict[str, float]:
+        """Loss of keys and of values, which is one minus their R2; tokens count alike."""
+        assert self.held_out is not None
+        device = next(self.parameters()).device
+        losses = self(self.held_out.source.to(device), self.held_out.target.to(device))
+        return {name: float(loss) for name, loss in losses.items()}
+
+    def save_trained(self, folder: Path) -> None:
+        """The projector."""
+        self.projector.save_pretrained(folder / PROJECTOR_FOLDER)
+
+    def load_trained(self, folder: Path) -> None:
+        """The projector."""
+        self.projector.load_state_dict(KVDimensionProjector.from_pretrained(folder / PROJECTOR_FOLDER).state_dict())
+
 
 class FitTrainer(Trainer):
-    """The Trainer over :class:`TokenBatches`; checkpoints hold the projector."""
+    """The Trainer over a :class:`FitModel`, which says what is measured, optimized and saved."""
 
     control: TrainerControl
-
-    def __init__(self, *args: Any, held_out: KVRows, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.held_out = held_out
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss of keys and of values on held-out tokens, which is one minus their R2."""
-        model = self.accelerator.unwrap_model(self.model)
+        """The model's losses on held-out text."""
+        model = self._fit_model
         model.eval()
-        with torch.no_grad():
-            losses = model(self.held_out.source.to(self.args.device), self.held_out.target.to(self.args.device))
+        metrics = {f"{metric_key_prefix}_{name}": loss for name, loss in model.held_out_losses().items()}
         model.train()
-        metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in losses.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the model's groups, where it has some."""
+        groups = self._fit_model.parameter_groups(self.args.learning_rate)
+        if not groups:
+            return super().create_optimizer()
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
+        return self.optimizer
+
+    @property
+    def _fit_model(self) -> FitModel:
+        return self.accelerator.unwrap_model(self.model)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        projector = self.accelerator.unwrap_model(self.model).projector
-        projector.save_pretrained(Path(output_dir or self.args.output_dir) / PROJECTOR_FOLDER)
+        self._fit_model.save_trained(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = KVDimensionProjector.from_pretrained(Path(resume_from_checkpoint) / PROJECTOR_FOLDER)
-        self.accelerator.unwrap_model(self.model).projector.load_state_dict(saved.state_dict())
+        self._fit_model.load_trained(Path(resume_from_checkpoint))
 
 
-def train_projector(
-    model: FitModel, settings: FitRecipe, train: PairDataset, held_out: PairDataset, folder: Path, seed: int
+def train_projector(model: RegressionModel, settings: FitRecipe, train: PairDataset, folder: Path, seed: int) -> None:
+    """Train ``model`` on the tokens of ``train``; otherwise as :func:`train_fit`."""
+    batches = TokenBatches(train, settings.tokens_per_step, seed)
+    train_fit(model, settings, batches, _only, folder, seed, "fitting the projector")
+
+
+def train_fit(
+    model: FitModel,
+    settings: FitRecipe | ContinuationRecipe,
+    batches: Dataset[Any],
+    collator: Callable[[list[Any]], dict[str, Tensor]],
+    folder: Path,
+    seed: int,
+    label: str,
 ) -> None:
     """Train ``model`` for ``settings.steps`` steps, from the last checkpoint in ``folder`` if it holds one.
 
     Metrics go to ``folder/metrics.jsonl``.
+
+    Args:
+        batches: each item is a batch.
+        collator: makes the model's arguments of a list of one item.
+        label: what the progress bar says.
 
     Raises:
         TrainingInterruptedError: Ctrl-C; a checkpoint was left.
@@ -106,15 +174,14 @@ def train_projector(
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     done = int(last.rsplit("-", 1)[1]) if last else 0
     interrupt = InterruptCallback()
-    with progress_bar("fitting the projector", settings.steps, "steps", done=done) as advance:
+    with progress_bar(label, settings.steps, "steps", done=done) as advance:
         trainer = FitTrainer(
             model=model,
             args=_arguments(settings, checkpoints, seed),
-            train_dataset=TokenBatches(train, settings.tokens_per_step, seed),
+            train_dataset=batches,
             eval_dataset=[],
-            data_collator=_only,
+            data_collator=collator,
             callbacks=[ProgressCallback(advance), MetricsCallback(folder / METRICS_FILE, "fit"), interrupt],
-            held_out=held_out.rows(_EVALUATION_TOKENS),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last)
@@ -131,7 +198,7 @@ def key_metric_from(query_moments: Tensor, layers: Sequence[int]) -> Tensor:
     return chosen / chosen.mean(1, keepdim=True)
 
 
-def _arguments(settings: FitRecipe, output: Path, seed: int) -> TrainingArguments:
+def _arguments(settings: FitRecipe | ContinuationRecipe, output: Path, seed: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output),
         max_steps=settings.steps,
@@ -152,10 +219,13 @@ def _arguments(settings: FitRecipe, output: Path, seed: int) -> TrainingArgument
         use_cpu=on_cpu(),
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        label_names=["target"],
+        label_names=[],
+        # An item is a batch already, to be neither split nor sent around.
+        accelerator_config={"dispatch_batches": False},
     )
 
 
 def _only(rows: list[KVRows]) -> dict[str, Tensor]:
     """A batch of the data set is a batch of the Trainer already."""
-    return {"source": rows[0].source, "target": rows[0].target}
+    batch = {"source": rows[0].source, "target": rows[0].target}
+    return batch if rows[0].weights is None else {**batch, "weights": rows[0].weights}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 from kvgraft.errors import RecipeError
-from kvgraft.fit.data import prepare_fit
+from kvgraft.fit.data import FitData, prepare_fit, require_all_layers
 from kvgraft.fit.run import LEAST_SQUARES_FOLDER, PROJECTOR_FOLDER, fit
-from kvgraft.graft.worth import cache_worth, continuations
+from kvgraft.fit.train import CHECKPOINTS_FOLDER
+from kvgraft.graft.grafter import SETTINGS_FILE, Fusion, Grafter
+from kvgraft.graft.objectives import train_on_continuations
+from kvgraft.graft.own import own_grafter, student_as_its_own_teacher
+from kvgraft.graft.questions import Questions
+from kvgraft.graft.worth import Measured, cache_worth, teacher_alone
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe
 from kvgraft.report.graft import GraftReport, write_graft
@@ -16,17 +22,26 @@ from kvgraft.report.graft import GraftReport, write_graft
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "graft.json"
-_PROJECTORS = {"least squares": LEAST_SQUARES_FOLDER, "projector": PROJECTOR_FOLDER}
+_FITTED = {"least squares": LEAST_SQUARES_FOLDER, "projector": PROJECTOR_FOLDER}
+TRAINED = {
+    "continuation": "trained on answers",
+    "own": "the same adapters on the student's own KV",
+    "gated": "mixed into the student's own by gates",
+    "both": "in front of the student's own",
+}
+_FUSIONS: dict[str, Fusion] = {"continuation": "none", "gated": "gated", "both": "both"}
 
 
 def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> GraftReport:
     """Fit ``recipe``'s projector into ``folder`` and measure the answers of held-out questions from each cache.
 
-    ``folder`` gets what :func:`kvgraft.fit.run.fit` leaves, ``graft.json`` and ``graft.md``.
+    ``folder`` gets what :func:`kvgraft.fit.run.fit` leaves, a folder for each graft of ``graft.trained``,
+    ``graft.json`` and ``graft.md``.
 
     Raises:
         RecipeError: a direction or a layer map that leaves some student layer without a cache, or as ``fit``.
-        GraftError: held-out text without prompts.
+        GraftError: text without prompts.
+        TrainingInterruptedError: Ctrl-C; a checkpoint was left.
     """
     _require_graftable(recipe)
     fit(recipe, folder, resume=resume, overwrite=overwrite)
@@ -34,36 +49,83 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
         logger.info("%s is finished and is not measured again", folder)
         return GraftReport.read(folder / REPORT_FILE)
     data = prepare_fit(recipe)
-    layers = data.student.geometry.num_layers
-    if list(data.train.student_layers) != list(range(layers)):
-        raise RecipeError(
-            f"alignment.layers gives a teacher layer to student layers {list(data.train.student_layers)}; a graft "
-            f"needs one for each of 0..{layers - 1}, in order: use `ratio` or name them all"
-        )
-    projectors = {name: KVDimensionProjector.from_pretrained(folder / part) for name, part in _PROJECTORS.items()}
+    require_all_layers(data)
+    name = data.teacher.recipe.name
+    questions = _held_out(recipe, data)
+    measured = [
+        Measured(label, _fitted_grafter(recipe, data, folder / part), questions) for label, part in _FITTED.items()
+    ]
+    for kind in recipe.graft.trained:
+        seen = student_as_its_own_teacher(data) if kind == "own" else data
+        grafter = trained_grafter(recipe, data, kind, folder)
+        measured.append(Measured(TRAINED[kind], grafter, _held_out(recipe, seen)))
     statistics = data.train.student_store.statistics()
-    questions = continuations(data, recipe.graft.texts)
     losses = cache_worth(
         data.student.load(),
         questions,
-        projectors,
-        data.teacher.recipe.name,
+        measured,
         (statistics.mean[:, 0], statistics.mean[:, 1]),
         recipe.graft.own_first_tokens,
+        recipe.graft.layer_groups,
     )
+    losses[f"{name} alone"] = teacher_alone(data.teacher.load(), data.teacher.tokenizer, questions)
     report = GraftReport(
         name=recipe.name,
         seed=recipe.seed,
-        teacher=data.teacher.recipe.name,
+        teacher=name,
         student=str(recipe.student.model),
         steps=recipe.fit.steps,
+        continuation_steps=recipe.fit.continuation.steps,
         questions=len(questions),
-        nats={name: loss.mean for name, loss in losses.items()},
-        sums={name: loss.sums for name, loss in losses.items()},
+        question_tokens=questions.lengths(),
+        nats={cache: loss.mean for cache, loss in losses.items()},
+        sums={cache: loss.sums for cache, loss in losses.items()},
         tokens=losses["own"].tokens,
+        parameters={item.name: item.grafter.projector.count_parameters() for item in measured},
+        bytes_per_token={
+            f"KV of {name}, all layers, as stored": data.train.teacher.store.bytes_per_token,
+            "the student's own KV, as stored": data.train.student_store.bytes_per_token,
+        },
+        seconds=dict(data.phases.seconds),
     )
     write_graft(report, folder)
     return report
+
+
+def trained_grafter(recipe: Recipe, data: FitData, kind: str, folder: Path) -> Grafter:
+    """The graft ``kind`` of ``graft.trained``, trained from the projector in ``folder``, or read if it is there."""
+    place = folder / kind
+    if (place / SETTINGS_FILE).is_file():
+        return Grafter.from_pretrained(place)
+    seen = student_as_its_own_teacher(data) if kind == "own" else data
+    if kind == "own":
+        grafter = own_grafter(recipe, seen, data.teacher.geometry.kv_dim)
+    else:
+        grafter = _fitted_grafter(recipe, data, folder / PROJECTOR_FOLDER, _FUSIONS[kind])
+    with data.phases.timed(f"train {kind}"):
+        train_on_continuations(
+            grafter,
+            data.student.load(),
+            Questions(seen.train, seen.examples),
+            _held_out(recipe, seen),
+            recipe.fit.continuation,
+            place,
+            recipe.seed,
+            f"training: {TRAINED[kind]}",
+        )
+    grafter.save_pretrained(place)
+    shutil.rmtree(place / CHECKPOINTS_FOLDER, ignore_errors=True)
+    return grafter
+
+
+def _fitted_grafter(recipe: Recipe, data: FitData, folder: Path, fusion: Fusion = "none") -> Grafter:
+    projector = KVDimensionProjector.from_pretrained(folder)
+    heads = data.student.geometry.num_kv_heads
+    return Grafter(projector, data.teacher.recipe.name, heads, recipe.graft.own_first_tokens, fusion)
+
+
+def _held_out(recipe: Recipe, data: FitData) -> Questions:
+    return Questions(data.held_out, data.held_out_examples, recipe.graft.texts)
 
 
 def _require_graftable(recipe: Recipe) -> None:

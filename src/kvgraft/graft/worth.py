@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvgraft.data.spans import encode_with_spans
 from kvgraft.errors import GraftError
-from kvgraft.fit.data import FitData, KVPair
-from kvgraft.fit.measure import project_pair
 from kvgraft.graft.cache import cache_from_kv
-from kvgraft.graft.pieces import in_order, with_own_tokens
+from kvgraft.graft.grafter import Grafter
+from kvgraft.graft.pieces import with_own_tokens
+from kvgraft.graft.questions import Questions
 from kvgraft.kv import KV
 from kvgraft.progress import progress_bar
-from kvgraft.projector.projector import KVDimensionProjector
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """A question that both models have read, and the answer's ids ``[1, tokens]`` as the student reads them."""
+class Measured:
+    """A grafter to be measured, by the name it has in the report, and its teacher's KV of the questions."""
 
-    question: KVPair
-    answer_ids: Tensor
+    name: str
+    grafter: Grafter
+    questions: Questions
 
 
 @dataclass(frozen=True)
@@ -40,54 +43,26 @@ class AnswerLoss:
         return sum(self.sums) / sum(self.tokens)
 
 
-def continuations(data: FitData, limit: int | None = None) -> list[Continuation]:
-    """Questions and answers of the held-out texts, at most ``limit`` of them.
-
-    A question token whose teacher token reaches into the answer is left out, so that nothing of the answer is in the
-    cache.
-
-    Raises:
-        GraftError: no text has a prompt and at least two tokens after it.
-    """
-    found = []
-    for index, example in enumerate(data.held_out_examples[:limit]):
-        prompt_bytes = len(example.text[: example.prompt_characters].encode())
-        text = data.held_out.texts[index]
-        tokens = int((text.spans[:, 1] <= prompt_bytes).sum())
-        answer = torch.tensor([list(text.input_ids)[tokens:]])
-        if tokens == 0 or answer.shape[1] < 2:
-            continue
-        alignment = data.held_out.teacher.alignment(text)
-        ends = data.held_out.teacher.store.read_tokens(text.sample_key).spans[:, 1]
-        last = alignment.ranges[:tokens, 1].clip(1) - 1
-        within = torch.from_numpy(ends[last] <= prompt_bytes)[None]
-        found.append(Continuation(_beginning(data.held_out[index], tokens, within), answer))
-    if not found:
-        raise GraftError(
-            "no held-out text has a prompt followed by an answer of two tokens or more; a graft is measured on data "
-            "with `question` and `answer`, `prompt` and `completion`, or `messages`"
-        )
-    return found
-
-
 @torch.no_grad()
 def cache_worth(
     student: PreTrainedModel,
-    questions: list[Continuation],
-    projectors: Mapping[str, KVDimensionProjector],
-    teacher: str,
+    questions: Questions,
+    measured: Sequence[Measured],
     mean_kv: tuple[Tensor, Tensor],
     own_first_tokens: int = 4,
+    layer_groups: int = 0,
 ) -> dict[str, AnswerLoss]:
-    """The answers' likelihood from every cache: the student's own, none, each projector's, and the controls.
+    """The answers' likelihood from every cache: the student's own, none, each grafter's, and the controls.
 
     Args:
         student: frozen.
         questions: with the student's own KV of all its layers as target.
-        projectors: by name; each also gives ``NAME, another question`` and ``NAME, tokens shuffled``.
-        teacher: its name in the projectors.
+        measured: each also gives ``NAME, another question``; those that replace the student's cache, ``NAME, tokens
+            shuffled``.
         mean_kv: the mean key and value of each layer ``[layers, kv_dim]``, for the control ``mean``.
-        own_first_tokens: of every question that keep the student's own KV, in the controls too.
+        own_first_tokens: of every question that keep the student's own KV in the controls.
+        layer_groups: in so many groups of layers the first of ``measured`` is tried alone, with the student's own KV
+            in all others: ``NAME in layers A to B alone``.
     """
     if len(questions) < 2:
         raise GraftError("the control of another question's cache needs at least two held-out questions")
@@ -96,48 +71,70 @@ def cache_worth(
     def note(name: str, kv: KV | None, answer: Tensor) -> None:
         losses.setdefault(name, []).append(_answer_loss(student, kv, answer))
 
-    def grafted(projector: KVDimensionProjector, question: KVPair) -> KV:
-        return in_order(with_own_tokens(project_pair(projector, teacher, question), question.target, own_first_tokens))
-
     with progress_bar("answering from each cache", len(questions), "questions") as advance:
-        for index, item in enumerate(questions):
-            own, answer = item.question.target, item.answer_ids
-            other = questions[(index + 1) % len(questions)].question
+        for index in range(len(questions)):
+            item, other_index = questions[index], (index + 1) % len(questions)
+            own, answer = item.pair.target, item.answer_ids
             note("own", own, answer)
             note("none", None, answer)
-            note("another question, own", other.target, answer)
+            note("another question, own", questions[other_index].pair.target, answer)
             for name, constant in (("mean", mean_kv), ("zeros", tuple(torch.zeros_like(part) for part in mean_kv))):
                 note(name, with_own_tokens(_constant(own, constant), own, own_first_tokens), answer)
-            for name, projector in projectors.items():
-                kv = grafted(projector, item.question)
-                note(name, kv, answer)
-                note(f"{name}, another question", grafted(projector, other), answer)
-                note(f"{name}, tokens shuffled", _shuffled(kv, own_first_tokens, index), answer)
+            for each in measured:
+                pair, other = each.questions[index].pair, each.questions[other_index].pair
+                kv = each.grafter(pair)
+                note(each.name, kv, answer)
+                note(f"{each.name}, another question", each.grafter(pair, other), answer)
+                if each.grafter.fusion == "none":
+                    note(f"{each.name}, tokens shuffled", _shuffled(kv, own_first_tokens, index), answer)
+            for first, last in _groups(own.geometry.num_layers, layer_groups):
+                kv = _only_layers(measured[0].grafter(item.pair), own, slice(first, last + 1))
+                note(f"{measured[0].name} in layers {first} to {last} alone", kv, answer)
             advance(1)
     return {name: AnswerLoss(*(list(part) for part in zip(*found, strict=True))) for name, found in losses.items()}
+
+
+@torch.no_grad()
+def teacher_alone(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Questions) -> AnswerLoss:
+    """What ``teacher`` makes of the same answers after reading the questions itself, per token of the student.
+
+    Its tokens within the answer count, from where the student's first answer token ends; one that reaches over that
+    place is left out.
+    """
+    sums, counts = [], []
+    with progress_bar("the teacher answers itself", len(questions), "questions") as advance:
+        for index in range(len(questions)):
+            text, start, end = questions.answer_span(index)
+            encoded = encode_with_spans(tokenizer, text)
+            spans, ids = encoded.spans[1:], torch.tensor([encoded.input_ids], device=teacher.device)
+            within = torch.from_numpy((spans[:, 0] >= start) & (spans[:, 1] <= end)).to(teacher.device)
+            logits = teacher(input_ids=ids).logits[0, :-1][within].float()
+            sums.append(float(F.cross_entropy(logits, ids[0, 1:][within], reduction="sum")))
+            counts.append(questions[index].answer_ids.shape[1] - 1)
+            advance(1)
+    return AnswerLoss(sums, counts)
 
 
 def _answer_loss(student: PreTrainedModel, kv: KV | None, answer: Tensor) -> tuple[float, int]:
     read, wanted = answer[:, :-1].to(student.device), answer[:, 1:].to(student.device)
     inputs = {"input_ids": read} if kv is None else cache_from_kv(student, kv).forward_inputs(read)
     logits = student(**inputs).logits[0].float()
-    return float(torch.nn.functional.cross_entropy(logits, wanted[0], reduction="sum")), wanted.shape[1]
+    return float(F.cross_entropy(logits, wanted[0], reduction="sum")), wanted.shape[1]
 
 
-def _beginning(pair: KVPair, tokens: int, within: Tensor) -> KVPair:
-    """The first ``tokens`` of a pair; those outside ``within [1, tokens]`` do not count."""
+def _groups(num_layers: int, count: int) -> list[tuple[int, int]]:
+    """First and last layer of ``count`` runs of layers, about as long."""
+    if not count:
+        return []
+    edges = [round(index * num_layers / count) for index in range(count + 1)]
+    return [(first, last - 1) for first, last in pairwise(edges) if last > first]
 
-    def cut(kv: KV) -> KV:
-        return replace(
-            kv,
-            keys=kv.keys[:, :, :, :tokens],
-            values=kv.values[:, :, :, :tokens],
-            positions=kv.positions[:, :tokens],
-            mask=kv.mask[:, :tokens],
-        )
 
-    mask = pair.mask[:, :tokens] & within
-    return KVPair(cut(pair.source), cut(pair.target), mask, pair.input_ids[:, :tokens])
+def _only_layers(kv: KV, own: KV, layers: slice) -> KV:
+    """``own`` with the KV of ``layers`` taken from ``kv`` of the same tokens."""
+    keys, values = own.keys.clone(), own.values.clone()
+    keys[:, layers], values[:, layers] = kv.keys[:, layers], kv.values[:, layers]
+    return replace(own, keys=keys, values=values)
 
 
 def _constant(like: KV, constant: tuple[Tensor, ...]) -> KV:

@@ -5,6 +5,7 @@ from kvgraft.recipe.recipe import Recipe
 from kvgraft.recipe.sections import (
     AlignmentRecipe,
     Arm,
+    ContinuationRecipe,
     DataRecipe,
     FitRecipe,
     GraftRecipe,
@@ -20,6 +21,7 @@ from kvgraft.recipe.sections import (
 __all__ = [
     "AlignmentRecipe",
     "Arm",
+    "ContinuationRecipe",
     "DataRecipe",
     "FitRecipe",
     "GraftRecipe",

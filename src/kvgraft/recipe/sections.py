@@ -95,22 +95,42 @@ class ProjectorRecipe(Section):
     skip: bool = True
 
 
+class ContinuationRecipe(Section):
+    """How a projector is trained through the frozen student, on texts with a prompt and a completion.
+
+    ``target: text`` is cross-entropy of the completion; ``own_reading`` is KL from what the student says of it after
+    reading the prompt itself.
+    """
+
+    target: Literal["text", "own_reading"] = "text"
+    steps: Positive = 40
+    texts_per_step: Positive = 4
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Weight = 0.01
+    evaluate_every: Positive = 20
+    save_every: Positive = 20
+
+
 class FitRecipe(Section):
     """How ``kvgraft fit`` fits the projector between two frozen models.
 
     ``sources`` is how many layers each adapter reads: 1 is the layer of ``alignment.layers``, more are those chosen by
     what each adds on held-out tokens. ``source_kinds: both`` makes keys and values each from keys and values.
     ``context_tokens`` lets them read so many tokens before each.
-    ``weighting: attention`` counts a token by how much the other model's attention reads it; ``metric: queries`` weighs
-    errors of keys by the queries that will meet them. ``ridge: auto`` is chosen on texts that are kept out of the fit.
+    ``objective`` is what is trained for, from least squares on: ``regression`` on the other model's KV; ``attention``,
+    the same with each token counted by how much the student's attention reads it, in least squares too; or
+    ``continuation``, which after the regression trains on what follows a prompt, through the frozen student.
+    ``metric: queries`` weighs errors of keys by the queries that will meet them. ``ridge: auto`` is chosen on texts
+    that are kept out of the fit.
     """
 
+    objective: Literal["regression", "attention", "continuation"] = "regression"
+    continuation: ContinuationRecipe = ContinuationRecipe()
     direction: Literal["teacher_to_student", "student_to_teacher"] = "teacher_to_student"
     sources: Positive = 1
     source_kinds: Literal["same", "both"] = "both"
     context_tokens: Annotated[int, Field(ge=0)] = 0
     ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    weighting: Literal["none", "attention"] = "none"
     metric: Literal["plain", "queries"] = "plain"
     steps: Annotated[int, Field(ge=0)] = 600
     tokens_per_step: Positive = 1024
@@ -126,10 +146,16 @@ class GraftRecipe(Section):
 
     ``own_first_tokens`` of every text keep the student's own KV: they act as attention sinks. ``texts`` limits how many
     held-out texts are measured.
+    ``trained`` are grafts that go on from the fitted projector and are trained on what follows, as
+    ``fit.continuation`` says: ``continuation`` replaces the student's cache; ``gated`` mixes into it, by a gate for
+    each layer and head; ``both`` stands in front of it; ``own`` is the control, the same adapters on the student's own
+    KV. ``layer_groups`` says in how many groups of layers the projected cache is tried alone.
     """
 
     own_first_tokens: Annotated[int, Field(ge=0)] = 4
     texts: Positive | None = None
+    trained: list[Literal["continuation", "own", "gated", "both"]] = Field(default_factory=list)
+    layer_groups: Annotated[int, Field(ge=0)] = 0
 
 
 class KVLossRecipe(Section):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 _DRAWS = 2000
+_LENGTH_PARTS = 3
+_CONTROL = "the same adapters on the student's own KV"
 _HEADER = ("cache at the question's tokens", "nats per answer token", "retention", "95 % interval")
 
 
@@ -19,6 +23,10 @@ class GraftReport(BaseModel):
         nats: per answer token, the first of each answer left out.
         sums: the same for each question, summed over its tokens.
         tokens: of each answer.
+        question_tokens: of each question.
+        parameters: of each measured projector.
+        bytes_per_token: of what is read instead of the question.
+        seconds: of each phase.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,10 +36,15 @@ class GraftReport(BaseModel):
     teacher: str
     student: str
     steps: int
+    continuation_steps: int
     questions: int
+    question_tokens: list[int]
     nats: dict[str, float]
     sums: dict[str, list[float]]
     tokens: list[int]
+    parameters: dict[str, int]
+    bytes_per_token: dict[str, float]
+    seconds: dict[str, float]
 
     @classmethod
     def read(cls, path: Path) -> GraftReport:
@@ -48,11 +61,29 @@ class GraftReport(BaseModel):
 
     def retention_interval(self, name: str) -> tuple[float, float]:
         """95 % of the retention over draws of the questions with replacement."""
-        generator = np.random.default_rng(0)
-        draws = generator.integers(0, len(self.tokens), (_DRAWS, len(self.tokens)))
-        none, own, this = (np.array(self.sums[cache])[draws].sum(1) for cache in ("none", "own", name))
+        none, own, this = (self._drawn(cache) for cache in ("none", "own", name))
         low, high = np.percentile((none - this) / (none - own), [2.5, 97.5])
         return float(low), float(high)
+
+    def difference(self, name: str, other: str) -> tuple[float, float, float]:
+        """Nats per token of ``name`` less those of ``other``, and 95 % of it over draws of the questions."""
+        low, high = np.percentile(self._drawn(name) - self._drawn(other), [2.5, 97.5])
+        return self.nats[name] - self.nats[other], float(low), float(high)
+
+    def retention_by_length(self, name: str, parts: int = 3) -> list[tuple[int, int, float]]:
+        """Fewest and most question tokens, and the retention, of ``parts`` groups of questions by their length."""
+        groups = np.array_split(np.argsort(self.question_tokens, kind="stable"), parts)
+        lengths = np.array(self.question_tokens)
+        found = []
+        for group in groups:
+            none, own, this = (np.array(self.sums[cache])[group].sum() for cache in ("none", "own", name))
+            found.append((int(lengths[group].min()), int(lengths[group].max()), float((none - this) / (none - own))))
+        return found
+
+    def _drawn(self, name: str) -> NDArray[np.float64]:
+        """Nats per token in draws of the questions, the same draws for every cache."""
+        draws = np.random.default_rng(0).integers(0, len(self.tokens), (_DRAWS, len(self.tokens)))
+        return np.array(self.sums[name])[draws].sum(1) / np.array(self.tokens)[draws].sum(1)
 
 
 def graft_rows(report: GraftReport) -> list[tuple[str, str, str, str]]:
@@ -86,9 +117,44 @@ def graft_table(report: GraftReport) -> Table:
     return table
 
 
+def comparison_rows(report: GraftReport) -> list[tuple[str, str, str]]:
+    """Trained grafts against the student's own cache and against the control that has tuned the student."""
+    others = [name for name in ("own", _CONTROL) if name in report.nats]
+    rows = []
+    for name in report.parameters:
+        for other in others:
+            if name != other:
+                nats, low, high = report.difference(name, other)
+                rows.append((name, other, f"{nats:+.3f} ({low:+.3f} to {high:+.3f})"))
+    return rows
+
+
+def length_rows(report: GraftReport) -> list[tuple[str, ...]]:
+    """Retention of every projector for short, middling and long questions."""
+    if len(report.question_tokens) < _LENGTH_PARTS:
+        return []
+    return [
+        (name, *(f"{retention:.3f}" for _, _, retention in report.retention_by_length(name, _LENGTH_PARTS)))
+        for name in report.parameters
+    ]
+
+
 def write_graft(report: GraftReport, folder: Path) -> None:
     """``graft.md``, and ``graft.json`` last: a run that has it is finished."""
-    lines = [graft_summary(report), "", "| " + " | ".join(_HEADER) + " |", "| --- | ---: | ---: | ---: |"]
-    lines += ["| " + " | ".join(row) + " |" for row in graft_rows(report)]
+    lines = [graft_summary(report), "", *_markdown(_HEADER, graft_rows(report))]
+    lines += ["", "Nats against other caches, 95 % over questions:", ""]
+    lines += _markdown(("cache", "against", "nats"), comparison_rows(report))
+    by_length = length_rows(report)
+    if by_length:
+        spans = report.retention_by_length("own", _LENGTH_PARTS)
+        lines += ["", "Retention by the question's tokens:", ""]
+        lines += _markdown(("cache", *(f"{low} to {high}" for low, high, _ in spans)), by_length)
+    lines += ["", *(f"- {name}: {count:,} parameters" for name, count in report.parameters.items())]
+    lines += [f"- {name}: {count:,.0f} bytes a token" for name, count in report.bytes_per_token.items()]
+    lines += [f"- {phase}: {seconds:,.0f} s" for phase, seconds in report.seconds.items()]
     (folder / "graft.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "graft.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]

@@ -1,0 +1,146 @@
+"""Training a grafter end to end: on how likely the frozen student finds what follows the text it has not read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from kvgraft.fit.train import FitModel, train_fit
+from kvgraft.graft.cache import cache_from_kv
+from kvgraft.graft.grafter import Grafter
+from kvgraft.graft.questions import Question, Questions
+from kvgraft.kv import KV, stack_kv
+from kvgraft.recipe import ContinuationRecipe
+
+# Held-out questions that are looked at while training.
+_EVALUATION_QUESTIONS = 8
+_GATE_RATE = 20.0
+
+
+class ContinuationModel(FitModel):
+    """A grafter and its loss on the answers of some questions; the student stands beside it, frozen.
+
+    Args:
+        grafter: what is trained.
+        student: goes on from the grafted KV.
+        train, held_out: questions with answers.
+        target: ``text``: cross-entropy of the answer; ``own_reading``: KL from what the student says of each next token
+            after reading the question itself.
+    """
+
+    def __init__(
+        self, grafter: Grafter, student: PreTrainedModel, train: Questions, held_out: Questions, target: str = "text"
+    ) -> None:
+        super().__init__()
+        self.grafter, self.target = grafter, target
+        self.train_questions, self.held_out_questions = train, held_out
+        # Not a submodule: it is neither trained nor saved nor moved.
+        self._student = (student.eval().requires_grad_(False),)
+
+    def forward(self, questions: Tensor) -> dict[str, Tensor]:
+        """Nats per answer token of the training questions at ``questions [count]``."""
+        return {"loss": self._loss([self.train_questions[int(index)] for index in questions])}
+
+    @torch.no_grad()
+    def held_out_losses(self) -> dict[str, float]:
+        """The same on a few held-out questions."""
+        count = min(_EVALUATION_QUESTIONS, len(self.held_out_questions))
+        return {"loss": float(self._loss([self.held_out_questions[index] for index in range(count)]))}
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Adapters at the rate; gates, of which each is one number, at twenty times that and without decay."""
+        groups: list[dict[str, Any]] = [{"params": list(self.grafter.projector.parameters()), "lr": learning_rate}]
+        if self.grafter.gates is not None:
+            groups.append({"params": [self.grafter.gates], "lr": _GATE_RATE * learning_rate, "weight_decay": 0.0})
+        return groups
+
+    def save_trained(self, folder: Path) -> None:
+        """The grafter alone."""
+        self.grafter.save_pretrained(folder)
+
+    def load_trained(self, folder: Path) -> None:
+        """What :meth:`save_trained` wrote."""
+        self.grafter.load_state_dict(Grafter.from_pretrained(folder).state_dict())
+
+    def _loss(self, questions: list[Question]) -> Tensor:
+        answers, real = _joined_answers(questions)
+        logits = continuation_logits(
+            self._student[0], stack_kv([self.grafter(question.pair) for question in questions]), answers, real
+        )
+        counted = real[:, 1:].to(logits.device)
+        if self.target == "text":
+            return F.cross_entropy(logits[counted], answers[:, 1:].to(logits.device)[counted])
+        with torch.no_grad():
+            own_kv = stack_kv([question.pair.target for question in questions])
+            own = continuation_logits(self._student[0], own_kv, answers, real)[counted].log_softmax(-1)
+        return F.kl_div(logits[counted].log_softmax(-1), own, reduction="sum", log_target=True) / counted.sum()
+
+
+def continuation_logits(student: PreTrainedModel, kv: KV, answer_ids: Tensor, real: Tensor) -> Tensor:
+    """What ``student`` says after each answer token but the last, ``[batch, tokens - 1, vocabulary]`` float32.
+
+    Args:
+        student: goes on from the cache.
+        kv: of the questions, in the student's geometry.
+        answer_ids: ``[batch, tokens]``.
+        real: ``[batch, tokens]`` bool, false where ``answer_ids`` is padding.
+    """
+    inputs = cache_from_kv(student, kv).forward_inputs(answer_ids[:, :-1], real[:, :-1].long())
+    return student(**inputs).logits.float()
+
+
+def train_on_continuations(
+    grafter: Grafter,
+    student: PreTrainedModel,
+    train: Questions,
+    held_out: Questions,
+    settings: ContinuationRecipe,
+    folder: Path,
+    seed: int,
+    label: str,
+) -> None:
+    """Train ``grafter`` for ``settings.steps`` steps, from the last checkpoint in ``folder`` if it holds one.
+
+    Source: the evidence that a grafted cache can go past the student's own reading, and Cache-to-Cache
+    (arXiv 2510.03215), which trains its fuser on the next token with both models frozen.
+
+    Raises:
+        TrainingInterruptedError: Ctrl-C; a checkpoint was left.
+    """
+    model = ContinuationModel(grafter, student, train, held_out, settings.target)
+    steps = _Steps(len(train), settings.steps, settings.texts_per_step, seed)
+    train_fit(model, settings, steps, _as_questions, folder, seed, label)
+
+
+class _Steps(Dataset[Tensor]):
+    """The questions of each step: all of them in a new order each time round."""
+
+    def __init__(self, questions: int, steps: int, texts_per_step: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        rounds = -(-steps * texts_per_step // questions)
+        order = torch.cat([torch.randperm(questions, generator=generator) for _ in range(rounds)])
+        self._steps = order[: steps * texts_per_step].reshape(steps, texts_per_step)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, step: int) -> Tensor:
+        return self._steps[step]
+
+
+def _as_questions(steps: list[Tensor]) -> dict[str, Tensor]:
+    return {"questions": torch.cat(steps)}
+
+
+def _joined_answers(questions: list[Question]) -> tuple[Tensor, Tensor]:
+    """Answer ids ``[batch, tokens]``, padded on the right, and where they are real."""
+    answers = [question.answer_ids[0] for question in questions]
+    lengths = torch.tensor([len(answer) for answer in answers])
+    padded = nn.utils.rnn.pad_sequence(answers, batch_first=True)
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]

@@ -1,0 +1,93 @@
+"""Texts with a prompt and what follows it: the question that is read, and the answer that is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kvgraft.data.datasets import Example
+from kvgraft.errors import GraftError
+from kvgraft.fit.data import KVPair, PairDataset
+from kvgraft.kv import KV
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that both models have read, and the answer's ids ``[1, tokens]`` as the student reads them."""
+
+    pair: KVPair
+    answer_ids: Tensor
+
+
+class Questions(Dataset[Question]):
+    """The texts of ``pairs`` that have a prompt and an answer of two tokens or more; KV is read when asked for.
+
+    A question token whose teacher token reaches into the answer is left out, so that nothing of the answer is in the
+    cache.
+
+    Args:
+        pairs: texts that both models have read.
+        examples: the same texts, which say where their prompts end.
+        limit: texts to look at, default all.
+
+    Raises:
+        GraftError: no text has a prompt and an answer.
+    """
+
+    def __init__(self, pairs: PairDataset, examples: Sequence[Example], limit: int | None = None) -> None:
+        self.pairs = pairs
+        self.examples = examples
+        self._places: list[tuple[int, int, int]] = []
+        for index, example in enumerate(examples[:limit]):
+            text = pairs.texts[index]
+            prompt_bytes = len(example.text[: example.prompt_characters].encode())
+            tokens = int((text.spans[:, 1] <= prompt_bytes).sum())
+            if tokens and len(text.input_ids) - tokens >= 2:
+                self._places.append((index, tokens, prompt_bytes))
+        if not self._places:
+            raise GraftError(
+                "no text has a prompt followed by an answer of two tokens or more; a graft is measured on data with "
+                "`question` and `answer`, `prompt` and `completion`, or `messages`"
+            )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, place: int) -> Question:
+        index, tokens, prompt_bytes = self._places[place]
+        text, teacher = self.pairs.texts[index], self.pairs.teacher
+        ends = teacher.store.read_tokens(text.sample_key).spans[:, 1]
+        last = teacher.alignment(text).ranges[:tokens, 1].clip(1) - 1
+        within = torch.from_numpy(ends[last] <= prompt_bytes)[None]
+        answer = torch.tensor([list(text.input_ids)[tokens:]])
+        return Question(_beginning(self.pairs[index], tokens, within), answer)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each question."""
+        return [tokens for _, tokens, _ in self._places]
+
+    def answer_span(self, place: int) -> tuple[str, int, int]:
+        """A whole text, and the bytes of it between which the answer stands, its first token left out."""
+        index, tokens, _ = self._places[place]
+        spans = self.pairs.texts[index].spans
+        return self.examples[index].text, int(spans[tokens, 1]), int(spans[-1, 1])
+
+
+def _beginning(pair: KVPair, tokens: int, within: Tensor) -> KVPair:
+    """The first ``tokens`` of a pair; those outside ``within [1, tokens]`` do not count."""
+
+    def cut(kv: KV) -> KV:
+        return replace(
+            kv,
+            keys=kv.keys[:, :, :, :tokens],
+            values=kv.values[:, :, :, :tokens],
+            positions=kv.positions[:, :tokens],
+            mask=kv.mask[:, :tokens],
+        )
+
+    mask = pair.mask[:, :tokens] & within
+    return KVPair(cut(pair.source), cut(pair.target), mask, pair.input_ids[:, :tokens])
