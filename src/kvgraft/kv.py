@@ -72,13 +72,17 @@ class KV:
         """Keys and values with the heads joined: two tensors ``[batch, layers, tokens, kv_dim]``."""
         return _join_heads(self.keys), _join_heads(self.values)
 
-    def unflatten(self, keys: Tensor, values: Tensor, geometry: KVGeometry) -> KV:
-        """This KV's tokens with other contents: ``[batch, layers, tokens, kv_dim]`` split into ``geometry``'s heads."""
+    def unflatten(self, keys: Tensor, values: Tensor, geometry: KVGeometry, layers: Sequence[int] | None = None) -> KV:
+        """This KV's tokens with other contents: ``[batch, layers, tokens, kv_dim]`` split into ``geometry``'s heads.
+
+        ``layers`` names them, default as in this KV.
+        """
         heads = (geometry.num_kv_heads, geometry.head_dim)
         return replace(
             self,
             keys=keys.reshape(*keys.shape[:-1], *heads).transpose(2, 3),
             values=values.reshape(*values.shape[:-1], *heads).transpose(2, 3),
+            layers=self.layers if layers is None else tuple(layers),
         )
 
     def select_layers(self, layers: Sequence[int]) -> KV:

@@ -87,9 +87,8 @@ def project(projector: TeacherProjector, teacher_kv: KV, geometry: KVGeometry, *
                 f"the projector turns {kind} of teacher {teacher!r} into {list(tensor.shape)}, but this student takes "
                 f"{list(expected)} ([batch, layers, tokens, kv_dim]); use the projector that was fitted for it"
             )
-    projected = teacher_kv.unflatten(keys, values, geometry)
-    layers = tuple(range(geometry.num_layers))
-    return KV(projected.keys, projected.values, projected.positions, projected.mask, layers)
+    # The projector may make more or fewer layers than it reads.
+    return teacher_kv.unflatten(keys, values, geometry, range(geometry.num_layers))
 
 
 def cache_from_kv(student: PreTrainedModel, kv: KV, *, token_ids: TokenIds | None = None) -> GraftedCache:

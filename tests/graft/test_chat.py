@@ -1,0 +1,70 @@
+"""A conversation about documents that the student has not read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvgraft.cli import app
+from kvgraft.errors import GraftError, RecipeError
+from kvgraft.fit.run import fit
+from kvgraft.graft.chat import open_conversation, text_files
+from kvgraft.recipe import Recipe
+
+
+@pytest.fixture
+def run(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
+    fit(fit_recipe(), tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "a.txt").write_text("Anna has 3 apples and buys 4 more of them.")
+    (folder / "b.md").write_text("Ben has 12 pears in two boxes.")
+    (folder / "c.png").write_text("no text")
+    return folder
+
+
+def test_goes_on_from_the_documents_and_from_what_was_said(run: Path, documents: Path) -> None:
+    files = text_files([documents])
+    assert [file.name for file in files] == ["a.txt", "b.md"]
+    conversation = open_conversation(run, files)
+    first = "".join(conversation.ask("How many apples?", max_new_tokens=6))
+    said = conversation._said
+    conversation_again = open_conversation(run, files)
+    assert "".join(conversation_again.ask("How many apples?", max_new_tokens=6)) == first
+    # The second answer is what reading all of it in one go gives.
+    fresh = open_conversation(run, files)
+    second = "".join(conversation.ask("And pears?", max_new_tokens=6))
+    everything = torch.cat([said, conversation._prompt("And pears?")], 1)
+    inputs = fresh.cache.generate_inputs(everything)
+    found = fresh.student.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    new = found[0, inputs["input_ids"].shape[1] :]
+    assert fresh.tokenizer.decode(new, skip_special_tokens=True).strip() == second.strip()
+
+
+def test_the_command_answers_and_ends(run: Path, documents: Path) -> None:
+    arguments = ["chat", str(run), "--document", str(documents), "--question", "How many?", "--max-new-tokens", "3"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert CliRunner().invoke(app, ["chat", str(run), "--document", str(documents)], input="\n").exit_code == 0
+
+
+def test_bad_input_is_refused(run: Path, documents: Path, tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match="neither a file nor a folder"):
+        text_files([tmp_path / "nowhere"])
+    with pytest.raises(RecipeError, match="no run folder"):
+        open_conversation(tmp_path, [documents / "a.txt"])
+    with pytest.raises(GraftError, match="it holds least_squares, projector"):
+        open_conversation(run, [documents / "a.txt"], "continuation")
+    (documents / "a.txt").write_text("  ")
+    with pytest.raises(GraftError, match="is empty"):
+        open_conversation(run, [documents / "a.txt"])
+    (documents / "a.txt").write_text("long text " * 400)
+    with pytest.raises(GraftError, match="context"):
+        open_conversation(run, [documents / "a.txt"])
