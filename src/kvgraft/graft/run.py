@@ -53,7 +53,9 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
     name = data.teacher.recipe.name
     questions = _held_out(recipe, data)
     measured = [
-        Measured(label, _fitted_grafter(recipe, data, folder / part), questions) for label, part in _FITTED.items()
+        Measured(label, _fitted_grafter(recipe, data, folder / part), questions)
+        for label, part in _FITTED.items()
+        if part == LEAST_SQUARES_FOLDER or _goes_past_least_squares(recipe)
     ]
     for kind in recipe.graft.trained:
         seen = student_as_its_own_teacher(data) if kind == "own" else data
@@ -122,6 +124,10 @@ def _fitted_grafter(recipe: Recipe, data: FitData, folder: Path, fusion: Fusion 
     projector = KVDimensionProjector.from_pretrained(folder)
     heads = data.student.geometry.num_kv_heads
     return Grafter(projector, data.teacher.recipe.name, heads, recipe.graft.own_first_tokens, fusion)
+
+
+def _goes_past_least_squares(recipe: Recipe) -> bool:
+    return recipe.fit.steps > 0 or recipe.fit.objective == "continuation"
 
 
 def _held_out(recipe: Recipe, data: FitData) -> Questions:
