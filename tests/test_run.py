@@ -135,6 +135,10 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_is_exact(tiny_recipe: Callable[
     assert len(resumed.arms[0].evaluations) == len(whole.arms[0].evaluations) == 31
     for one, other in zip(whole.arms[0].evaluations, resumed.arms[0].evaluations, strict=True):
         assert one == other
+    # The clock goes on where it stopped, and never backwards.
+    clock = list(resumed.arms[0].seconds_at.items())
+    assert [step for step, _ in clock] == [point.step for point in resumed.arms[0].evaluations]
+    assert clock == sorted(clock, key=lambda point: point[1])
     for part in ("student/model.safetensors", "projector/projector.safetensors"):
         first, second = (load_file(tmp_path / name / "kv" / part) for name in ("whole", "stopped"))
         assert first.keys() == second.keys()

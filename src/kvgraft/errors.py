@@ -33,5 +33,9 @@ class GraftError(KVGraftError):
     """A cache that cannot be made for a student, or not from what was given."""
 
 
+class ResultError(KVGraftError):
+    """A result that is missing, damaged, of a newer version, or cannot be set beside another."""
+
+
 class TrainingInterruptedError(KVGraftError):
     """Training was stopped on request and left a checkpoint."""

@@ -8,7 +8,15 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from kvgraft.distill.arms import CHECKPOINTS_FOLDER, ArmData, evaluations, gradient_shares, measure_arm, train_arm
+from kvgraft.distill.arms import (
+    CHECKPOINTS_FOLDER,
+    ArmData,
+    evaluations,
+    gradient_shares,
+    measure_arm,
+    seconds_at_evaluations,
+    train_arm,
+)
 from kvgraft.errors import RecipeError
 from kvgraft.plan import count_parameters, require_workable
 from kvgraft.prepare import Prepared, prepare
@@ -183,6 +191,7 @@ def _finish_arm(folder: Path, arm: str, recipe: Recipe, projector_parameters: in
         evaluations=[Evaluation(step=step, metrics=metrics) for step, metrics in evaluations(folder)],
         gradient_shares=gradient_shares(folder),
         projector_parameters=projector_parameters,
+        seconds_at=seconds_at_evaluations(folder),
     )
     if process_state().is_main_process:
         # Written last: an arm with this file is finished.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from kvgraft.errors import ResultError
 from kvgraft.recipe import Recipe
 from kvgraft.report.log import append_metrics, experiment_log, read_metrics
 from kvgraft.report.plots import save_curves
@@ -111,3 +112,25 @@ def test_metrics_survive_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
     append_metrics(path, {"step": 4})
     assert read_metrics(path) == [{"step": 1}, {"step": 3}, {"step": 4}]
     assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    RESULT.write(tmp_path / "result.json")
+    assert RunResult.read(tmp_path / "result.json") == RESULT
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "did not finish"),
+        ('{"format_version": 2, "new": 1}', r"newer kvgraft \(format 2; this one reads up to 1\)"),
+        ('{"name": "made"}', r"is not what kvgraft writes: date: Field required \(\d+ problems"),
+        ('{"name": "ma', "is not what kvgraft writes: the file: Invalid JSON"),
+    ],
+)
+def test_a_result_that_cannot_be_read_says_why(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "result.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(ResultError, match=message):
+        RunResult.read(path)

@@ -181,6 +181,14 @@ def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
     return sorted(by_step.items())
 
 
+def seconds_at_evaluations(folder: Path) -> dict[int, float]:
+    """Wall time of an arm's training up to each evaluated step, from its log."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return {
+        int(record["step"]): record["seconds"] for record in records if "eval_loss" in record and "seconds" in record
+    }
+
+
 def gradient_shares(folder: Path) -> dict[str, float]:
     """Mean share of each loss part in the student's gradient norm over an arm's log."""
     found: dict[str, list[float]] = {}

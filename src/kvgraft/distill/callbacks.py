@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kvgraft.progress import Advance
-from kvgraft.report.log import append_metrics
+from kvgraft.report.log import append_metrics, read_metrics
 
 
 class ProgressCallback(TrainerCallback):
@@ -31,17 +32,28 @@ class ProgressCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends everything the Trainer logs to ``metrics.jsonl``, one line each, with the arm's name."""
+    """Appends everything the Trainer logs to ``metrics.jsonl``, one line each, with the arm's name.
+
+    ``seconds`` is the wall time of the training so far; a training that goes on counts on from its checkpoint's.
+    """
 
     def __init__(self, path: Path, arm: str) -> None:
         self._path, self._arm = path, arm
+        self._started: float | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        records = read_metrics(self._path)
+        earlier = [record.get("seconds", 0.0) for record in records if record["step"] <= state.global_step]
+        self._started = time.perf_counter() - max(earlier, default=0.0)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         """Write one record."""
         if state.is_world_process_zero:
-            append_metrics(self._path, {"arm": self._arm, "step": state.global_step, **logs})
+            seconds = 0.0 if self._started is None else time.perf_counter() - self._started
+            append_metrics(self._path, {"arm": self._arm, "step": state.global_step, "seconds": seconds, **logs})
 
 
 class InterruptCallback(TrainerCallback):

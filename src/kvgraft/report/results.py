@@ -3,13 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kvgraft.errors import ResultError
+
+FORMAT_VERSION = 1
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class SavedResult(_Record):
+    """A result with a file of its own. ``format_version`` rises when a reader of today could not read it any more."""
+
+    format_version: int = FORMAT_VERSION
+
+    def write(self, path: Path) -> None:
+        """Save as JSON."""
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+Saved = TypeVar("Saved", bound=SavedResult)
+
+
+class _Version(BaseModel):
+    format_version: int = FORMAT_VERSION
+
+
+def read_result(kind: type[Saved], path: Path) -> Saved:
+    """Load what ``kind``'s ``write`` saved.
+
+    Raises:
+        ResultError: no such file, one of a newer version, or one that does not hold what ``kind`` holds.
+    """
+    if not path.is_file():
+        raise ResultError(f"no result at {path}: what should have written it did not finish; run it again to go on")
+    text = path.read_text(encoding="utf-8")
+    try:
+        version = _Version.model_validate_json(text).format_version
+        if version > FORMAT_VERSION:
+            raise ResultError(
+                f"{path} was written by a newer kvgraft (format {version}; this one reads up to {FORMAT_VERSION}); "
+                "upgrade kvgraft to read it"
+            )
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise ResultError(
+            f"{path} is not what kvgraft writes: {field}: {problem['msg']} ({error.error_count()} problems in all); "
+            "remove it and run again what wrote it"
+        ) from error
 
 
 class Evaluation(_Record):
@@ -20,7 +67,11 @@ class Evaluation(_Record):
 
 
 class ArmResult(_Record):
-    """One training: its held-out evaluations in order (the first before any step), and what it took."""
+    """One training: its held-out evaluations in order (the first before any step), and what it took.
+
+    ``seconds`` is the wall time of the process that finished it; ``seconds_at`` that of the training up to an evaluated
+    step, evaluations included, over all processes that went on with it.
+    """
 
     arm: str
     steps: int
@@ -28,6 +79,7 @@ class ArmResult(_Record):
     evaluations: list[Evaluation]
     gradient_shares: dict[str, float] = {}
     projector_parameters: int = 0
+    seconds_at: dict[int, float] = {}
 
     @property
     def first(self) -> dict[str, float]:
@@ -73,7 +125,7 @@ class TeacherResult(_Record):
     alignment_dropped: dict[str, int]
 
 
-class RunResult(_Record):
+class RunResult(SavedResult):
     """Everything that a run measured; ``seconds`` holds the wall time of each phase."""
 
     name: str
@@ -94,14 +146,10 @@ class RunResult(_Record):
         """The result of arm ``name``, or None if the run has none."""
         return next((arm for arm in self.arms if arm.arm == name), None)
 
-    def write(self, path: Path) -> None:
-        """Save as JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
     @classmethod
     def read(cls, path: Path) -> RunResult:
-        """Load what :meth:`write` saved."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        """Load what :meth:`write` saved; see :func:`read_result`."""
+        return read_result(cls, path)
 
 
 def as_plain(value: Any) -> Any:
