@@ -84,7 +84,7 @@ def test_identical_arms_are_called_different_at_most_one_time_in_twenty(seeds: i
     assert share_shown(first + shared, second + shared) <= LEVEL + NOISE
 
 
-@pytest.mark.parametrize(("method", "seeds"), [("percentile", 3), ("percentile", 5), ("BCa", 5)])
+@pytest.mark.parametrize(("method", "seeds"), [("percentile", 3), ("percentile", 5), ("BCa", 3), ("BCa", 5)])
 def test_a_bootstrap_of_few_seeds_would_err_far_more_often(method: str, seeds: int) -> None:
     differences = np.random.default_rng(0).normal(size=(TRIALS, seeds))
     low, high = stats.bootstrap(
@@ -105,16 +105,16 @@ def test_five_identical_arms_are_together_called_different_at_most_one_time_in_t
     assert erred / TRIALS <= LEVEL + NOISE
 
 
-def test_a_difference_of_one_spread_is_found_at_ten_seeds() -> None:
+@pytest.mark.parametrize(("seeds", "spreads"), [(10, 1.0), (3, 3.4)])
+def test_a_difference_of_one_spread_is_found_at_ten_seeds(seeds: int, spreads: float) -> None:
     """One spread is the standard deviation between seeds of the difference: what pairing leaves of the luck."""
-    seeds = 10
     quantile = stats.t.ppf(1 - LEVEL / 2, seeds - 1)
-    noncentral = stats.nct(seeds - 1, math.sqrt(seeds))
+    noncentral = stats.nct(seeds - 1, spreads * math.sqrt(seeds))
     power = noncentral.sf(quantile) + noncentral.cdf(-quantile)
     assert power >= 0.8
     generator = np.random.default_rng(0)
     luck = generator.normal(size=(TRIALS, seeds)) * 5
-    found = share_shown(luck + generator.normal(size=(TRIALS, seeds)) - 1.0, luck)
+    found = share_shown(luck + generator.normal(size=(TRIALS, seeds)) - spreads, luck)
     assert found == pytest.approx(power, abs=3 * math.sqrt(power * (1 - power) / TRIALS))
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvgraft.cli.shared import AsJson, Overrides, app, console, require_recipe_for, show
+from kvgraft.cli.shared import AsJson, Overrides, app, console, require_recipe_for, show, whole_numbers
 
 
 @app.command()
@@ -48,7 +48,7 @@ def ablate(
         None if recipe is None else load_recipe(recipe, overrides),
         output,
         only=only or (),
-        seeds=_whole_numbers(seeds),
+        seeds=whole_numbers(seeds),
         steps=steps,
         batch_tokens=batch_tokens,
         width_divisor=width_divisor,
@@ -58,10 +58,3 @@ def ablate(
     if not as_json:
         console.print(report.warning, style="yellow", end="\n" if report.warning else "")
         console.print(f"everything is in {output}: ablation.json, ablation.md, ablation.png", soft_wrap=True)
-
-
-def _whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.replace(",", " ").split()]
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} must be whole numbers between commas or blanks, such as 0,1,2") from error

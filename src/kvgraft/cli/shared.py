@@ -36,6 +36,13 @@ def require_recipe_for(overrides: list[str] | None, recipe: Path | None) -> None
         raise typer.BadParameter(f"--set {overrides[0]} changes a field of RECIPE, and there is none")
 
 
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} must be whole numbers between commas or blanks, such as 0,1,2") from error
+
+
 def show(result: BaseModel, tables: Sequence[RenderableType], as_json: bool) -> None:
     if as_json:
         typer.echo(result.model_dump_json(indent=2))

@@ -12,11 +12,13 @@ from kvgraft.errors import ResultError
 FORMAT_VERSION = 1
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """A measured result, or a part of one."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class SavedResult(_Record):
+class SavedResult(Record):
     """A result with a file of its own. ``format_version`` rises when a reader of today could not read it any more."""
 
     format_version: int = FORMAT_VERSION
@@ -59,14 +61,14 @@ def read_result(kind: type[Saved], path: Path) -> Saved:
         ) from error
 
 
-class Evaluation(_Record):
+class Evaluation(Record):
     """Held-out metrics after ``step`` steps."""
 
     step: int
     metrics: dict[str, float]
 
 
-class ArmResult(_Record):
+class ArmResult(Record):
     """One training: its held-out evaluations in order (the first before any step), and what it took.
 
     ``seconds`` is the wall time of the process that finished it; ``seconds_at`` that of the training up to an evaluated
@@ -91,6 +93,11 @@ class ArmResult(_Record):
         """Held-out metrics after training."""
         return self.evaluations[-1].metrics
 
+    @property
+    def training_seconds(self) -> float:
+        """Wall time of the training over all processes that went on with it, where that was recorded."""
+        return max(self.seconds_at.values(), default=self.seconds)
+
     def steps_to(self, loss: float) -> int | None:
         """The first evaluated step whose held-out loss is at most ``loss``; None if there is none."""
         return next((point.step for point in self.evaluations if point.metrics["loss"] <= loss), None)
@@ -109,7 +116,7 @@ class ArmResult(_Record):
         return next((point.step for point in self.evaluations if point.metrics["kv_loss"] <= bar), None)
 
 
-class TeacherResult(_Record):
+class TeacherResult(Record):
     """What one teacher's KV cost, and how much of the student's text it answers for."""
 
     name: str

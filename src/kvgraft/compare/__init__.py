@@ -1,0 +1,1 @@
+"""Arms times seeds from one recipe, and what the difference between them is worth."""
