@@ -19,6 +19,7 @@ from kvgraft.errors import KVGraftError, RecipeError
 from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
+from kvgraft.models.lora import add_lora
 from kvgraft.prepare import existing_tokenizer, load_examples_of, load_student_config, teacher_max_length
 from kvgraft.projector.sizing import FLOAT32_BYTES, TRAINING_COPIES, advise, auto_mlp_ratio
 from kvgraft.recipe import Recipe, TeacherRecipe
@@ -83,11 +84,13 @@ def make_plan(recipe: Recipe) -> Plan:
     train: list[Example] = []
     held_out: list[Example] = []
     student_config = None
+    trained = frozen = 0
     try:
         tokenizer = existing_tokenizer(recipe)
         train, held_out = load_examples_of(recipe, tokenizer)
         student_config = load_student_config(recipe, recipe.student.vocab_size if tokenizer is None else tokenizer)
         problems += _student_problems(recipe, student_config, tokenizer, len(train))
+        trained, frozen = _student_sizes(recipe, student_config)
     except KVGraftError as error:
         problems.append(str(error))
     student = None if student_config is None else _model_plan("student", student_config, recipe.student.dtype)
@@ -104,7 +107,7 @@ def make_plan(recipe: Recipe) -> Plan:
             f"the teachers' KV takes about {store_bytes / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free at "
             f"{recipe.store.path}; take fewer texts, fewer layers or another store.path"
         )
-    trained = sum(teacher.projector_parameters for teacher in teachers) + (student.parameters if student else 0)
+    trained += sum(teacher.projector_parameters for teacher in teachers)
     largest_teacher = max((teacher.model.weight_bytes for teacher in teachers), default=0)
     return Plan(
         name=recipe.name,
@@ -113,7 +116,9 @@ def make_plan(recipe: Recipe) -> Plan:
         train_texts=len(train),
         held_out_texts=len(held_out),
         # Capture and training do not run at the same time.
-        training_memory_bytes=max(trained * FLOAT32_BYTES * TRAINING_COPIES, largest_teacher),
+        training_memory_bytes=max(
+            trained * FLOAT32_BYTES * TRAINING_COPIES + frozen * _BYTES[recipe.student.dtype], largest_teacher
+        ),
         store_bytes=store_bytes,
         free_disk_bytes=free,
         problems=problems,
@@ -227,6 +232,18 @@ def count_parameters(config: PretrainedConfig) -> int:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     return int(model.num_parameters())
+
+
+def _student_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[int, int]:
+    """Numbers of the student's parameters that are trained, and that stay as they are."""
+    lora = recipe.student.lora
+    if lora is None:
+        return count_parameters(config), 0
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+        adapted = add_lora(model, **lora.model_dump(), seed=recipe.seed)
+    trained = int(adapted.num_parameters(only_trainable=True))
+    return trained, int(adapted.num_parameters()) - trained
 
 
 def _count_tokens(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int) -> int:

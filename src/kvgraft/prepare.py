@@ -21,6 +21,7 @@ from kvgraft.errors import DataError, RecipeError
 from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
+from kvgraft.models.lora import add_lora
 from kvgraft.models.students import new_student, student_config
 from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, StoreRecipe, TeacherRecipe
@@ -149,7 +150,8 @@ def make_student(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     """The student before training."""
     student = recipe.student
     if student.model is not None:
-        return loading.load_model(student.model, student.revision, dtype=student.dtype, device="cpu")
+        model = loading.load_model(student.model, student.revision, dtype=student.dtype, device="cpu")
+        return model if student.lora is None else add_lora(model, **student.lora.model_dump(), seed=recipe.seed)
     assert student.new is not None
     return new_student(student.new, tokenizer, recipe.seed).to(getattr(torch, student.dtype))
 

@@ -15,6 +15,7 @@ from kvgraft.distill.dataset import DistillationCollator, DistillationDataset
 from kvgraft.distill.model import DistillationModel
 from kvgraft.evaluate.quality import held_out_quality
 from kvgraft.models.loading import load_weights
+from kvgraft.models.lora import save_student
 from kvgraft.projector.projector import KVDimensionProjector
 
 PROJECTOR_FOLDER = "projector"
@@ -178,7 +179,7 @@ class KVTrainer(Trainer):
         """The student in the Hugging Face layout, the projector in a folder beside its files."""
         folder = Path(output_dir or self.args.output_dir)
         model = self.distillation
-        model.student.save_pretrained(folder, state_dict=_strip_prefix(state_dict, "student."))
+        save_student(model.student, folder, _strip_prefix(state_dict, "student."))
         if model.projector is not None:
             model.projector.save_pretrained(
                 folder / PROJECTOR_FOLDER, state_dict=_strip_prefix(state_dict, "projector.")

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvgraft.errors import ModelError
+from kvgraft.models.lora import ADAPTER_WEIGHTS, load_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,10 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Put the weights saved in ``folder`` into ``model``."""
+    """Put the weights saved in ``folder`` into ``model``, or only its adapters where the folder holds adapters."""
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        load_adapters(model, folder)
+        return
     saved = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
 

@@ -32,8 +32,22 @@ class TeacherRecipe(Section):
     weight: Weight = 1.0
 
 
+class LoraRecipe(Section):
+    """Low-rank adapters in place of full fine-tuning, as peft's LoraConfig has them.
+
+    ``target_modules`` names modules of the student, as ``q_proj``; ``all-linear`` is every linear one but the head.
+    """
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+
+
 class StudentRecipe(Section):
     """The model that is trained: an existing one (``model``) or a new one (``new``: fields of a transformers config).
+
+    ``lora`` trains adapters of an existing one and leaves its weights as they are.
 
     ``tokenizer`` names one to use; without it an existing model brings its own, and for a new one a byte-level BPE
     of ``vocab_size`` entries is trained on the training text.
@@ -46,11 +60,14 @@ class StudentRecipe(Section):
     vocab_size: Positive = 2048
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    lora: LoraRecipe | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentRecipe:
         if (self.model is None) == (self.new is None):
             raise ValueError("give either `model` (an existing one) or `new` (config fields of a new one)")
+        if self.lora is not None and self.model is None:
+            raise ValueError("`lora` adapts an existing student; give `model`, or leave `lora` out")
         return self
 
 
