@@ -10,7 +10,6 @@ import torch
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from kvgraft.align.layers import map_layers
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import encode_with_spans
 from kvgraft.distill.build import build_projector
@@ -20,7 +19,7 @@ from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
 from kvgraft.models.lora import add_lora
-from kvgraft.prepare import existing_tokenizer, load_examples_of, load_student_config, teacher_max_length
+from kvgraft.prepare import existing_tokenizer, layer_map_of, load_examples_of, load_student_config, teacher_max_length
 from kvgraft.projector.sizing import FLOAT32_BYTES, TRAINING_COPIES, advise, auto_mlp_ratio
 from kvgraft.recipe import Recipe, TeacherRecipe
 
@@ -97,7 +96,7 @@ def make_plan(recipe: Recipe) -> Plan:
     teachers = []
     for teacher in recipe.teachers:
         try:
-            teachers.append(_teacher_plan(recipe, teacher, student, train + held_out, len(train)))
+            teachers.append(_teacher_plan(recipe, teacher, student, student_config, train + held_out, len(train)))
         except KVGraftError as error:
             problems.append(str(error))
     store_bytes = sum(teacher.kv_bytes for teacher in teachers)
@@ -153,7 +152,11 @@ def _student_problems(
             f"training.batch_size {recipe.training.batch_size} is more than the {train_texts} training texts; lower it"
         )
     layers = recipe.kv_loss.layer_weights
-    if layers is not None and recipe.alignment.layers == "ratio" and len(layers) != kv_geometry(config).num_layers:
+    if (
+        layers is not None
+        and recipe.alignment.layers in ("auto", "ratio", "origin")
+        and len(layers) != kv_geometry(config).num_layers
+    ):
         problems.append(
             f"kv_loss.layer_weights has {len(layers)} entries for {kv_geometry(config).num_layers} student layers"
         )
@@ -161,14 +164,19 @@ def _student_problems(
 
 
 def _teacher_plan(
-    recipe: Recipe, teacher: TeacherRecipe, student: ModelPlan | None, examples: list[Example], train_texts: int
+    recipe: Recipe,
+    teacher: TeacherRecipe,
+    student: ModelPlan | None,
+    student_config: PretrainedConfig | None,
+    examples: list[Example],
+    train_texts: int,
 ) -> TeacherPlan:
     config = loading.load_config(teacher.model, teacher.revision)
     tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
     model = _model_plan(teacher.name, config, teacher.dtype)
-    if student is None:
+    if student is None or student_config is None:
         raise RecipeError(f"teacher {teacher.name} cannot be planned without a student that works")
-    layer_map = map_layers(recipe.alignment.layers, student.num_layers, model.num_layers)
+    layer_map = layer_map_of(recipe, student_config, config)
     distinct = len({teacher_layer for _, teacher_layer in layer_map})
     bytes_per_token = KVGeometry(distinct, model.num_kv_heads, model.head_dim).bytes_per_token(
         _BYTES[recipe.store.dtype]

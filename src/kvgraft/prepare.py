@@ -21,10 +21,11 @@ from kvgraft.errors import DataError, RecipeError
 from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
+from kvgraft.models.cut import chosen_layers, cut_config, cut_model, origin_layers
 from kvgraft.models.lora import add_lora
 from kvgraft.models.students import new_student, student_config
 from kvgraft.processes import process_state
-from kvgraft.recipe import Recipe, StoreRecipe, TeacherRecipe
+from kvgraft.recipe import Recipe, StoreRecipe, StudentRecipe, TeacherRecipe
 from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
@@ -105,7 +106,7 @@ def prepare(recipe: Recipe) -> Prepared:
     with phases.timed("read text"):
         texts = read_texts(recipe)
     config = load_student_config(recipe, texts.tokenizer)
-    teachers = [_prepare_teacher(recipe, teacher, texts, kv_geometry(config), phases) for teacher in recipe.teachers]
+    teachers = [_prepare_teacher(recipe, teacher, texts, config, phases) for teacher in recipe.teachers]
     return Prepared(recipe, texts, config, teachers, phases)
 
 
@@ -142,6 +143,9 @@ def load_student_config(recipe: Recipe, tokenizer_or_size: PreTrainedTokenizerBa
     student = recipe.student
     if student.model is not None:
         return loading.load_config(student.model, student.revision)
+    if student.cut_from is not None:
+        whole = loading.load_config(student.cut_from, student.revision)
+        return cut_config(whole, _kept_layers(student, whole))
     assert student.new is not None
     return student_config(student.new, tokenizer_or_size)
 
@@ -152,8 +156,15 @@ def make_student(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     if student.model is not None:
         model = loading.load_model(student.model, student.revision, dtype=student.dtype, device="cpu")
         return model if student.lora is None else add_lora(model, **student.lora.model_dump(), seed=recipe.seed)
+    if student.cut_from is not None:
+        whole = loading.load_model(student.cut_from, student.revision, dtype=student.dtype, device="cpu")
+        return cut_model(whole, _kept_layers(student, whole.config))
     assert student.new is not None
     return new_student(student.new, tokenizer, recipe.seed).to(getattr(torch, student.dtype))
+
+
+def _kept_layers(student: StudentRecipe, whole: PretrainedConfig) -> list[int]:
+    return chosen_layers(kv_geometry(whole).num_layers, student.layers, student.every)
 
 
 def teacher_max_length(recipe: Recipe, config: PretrainedConfig) -> int:
@@ -164,7 +175,7 @@ def teacher_max_length(recipe: Recipe, config: PretrainedConfig) -> int:
 
 
 def existing_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
-    name = recipe.student.tokenizer or recipe.student.model
+    name = recipe.student.tokenizer or recipe.student.model or recipe.student.cut_from
     return None if name is None else loading.load_tokenizer(name, recipe.student.revision)
 
 
@@ -232,11 +243,11 @@ def store_kv(
 
 
 def _prepare_teacher(
-    recipe: Recipe, teacher: TeacherRecipe, texts: Texts, student: KVGeometry, phases: Phases
+    recipe: Recipe, teacher: TeacherRecipe, texts: Texts, student: PretrainedConfig, phases: Phases
 ) -> PreparedTeacher:
     with phases.timed(f"identify {teacher.name}"):
         model = identify(teacher)
-        layer_map = map_layers(recipe.alignment.layers, student.num_layers, model.geometry.num_layers)
+        layer_map = layer_map_of(recipe, student, model.config)
         layers = tuple(sorted({teacher_layer for _, teacher_layer in layer_map}))
         max_length = teacher_max_length(recipe, model.config)
 
@@ -253,6 +264,16 @@ def _prepare_teacher(
         alignment = train.counts(texts.train)
     require_coverage(teacher.name, alignment)
     return PreparedTeacher(teacher, model.config, layer_map, train, held_out, report, alignment)
+
+
+def layer_map_of(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig) -> list[tuple[int, int]]:
+    """Pairs of student layer and teacher layer, by ``alignment.layers``."""
+    return map_layers(
+        recipe.alignment.layers,
+        kv_geometry(student).num_layers,
+        kv_geometry(teacher).num_layers,
+        origin_layers(student, teacher),
+    )
 
 
 def require_coverage(teacher: str, alignment: AlignmentCounts) -> None:

@@ -18,6 +18,7 @@ from kvgraft.distill.arms import (
     train_arm,
 )
 from kvgraft.errors import RecipeError
+from kvgraft.models.capture import kv_geometry
 from kvgraft.plan import count_parameters, require_workable
 from kvgraft.prepare import Prepared, prepare
 from kvgraft.processes import process_state
@@ -132,6 +133,8 @@ def _differing(first: Recipe, second: Recipe) -> str:
 def _describe(prepared: Prepared) -> RunResult:
     recipe, texts = prepared.recipe, prepared.texts
     student = recipe.student.model or f"new {prepared.student_config.model_type}"
+    if recipe.student.cut_from is not None:
+        student = f"{recipe.student.cut_from}, {kv_geometry(prepared.student_config).num_layers} of its layers"
     return RunResult(
         name=recipe.name,
         date=datetime.date.today().isoformat(),

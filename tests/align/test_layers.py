@@ -57,7 +57,7 @@ def test_explicit_pairs_come_in_the_order_of_the_student() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("first", "unknown layer mapping 'first'; use 'ratio', 'last' or a list"),
+        ("first", "unknown layer mapping 'first'; use 'ratio', 'last', 'origin', 'auto' or a list"),
         ("", "unknown layer mapping ''"),
         ([], r"at least one \[student, teacher\] pair; got \[\]"),
         (None, "at least one .* pair; got None"),

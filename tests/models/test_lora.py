@@ -118,5 +118,5 @@ def test_plan_counts_adapters_and_names_a_wrong_target(lora_recipe: Recipe) -> N
 
 
 def test_a_new_student_takes_no_adapters(tiny_recipe: Callable[..., Recipe]) -> None:
-    with pytest.raises(ValueError, match="adapts an existing student"):
+    with pytest.raises(ValueError, match="adapts a model that exists"):
         tiny_recipe(student={"lora": {"rank": 2}})

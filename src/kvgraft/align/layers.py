@@ -8,7 +8,10 @@ from kvgraft.errors import AlignmentError
 
 
 def map_layers(
-    spec: str | Sequence[Sequence[int]], num_student_layers: int, num_teacher_layers: int
+    spec: str | Sequence[Sequence[int]],
+    num_student_layers: int,
+    num_teacher_layers: int,
+    origin: Sequence[int] | None = None,
 ) -> list[tuple[int, int]]:
     """Pairs ``(student_layer, teacher_layer)`` in the order of the student's layers, each student layer at most once.
 
@@ -18,24 +21,35 @@ def map_layers(
             in order, so that the two last layers meet; a deeper student's lowest layers get no teacher, a deeper
             teacher's lowest layers are not used. Or an explicit list of ``[student, teacher]`` pairs, in any order,
             layers counted from 0; a teacher layer may serve several student layers, but a student layer has one
-            target per teacher and may not appear twice.
+            target per teacher and may not appear twice. ``"origin"``: the teacher layer that each student layer was cut
+            from. ``"auto"``: ``origin`` where it is known, else ``ratio``.
         num_student_layers: number of the student's layers, at least 1.
         num_teacher_layers: number of the teacher's layers, at least 1.
+        origin: for each student layer the teacher layer that it was cut from; default: it was not cut from it.
 
     Raises:
-        AlignmentError: an unknown ``spec``, an empty list, or a pair that is malformed, out of range or repeated.
+        AlignmentError: an unknown ``spec``, ``"origin"`` without one, an empty list, or a pair that is malformed, out
+            of range or repeated.
     """
     for name, count in (("student", num_student_layers), ("teacher", num_teacher_layers)):
         if count < 1:
             raise AlignmentError(f"layer mapping needs a {name} of at least 1 layer; got {count}")
-    if spec == "ratio":
+    if spec == "origin" and origin is None:
+        raise AlignmentError(
+            "layer mapping 'origin' needs a student cut from the teacher (`kvgraft cut`, or student.cut_from); use "
+            "'ratio', 'last' or a list of [student, teacher] pairs"
+        )
+    if spec in ("auto", "origin") and origin is not None:
+        return list(enumerate(origin))
+    if spec in ("auto", "ratio"):
         return list(enumerate(uniform_layer_map(num_teacher_layers, num_student_layers)))
     if spec == "last":
         count = min(num_student_layers, num_teacher_layers)
         return [(num_student_layers - back, num_teacher_layers - back) for back in range(count, 0, -1)]
     if isinstance(spec, str):
         raise AlignmentError(
-            f"unknown layer mapping {spec!r}; use 'ratio', 'last' or a list of [student, teacher] pairs, as [[0, 0]]"
+            f"unknown layer mapping {spec!r}; use 'ratio', 'last', 'origin', 'auto' or a list of [student, teacher] "
+            "pairs, as [[0, 0]]"
         )
     return _explicit_pairs(spec, num_student_layers, num_teacher_layers)
 

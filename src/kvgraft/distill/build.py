@@ -87,6 +87,10 @@ def build_distillation(
         scales = {source.name: _stored_scale(source) for source in train.sources}
         for name, scale in scales.items():
             projector.standardise_outputs(name, scale.mean, scale.deviation)
+            if recipe.projector.init_method == "identity":
+                _start_as_identity(projector, name, scale)
+        if recipe.projector.init_method == "least_squares":
+            _fit_closed_form(projector, _initial_kv(student, layer_maps, train, collator))
     else:
         pairs = _initial_kv(student, layer_maps, train, collator)
         scales = {name: KVScale.from_tokens(*_joined(pairs, name)) for name in layer_maps}
@@ -100,6 +104,13 @@ def build_distillation(
         loss=loss,
         teacher_weights={teacher.name: teacher.weight for teacher in recipe.teachers},
     )
+
+
+def _start_as_identity(projector: KVDimensionProjector, name: str, scale: KVScale) -> None:
+    """Let the adapters give back what comes in although their outputs are in units of the target."""
+    for kind, adapter in enumerate(projector.adapters(name)):
+        deviation = scale.deviation[kind][:, None]
+        adapter.load_linear(torch.eye(adapter.in_dim) / deviation[..., None], -scale.mean[kind] / deviation)
 
 
 def _freeze_what_no_loss_reaches(projector: KVDimensionProjector, loss: KVLossRecipe) -> None:
@@ -154,10 +165,13 @@ def _joined(pairs: InitialKV, name: str) -> tuple[tuple[torch.Tensor, torch.Tens
 
 
 def _fit_closed_form(projector: KVDimensionProjector, pairs: InitialKV) -> None:
+    forwards = projector.direction == "teacher_to_student"
     for name in projector.teachers:
         for kind, adapter in enumerate(projector.adapters(name)):
             fit = LeastSquares(adapter.num_layers, adapter.in_dim, adapter.out_dim)
             for batch in pairs:
-                own, target = batch[name]
-                fit.add(target.flatten()[kind], own.flatten()[kind], target.mask)
+                own, teachers = batch[name]
+                source, target = (teachers, own) if forwards else (own, teachers)
+                wanted = projector.targets_of(name, *target.flatten())
+                fit.add(source.flatten()[kind], wanted[kind], teachers.mask)
             adapter.load_linear(*(tensor.float() for tensor in fit.solve()))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from kvgraft.align.layers import map_layers
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
@@ -20,6 +19,7 @@ from kvgraft.prepare import (
     IdentifiedModel,
     Phases,
     identify,
+    layer_map_of,
     load_examples_of,
     require_coverage,
     store_kv,
@@ -236,7 +236,7 @@ def prepare_fit(recipe: Recipe) -> FitData:
         teacher = identify(recipe.teachers[0])
     with phases.timed("read text"):
         examples, held_out_examples = load_examples_of(recipe, student.tokenizer)
-    layer_map = map_layers(recipe.alignment.layers, student.geometry.num_layers, teacher.geometry.num_layers)
+    layer_map = layer_map_of(recipe, student.config, teacher.config)
     train, held_out = (
         _pairs(recipe, student, teacher, layer_map, texts, phases) for texts in (examples, held_out_examples)
     )

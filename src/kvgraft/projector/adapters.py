@@ -12,7 +12,7 @@ from torch.nn import functional
 from kvgraft.errors import ProjectorError
 
 MlpRatio = float | Literal["linear"]
-InitMethod = Literal["xavier", "kaiming", "normal", "least_squares"]
+InitMethod = Literal["xavier", "kaiming", "normal", "least_squares", "identity"]
 Activation = Literal["silu", "relu", "gelu"]
 
 NORMAL_STD = 0.02
@@ -23,6 +23,7 @@ _INITIALISERS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda weight: nn.init.normal_(weight, std=NORMAL_STD),
     # The bottleneck's first layer; the linear part waits for its closed form.
     "least_squares": nn.init.xavier_uniform_,
+    "identity": nn.init.xavier_uniform_,
 }
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -100,8 +101,8 @@ class ElasticBottleneck(nn.Module):
         mlp_ratio: ``h = int(in_dim * mlp_ratio)``, at least 1; ``"linear"`` is one Linear without norm or skip.
         dropout: share of hidden units dropped in training, in [0, 1).
         init_method: ``xavier``, ``kaiming`` (both uniform), ``normal`` (std 0.02), or ``least_squares``: the adapter
-            gets a linear part that is zero until :meth:`load_linear` puts the closed-form map there. Biases start at
-            zero.
+            gets a linear part that is zero until :meth:`load_linear` puts the closed-form map there. ``identity``: the
+            linear part gives back what comes in, for equal widths. Biases start at zero.
         num_layers: independent adapters. Input of more layers is split into so many runs of consecutive layers, each
             of which shares one; 1 is one adapter shared by all layers.
         num_trunks: matrices of the bottleneck where runs of layers share them, while norm, biases and linear part
@@ -144,7 +145,7 @@ class ElasticBottleneck(nn.Module):
             self.norm = StackedLayerNorm(num_layers, in_dim) if layer_norm else None
             self.up = StackedLinear(trunks, in_dim, hidden, num_layers)
             self.down = StackedLinear(trunks, hidden, out_dim, num_layers)
-            has_skip = skip or init_method == "least_squares"
+            has_skip = skip or init_method in ("least_squares", "identity")
             self.skip = StackedLinear(num_layers, in_dim, out_dim) if has_skip else None
         self._initialise(init_method)
 
@@ -215,6 +216,9 @@ class ElasticBottleneck(nn.Module):
         if self.skip is None:
             assert self.down is not None
             self.down.initialise(init_method)
+        elif init_method == "identity":
+            with torch.no_grad():
+                self.skip.weight.copy_(torch.eye(self.in_dim))
         elif init_method != "least_squares":
             self.skip.initialise(init_method)
 
@@ -267,6 +271,11 @@ def _require_settings(
         raise ProjectorError(f"dropout must be a number in [0, 1); got {dropout!r}")
     if init_method not in _INITIALISERS:
         raise ProjectorError(f"init_method must be one of {', '.join(_INITIALISERS)}; got {init_method!r}")
+    if init_method == "identity" and in_dim != out_dim:
+        raise ProjectorError(
+            f"init_method 'identity' needs equal widths; this adapter goes from {in_dim} to {out_dim}; use "
+            "'least_squares' or 'xavier'"
+        )
     if activation not in _ACTIVATIONS:
         raise ProjectorError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
 

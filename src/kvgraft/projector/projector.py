@@ -41,8 +41,9 @@ class KVDimensionProjector(nn.Module):
         mlp_ratio: hidden width over input width (default 1.0), ``"linear"`` for one linear map, or ``"auto"`` for
             each teacher's by its width (:func:`kvgraft.projector.sizing.auto_mlp_ratio`).
         dropout: in [0, 1), default 0.1.
-        init_method: ``xavier`` (default), ``kaiming``, ``normal``, or ``least_squares``: adapters with a linear part
-            that a calibration pass fits in closed form (:func:`kvgraft.fit.closed_form.fit_closed_form`).
+        init_method: ``xavier`` (default), ``kaiming``, ``normal``, ``identity`` (equal widths: the KV as it is), or
+            ``least_squares``: adapters with a linear part that a calibration pass fits in closed form
+            (:func:`kvgraft.fit.closed_form.fit_closed_form`).
         trainable: whether the adapters take gradients, default true.
         per_layer: short for ``sharing="per_layer"``.
         sharing: what the layers of a teacher have in common. ``shared`` (default): one adapter. ``per_layer``:

@@ -45,8 +45,10 @@ class LoraRecipe(Section):
 
 
 class StudentRecipe(Section):
-    """The model that is trained: an existing one (``model``) or a new one (``new``: fields of a transformers config).
+    """The model that is trained: an existing one (``model``), a new one (``new``: fields of a transformers config), or
+    one cut from a larger model (``cut_from``).
 
+    ``layers`` says which layers of ``cut_from`` are kept, or how many, spread evenly; ``every`` keeps every so many.
     ``lora`` trains adapters of an existing one and leaves its weights as they are.
 
     ``tokenizer`` names one to use; without it an existing model brings its own, and for a new one a byte-level BPE
@@ -56,6 +58,9 @@ class StudentRecipe(Section):
     model: str | None = None
     revision: str | None = None
     new: dict[str, Any] | None = None
+    cut_from: str | None = None
+    layers: list[int] | Positive | None = None
+    every: Positive | None = None
     tokenizer: str | None = None
     vocab_size: Positive = 2048
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -64,10 +69,17 @@ class StudentRecipe(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentRecipe:
-        if (self.model is None) == (self.new is None):
-            raise ValueError("give either `model` (an existing one) or `new` (config fields of a new one)")
+        if sum(origin is not None for origin in (self.model, self.new, self.cut_from)) != 1:
+            raise ValueError(
+                "give either `model` (an existing one), or `new` (config fields of a new one), or `cut_from` (a model "
+                "of which some layers are kept)"
+            )
+        if (self.layers is not None) + (self.every is not None) != (self.cut_from is not None):
+            raise ValueError("`cut_from` takes either `layers` or `every`, and they take `cut_from`")
         if self.lora is not None and self.model is None:
-            raise ValueError("`lora` adapts an existing student; give `model`, or leave `lora` out")
+            raise ValueError(
+                "`lora` adapts a model that exists; write it (`kvgraft cut`, say) and give `model`, or leave it out"
+            )
         return self
 
 
@@ -90,26 +102,37 @@ class DataRecipe(Section):
 class AlignmentRecipe(Section):
     """Which teacher token and layer answers for which of the student's.
 
+    ``layers: auto`` is ``origin`` (the layer that it was) for a student cut from the teacher, else ``ratio``.
     ``skip_first_tokens`` leaves the first tokens of every text out of the KV loss: they act as attention sinks and
     carry norms unlike the rest.
     """
 
     tokens: Literal["cover", "causal", "mean"] = "cover"
-    layers: Literal["ratio", "last"] | list[tuple[int, int]] = "ratio"
+    layers: Literal["auto", "ratio", "last", "origin"] | list[tuple[int, int]] = "auto"
     skip_first_tokens: Annotated[int, Field(ge=0)] = 2
 
 
 class ProjectorRecipe(Section):
-    """The adapters between the two widths. ``mlp_ratio: linear`` is one linear map, without the bottleneck."""
+    """The adapters between the two widths. ``mlp_ratio: linear`` is one linear map, without the bottleneck.
+
+    ``init_method: identity`` starts from the KV as it is, for a student cut from its teacher; ``least_squares`` from
+    the best linear map.
+    """
 
     mlp_ratio: Annotated[float, Field(gt=0)] | Literal["auto", "linear"] = 1.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    init_method: Literal["xavier", "kaiming", "normal", "least_squares"] = "xavier"
+    init_method: Literal["xavier", "kaiming", "normal", "least_squares", "identity"] = "xavier"
     sharing: Literal["shared", "per_layer", "grouped", "trunk"] = "per_layer"
     num_groups: Positive = 1
     layer_norm: bool = True
     activation: Literal["silu", "relu", "gelu"] = "silu"
     skip: bool = True
+
+    @model_validator(mode="after")
+    def _identity_of_each_layer(self) -> ProjectorRecipe:
+        if self.init_method == "identity" and self.sharing not in ("per_layer", "trunk"):
+            raise ValueError("init_method identity needs a linear part for each layer; set sharing: per_layer or trunk")
+        return self
 
 
 class ContinuationRecipe(Section):
