@@ -201,7 +201,10 @@ def identify(model: TeacherRecipe) -> IdentifiedModel:
 
     @lru_cache(1)
     def load() -> PreTrainedModel:
-        return loading.load_model(model.model, model.revision, dtype=model.dtype, device=model.device)
+        device = model.device
+        if device == "auto" and process_state().num_processes > 1:
+            device = str(process_state().device)
+        return loading.load_model(model.model, model.revision, dtype=model.dtype, device=device)
 
     tokenizer = loading.load_tokenizer(model.model, model.revision)
     return IdentifiedModel(
@@ -217,7 +220,7 @@ def identify(model: TeacherRecipe) -> IdentifiedModel:
 def store_kv(
     model: IdentifiedModel, examples: list[Example], layers: tuple[int, ...], max_length: int, settings: StoreRecipe
 ) -> tuple[KVStore, FillReport]:
-    """The store of ``model``'s KV over ``examples``, filled where it is not yet; one process fills, the others wait."""
+    """The store of ``model``'s KV over ``examples``, filled where it is not yet; several processes share the work."""
     encoded = encode_for_teacher([example.text for example in examples], model.tokenizer, max_length)
     identity = StoreIdentity(
         model=model.fingerprint,
@@ -229,17 +232,16 @@ def store_kv(
         dtype=settings.dtype,
         max_length=max_length,
     )
-    with process_state().main_process_first():
-        return fill_store(
-            store_folder(settings.path, model.recipe.name, identity),
-            identity,
-            model.recipe.name,
-            model.load,
-            encoded,
-            shard_bytes=settings.shard_megabytes * 1_000_000,
-            token_budget=settings.token_budget,
-            verify=settings.verify,
-        )
+    return fill_store(
+        store_folder(settings.path, model.recipe.name, identity),
+        identity,
+        model.recipe.name,
+        model.load,
+        encoded,
+        shard_bytes=settings.shard_megabytes * 1_000_000,
+        token_budget=settings.token_budget,
+        verify=settings.verify,
+    )
 
 
 def _prepare_teacher(

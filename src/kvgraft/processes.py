@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+_Value = TypeVar("_Value")
 
 
 def on_cpu() -> bool:
@@ -14,3 +19,10 @@ def on_cpu() -> bool:
 def process_state() -> PartialState:
     """This process's rank, how many there are, and its device."""
     return PartialState(cpu=on_cpu())
+
+
+def from_main_process(value: _Value) -> _Value:
+    """The main process's ``value``, in every process; each has to call this."""
+    held = [value]
+    broadcast_object_list(held)
+    return held[0]

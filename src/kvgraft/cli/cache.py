@@ -7,14 +7,19 @@ from kvgraft.cli.shared import Overrides, RecipePath, app, console
 
 @app.command()
 def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Run RECIPE's teachers once and keep their KV on disk. What is there already is not done again."""
+    """Run RECIPE's teachers once and keep their KV on disk. What is there already is not done again.
+
+    Several processes: accelerate launch --num_processes 2 -m kvgraft cache RECIPE
+    """
     from kvgraft.plan import require_workable
     from kvgraft.prepare import prepare
+    from kvgraft.processes import process_state
     from kvgraft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     require_workable(loaded)
-    for teacher in prepare(loaded).teachers:
+    teachers = prepare(loaded).teachers
+    for teacher in teachers if process_state().is_main_process else ():
         speed = teacher.report.tokens_per_second
         done = f"captured at {speed:,.0f} tokens per second" if speed else "was there already"
         console.print(

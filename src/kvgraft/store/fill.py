@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from kvgraft.data.batching import length_buckets
 from kvgraft.data.spans import EncodedText, encode_with_spans
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture
+from kvgraft.processes import from_main_process, process_state
 from kvgraft.progress import progress_bar
 from kvgraft.store.format import StoreIdentity, damage, read_manifest
 from kvgraft.store.reader import KVStore
-from kvgraft.store.writer import KVStoreWriter
+from kvgraft.store.writer import KVStoreWriter, share_folder
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ def fill_store(
 ) -> tuple[KVStore, FillReport]:
     """The store of ``texts`` in ``folder``, made, continued, or opened as it is.
 
+    Where several processes run, all of them call this, and each runs the teacher over its share of the batches.
+
     Args:
         folder: see :func:`store_folder`.
         identity: what the store holds.
@@ -78,42 +82,56 @@ def fill_store(
     """
     by_key = {text.sample_key: text for text in texts}
     truncated = sum(bool(text.truncated_bytes) for text in by_key.values())
-    finished = _finished(folder, identity, verify)
-    if finished is not None:
+    state = process_state()
+    if from_main_process(state.is_main_process and _is_finished(folder, identity, verify)):
         logger.info("KV of %s over these %d texts is in %s; the teacher is not run", teacher, len(by_key), folder)
-        return finished, FillReport(0, 0.0, truncated)
-    with KVStoreWriter(folder, identity, shard_bytes) as writer:
-        missing = [by_key[key] for key in writer.missing(by_key)]
-        tokens = sum(len(text.input_ids) for text in missing)
-        total = sum(len(text.input_ids) for text in by_key.values())
+        return KVStore.open(folder, identity, verify=False), FillReport(0, 0.0, truncated)
+    # The main process holds the store's lock until everything is in it.
+    with KVStoreWriter(folder, identity, shard_bytes) if state.is_main_process else nullcontext() as store:
+        missing = [by_key[key] for key in from_main_process([] if store is None else store.missing(by_key))]
         if len(missing) < len(by_key):
             logger.info("%d of %d texts are in %s already", len(by_key) - len(missing), len(by_key), folder)
         model = load_teacher()
         started = time.perf_counter()
-        with progress_bar(f"capturing KV of {teacher}", total, "tokens", done=total - tokens) as advance:
-            for bucket in length_buckets([len(text.input_ids) for text in missing], token_budget):
-                batch = [missing[index] for index in bucket]
-                _add_batch(writer, model, batch, teacher)
-                advance(sum(len(text.input_ids) for text in batch))
-        writer.finish()
-    seconds = time.perf_counter() - started
-    # Sizes are enough here: every shard was checked or written by this very process.
-    return KVStore.open(folder, identity, verify=False), FillReport(tokens, seconds, truncated)
+        buckets = length_buckets([len(text.input_ids) for text in missing], token_budget)
+        # Buckets come longest first, so that turns even the work out.
+        share = [[missing[index] for index in bucket] for bucket in buckets[state.process_index :: state.num_processes]]
+        if store is not None and state.num_processes == 1:
+            _add_share(store, model, share, teacher)
+        else:
+            with KVStoreWriter(share_folder(folder, state.process_index), identity, shard_bytes) as writer:
+                _add_share(writer, model, share, teacher)
+        state.wait_for_everyone()
+        if store is not None:
+            store.adopt_shares()
+            store.finish()
+    state.wait_for_everyone()
+    report = FillReport(sum(len(text.input_ids) for text in missing), time.perf_counter() - started, truncated)
+    # Sizes are enough here: every shard was checked or written by these very processes.
+    return KVStore.open(folder, identity, verify=False), report
 
 
-def _finished(folder: Path, identity: StoreIdentity, verify: bool) -> KVStore | None:
-    """The complete and sound store in ``folder``; None where the writer has something to do."""
+def _is_finished(folder: Path, identity: StoreIdentity, verify: bool) -> bool:
+    """Whether ``folder`` holds the complete and sound store, so that the writer has nothing to do."""
     manifest = read_manifest(folder)
     if manifest is None or not manifest.complete or manifest.identity.difference(identity):
-        return None
-    if any(damage(folder, name, shard, checksum=verify) for name, shard in manifest.shards.items()):
-        return None
-    return KVStore(folder, manifest)
+        return False
+    return not any(damage(folder, name, shard, checksum=verify) for name, shard in manifest.shards.items())
 
 
 def encode_for_teacher(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[EncodedText]:
     """``texts`` as the teacher reads them, cut to ``max_length`` tokens."""
     return [encode_with_spans(tokenizer, text, max_length) for text in texts]
+
+
+def _add_share(
+    writer: KVStoreWriter, model: PreTrainedModel, share: Sequence[Sequence[EncodedText]], teacher: str
+) -> None:
+    tokens = [sum(len(text.input_ids) for text in batch) for batch in share]
+    with progress_bar(f"capturing KV of {teacher}", sum(tokens), "tokens") as advance:
+        for batch, size in zip(share, tokens, strict=True):
+            _add_batch(writer, model, batch, teacher)
+            advance(size)
 
 
 def _add_batch(writer: KVStoreWriter, model: PreTrainedModel, batch: Sequence[EncodedText], teacher: str) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from kvgraft.store.format import (
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
+# Where processes that fill one store together write, each in a folder of its own.
+SHARE_PATTERN = "share-*"
 _DTYPE_CODES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -61,7 +64,8 @@ class KVStoreWriter:
     """The one writer of a store folder; use it in a ``with`` block, which holds the folder's lock.
 
     An existing folder is continued: leftovers of a killed run are removed, and shards that are missing or damaged are
-    dropped with a warning, so that :meth:`missing` names exactly what has to be done again. Leaving the block writes
+    dropped with a warning, so that :meth:`missing` names exactly what has to be done again. What several processes left
+    in folders of their own (:func:`share_folder`) is taken over. Leaving the block writes
     what was added; only :meth:`finish` marks the store complete, which a reader asks for.
 
     Args:
@@ -86,6 +90,7 @@ class KVStoreWriter:
         self._lock: int | None = _lock(self.folder)
         try:
             self._manifest = _recover(self.folder, identity)
+            self.adopt_shares()
         except BaseException:
             self.close()
             raise
@@ -161,6 +166,14 @@ class KVStoreWriter:
         if self._pending_bytes >= self._shard_bytes:
             self._flush()
 
+    def adopt_shares(self) -> None:
+        """Move the shards of every share into this store, and remove the shares' folders."""
+        for share in sorted(self.folder.glob(SHARE_PATTERN)):
+            with KVStoreWriter(share, self.identity, self._shard_bytes) as other:
+                self._manifest = _with_shards_of(self._manifest, self.folder, other._manifest, share)
+                write_manifest(self.folder, self._manifest)
+                shutil.rmtree(share)
+
     def finish(self) -> None:
         """Write what is left and mark the store complete; call it once every text was added."""
         self._flush()
@@ -205,7 +218,7 @@ class KVStoreWriter:
         samples, moments = list(self._pending.values()), self._moments
         self._pending, self._pending_bytes = {}, 0
         self._moments = Moments.empty(self.identity.geometry)
-        name = _next_shard_name(self._manifest)
+        name = _next_shard_name(self._manifest.shards)
         entry = _write_shard(self.folder / name, samples, moments)
         manifest = _with_shard(self._manifest, name, entry, samples)
         try:
@@ -221,6 +234,11 @@ class KVStoreWriter:
             self._flush()
         except (StoreError, OSError) as second:
             logger.warning("could not save the last samples of %s after %s: %s", self.folder, repr(error), second)
+
+
+def share_folder(folder: Path, process: int) -> Path:
+    """Where process number ``process`` writes while several fill the store in ``folder``."""
+    return folder / SHARE_PATTERN.replace("*", f"{process:05d}")
 
 
 def _lock(folder: Path) -> int:
@@ -293,9 +311,9 @@ def _first_not_finite(packed: Tensor, layers: tuple[int, ...]) -> str | None:
     return f"the {('keys', 'values')[kind]} of layer {layers[layer]}, token {token}"
 
 
-def _next_shard_name(manifest: Manifest) -> str:
+def _next_shard_name(shards: Iterable[str]) -> str:
     # One past the highest and not the first gap: a dropped shard then seldom lends its name to other contents.
-    last = max((int(Path(name).stem.removeprefix("kv-")) for name in manifest.shards), default=-1)
+    last = max((int(Path(name).stem.removeprefix("kv-")) for name in shards), default=-1)
     return f"kv-{last + 1:05d}.safetensors"
 
 
@@ -314,6 +332,24 @@ def _with_shard(manifest: Manifest, name: str, entry: ShardEntry, samples: list[
         first += tokens
     shards = {**manifest.shards, name: entry}
     return Manifest(identity=manifest.identity, complete=False, shards=shards, samples=entries)
+
+
+def _with_shards_of(manifest: Manifest, folder: Path, other: Manifest, share: Path) -> Manifest:
+    """``manifest`` of ``folder`` and the shards of ``other``, which are moved there from ``share``."""
+    shards, samples = dict(manifest.shards), dict(manifest.samples)
+    # A shard with a sample that is here already would count it twice; what else it holds is done again.
+    repeated = {sample.shard for key, sample in other.samples.items() if key in samples}
+    names = {}
+    for name, entry in other.shards.items():
+        if name not in repeated:
+            names[name] = _next_shard_name(shards)
+            os.replace(share / name, folder / names[name])
+            shards[names[name]] = entry
+    for key, sample in other.samples.items():
+        if sample.shard in names:
+            samples[key] = sample.model_copy(update={"shard": names[sample.shard]})
+    complete = manifest.complete and not names
+    return Manifest(identity=manifest.identity, complete=complete, shards=shards, samples=samples)
 
 
 def _write_shard(path: Path, samples: list[_Pending], moments: Moments) -> ShardEntry:

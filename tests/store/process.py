@@ -1,0 +1,50 @@
+"""One of several processes that fill a store together: ``python -m tests.store.process FOLDER [KILL_AFTER]``.
+
+With KILL_AFTER the second process kills itself once that many of its batches are on disk.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from kvgraft.data.spans import EncodedText
+from kvgraft.data.tokenizers import train_tokenizer
+from kvgraft.processes import process_state
+from kvgraft.store import fill as filling
+from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store
+from kvgraft.store.reader import KVStore
+from tests.store.test_fill import identity, teacher
+
+TEXTS = [f"{number} apples and {number * 7} pears" + " in a basket" * (number % 3) for number in range(12)]
+
+
+def encoded() -> list[EncodedText]:
+    return encode_for_teacher(TEXTS, train_tokenizer(TEXTS, 300), 64)
+
+
+def fill(folder: Path) -> tuple[KVStore, FillReport]:
+    """A pass of the teacher and a shard for every text."""
+    texts = encoded()
+    return fill_store(folder, identity(texts), "tiny", teacher, texts, shard_bytes=1, token_budget=1)
+
+
+def kill_second_process_after(batches: int) -> None:
+    capture, done = filling.capture, []
+
+    def capture_or_die(*args, **options):
+        if process_state().process_index == 1 and len(done) == batches:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(1)
+        return capture(*args, **options)
+
+    filling.capture = capture_or_die
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        kill_second_process_after(int(sys.argv[2]))
+    _, report = fill(folder)
+    if process_state().is_main_process:
+        (folder / "tokens").write_text(str(report.tokens))

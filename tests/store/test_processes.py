@@ -1,0 +1,84 @@
+"""Two processes that fill one store: disjoint shares, one manifest, the content of one process, and a kill between."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from kvgraft.store.format import Manifest, read_manifest
+from kvgraft.store.writer import KVStoreWriter, share_folder
+from tests.store.process import encoded, fill
+from tests.store.test_fill import identity
+
+
+def fill_in_two_processes(folder: Path, *options: str) -> int:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launch, "-m", "tests.store.process", str(folder), *options]
+    return subprocess.run(command, env=environment, timeout=300, check=False).returncode
+
+
+def manifest_of(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return manifest
+
+
+def require_same_content(folder: Path, other: Path) -> None:
+    (store, report), (whole, _) = fill(folder), fill(other)
+    assert report.tokens == 0
+    assert store.verify() == []
+    assert set(store.keys()) == set(whole.keys())
+    for key in whole.keys():  # noqa: SIM118 - a store is not a mapping
+        one, expected = store.read(key), whole.read(key)
+        assert torch.equal(one.kv.keys, expected.kv.keys)
+        assert torch.equal(one.kv.values, expected.kv.values)
+        assert (one.spans == expected.spans).all()
+    assert store.num_tokens == whole.num_tokens
+    torch.testing.assert_close(store.statistics().variance, whole.statistics().variance)
+
+
+def test_one_process_is_killed_and_only_the_rest_is_done_again(tmp_path: Path) -> None:
+    folder, whole = tmp_path / "shared", tmp_path / "whole"
+    assert fill_in_two_processes(folder, "2") != 0
+    first, second = (manifest_of(share_folder(folder, process)).samples for process in (0, 1))
+    assert len(second) == 2
+    assert not first.keys() & second.keys()
+    assert not manifest_of(folder).complete
+
+    assert fill_in_two_processes(folder) == 0
+    kept = sum(sample.tokens for sample in [*first.values(), *second.values()])
+    assert int((folder / "tokens").read_text()) == sum(len(text.input_ids) for text in encoded()) - kept
+    assert not list(folder.glob("share-*"))
+    require_same_content(folder, whole)
+
+
+def write_share(folder: Path, source: Path, indices: list[int], shard_bytes: int = 1) -> None:
+    store, _ = fill(source)
+    texts = encoded()
+    with KVStoreWriter(folder, identity(texts), shard_bytes) as writer:
+        for index in indices:
+            sample = store.read(texts[index].sample_key)
+            writer.add(
+                texts[index].sample_key, sample.kv, sample.spans, sample.truncated_bytes, sample.text_bytes,
+                torch.arange(len(sample.spans)) >= 2,
+            )  # fmt: skip
+
+
+def test_one_process_goes_on_from_what_several_left(tmp_path: Path) -> None:
+    folder, whole = tmp_path / "shared", tmp_path / "whole"
+    write_share(share_folder(folder, 0), whole, [0, 1])
+    # A run of more processes, a shard that was cut short, and one that holds a text which is there already.
+    write_share(share_folder(folder, 3), whole, [2, 3])
+    damaged = share_folder(folder, 3) / "kv-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    write_share(share_folder(folder, 4), whole, [1, 4], shard_bytes=10**6)
+    with KVStoreWriter(folder, identity(encoded()), 1) as writer:
+        kept = set(manifest_of(folder).samples)
+        assert kept == {encoded()[index].sample_key for index in (0, 1, 2)}
+        assert len(writer.missing([text.sample_key for text in encoded()])) == 9
+    _, report = fill(folder)
+    assert report.tokens == sum(len(text.input_ids) for text in encoded()[3:])
+    require_same_content(folder, whole)
