@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from kvgraft.data.chat import encode_text, require_template
 from kvgraft.data.datasets import Example
-from kvgraft.data.spans import encode_with_spans
 from kvgraft.distill.build import build_projector
 from kvgraft.distill.objectives import projector_direction
 from kvgraft.errors import KVGraftError, RecipeError
@@ -87,6 +87,7 @@ def make_plan(recipe: Recipe) -> Plan:
     try:
         tokenizer = existing_tokenizer(recipe)
         train, held_out = load_examples_of(recipe, tokenizer)
+        _require_template_for(train + held_out, tokenizer)
         student_config = load_student_config(recipe, recipe.student.vocab_size if tokenizer is None else tokenizer)
         problems += _student_problems(recipe, student_config, tokenizer, len(train))
         trained, frozen = _student_sizes(recipe, student_config)
@@ -161,6 +162,17 @@ def _student_problems(
             f"kv_loss.layer_weights has {len(layers)} entries for {kv_geometry(config).num_layers} student layers"
         )
     return problems
+
+
+def _require_template_for(examples: list[Example], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if not any(example.turns for example in examples):
+        return
+    if tokenizer is None:
+        raise RecipeError(
+            "a new student's tokenizer has no chat template, which data.chat_template: own asks for; name a "
+            "student.tokenizer that has one, or set data.chat_template: student"
+        )
+    require_template(tokenizer)
 
 
 def _teacher_plan(
@@ -258,7 +270,7 @@ def _count_tokens(tokenizer: PreTrainedTokenizerBase, examples: list[Example], m
     counted = examples[:_COUNTED_TEXTS]
     if not counted:
         return 0
-    tokens = sum(len(encode_with_spans(tokenizer, example.text, max_length).input_ids) for example in counted)
+    tokens = sum(len(encode_text(example, tokenizer, max_length).input_ids) for example in counted)
     share = sum(len(example.text) for example in examples) / sum(len(example.text) for example in counted)
     return round(tokens * share)
 

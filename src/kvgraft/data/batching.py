@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from kvgraft.data.chat import encode_text
 from kvgraft.data.datasets import Example
-from kvgraft.data.spans import Spans, encode_with_spans
+from kvgraft.data.spans import Spans
 
 IGNORED = -100
 
@@ -45,22 +47,43 @@ def encode_example(
 ) -> EncodedExample:
     """``example`` in at most ``max_length`` tokens, its end-of-text among them.
 
+    The completion of a conversation that keeps its turns is every turn of the assistant, and the token that ends it.
+
     Raises:
         DataError, AlignmentError: as :func:`kvgraft.data.spans.encode_with_spans`.
     """
-    encoded = encode_with_spans(tokenizer, example.text, max_length - 1)
+    # A chat template says itself how a text ends.
+    own_end = bool(example.turns)
+    encoded = encode_text(example, tokenizer, max_length if own_end else max_length - 1)
     input_ids, spans = list(encoded.input_ids), encoded.spans
-    end_of_text = tokenizer.eos_token_id
+    end_of_text = None if own_end else tokenizer.eos_token_id
     if end_of_text is not None and not encoded.truncated_bytes and input_ids[-1] != end_of_text:
         input_ids.append(end_of_text)
         spans = np.concatenate([spans, np.full((1, 2), spans[-1, 1], dtype=np.int32)])
     labels = list(input_ids)
     labels[0] = IGNORED
-    if loss_on == "completion":
+    if loss_on == "completion" and example.turns:
+        labels = [
+            label if said else IGNORED for label, said in zip(labels, _said_by_assistant(example, spans), strict=True)
+        ]
+    elif loss_on == "completion":
         prompt_bytes = len(example.text[: example.prompt_characters].encode())
         in_prompt = spans[:, 0] < prompt_bytes
         labels = [IGNORED if prompt else label for label, prompt in zip(labels, in_prompt, strict=True)]
     return EncodedExample(input_ids, labels, spans, encoded.truncated_bytes, encoded.text_bytes, encoded.sample_key)
+
+
+def _said_by_assistant(example: Example, spans: Spans) -> NDArray[np.bool_]:
+    """bool ``[tokens]``: the tokens of the assistant's turns, each with the token after it, which ends the turn."""
+    said = np.zeros(len(spans), dtype=bool)
+    text = spans[:, 1] > spans[:, 0]
+    for turn, (first, last) in zip(example.turns, example.contents, strict=True):
+        if turn.role == "assistant":
+            start, end = (len(example.text[:edge].encode()) for edge in (first, last))
+            said |= text & (spans[:, 0] >= start) & (spans[:, 1] <= end)
+    ends = np.flatnonzero(said[:-1] & ~text[1:]) + 1
+    said[ends] = True
+    return said
 
 
 def length_buckets(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -6,10 +6,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,12 +31,34 @@ HUB_ALIASES = {"gsm8k": "openai/gsm8k:main", "openai/gsm8k": "openai/gsm8k:main"
 logger = logging.getLogger(__name__)
 
 
+class Turn(NamedTuple):
+    """One message of a conversation, as chat templates take it."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True)
 class Example:
-    """One text; the completion starts at character ``prompt_characters`` (0: there is no prompt, all of it counts)."""
+    """One text; the completion starts at character ``prompt_characters`` (0: there is no prompt, all of it counts).
+
+    ``turns`` is a conversation that each model reads in its own chat template; ``text`` is then its plain form, lines
+    of ``role: content``.
+    """
 
     text: str
     prompt_characters: int = 0
+    turns: tuple[Turn, ...] = field(default=(), compare=False)
+
+    @property
+    def contents(self) -> list[tuple[int, int]]:
+        """The characters of ``text`` that each turn's content takes."""
+        ranges, start = [], 0
+        for role, content in self.turns:
+            start += len(f"{role}: ")
+            ranges.append((start, start + len(content)))
+            start += len(content) + 1
+        return ranges
 
 
 def load_examples(
@@ -47,6 +69,7 @@ def load_examples(
     *,
     shuffle: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    keep_turns: bool = False,
 ) -> list[Example]:
     """The texts of ``source``, in its own order.
 
@@ -59,6 +82,8 @@ def load_examples(
         seed: draws the word problems, and the order if ``shuffle``.
         shuffle: take the texts in an order drawn from ``seed``, the same on every machine.
         tokenizer: its chat template renders ``messages``; without one they become lines of ``role: content``.
+        keep_turns: make them lines in any case and keep their turns, for each model's own template. White space around
+            a turn is left out: some templates strip it and others do not.
 
     Columns, the first form that a row has: ``messages`` (up to the last assistant turn, which is the completion),
     ``prompt`` + ``completion`` (joined as they are), ``question`` + ``answer`` (joined by a line break), ``text``.
@@ -73,7 +98,7 @@ def load_examples(
         rows: Iterable[Row] = _numbered(f"word_problems ({split})", word_problems.generate(split, count, seed))
     else:
         rows = _rows(source, split)
-    examples = (_example(where, row, tokenizer) for where, row in rows)
+    examples = (_example(where, row, tokenizer, keep_turns) for where, row in rows)
     chosen = _shuffled(examples, seed)[:limit] if shuffle else list(islice(examples, limit))
     if not chosen:
         raise DataError(f"{source} ({split}) holds no examples; give a source with at least one row of {KNOWN_FORMS}")
@@ -90,6 +115,7 @@ def load_train_and_held_out(
     seed: int = 0,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    keep_turns: bool = False,
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out texts that share none.
 
@@ -103,7 +129,7 @@ def load_train_and_held_out(
     if held_out is None and _is_file(train):
         _check_limit(train, train_limit)
         _check_limit(train, held_out_limit)
-        examples = load_examples(train, seed=seed, tokenizer=tokenizer)
+        examples = load_examples(train, seed=seed, tokenizer=tokenizer, keep_turns=keep_turns)
         sides: tuple[list[Example], list[Example]] = ([], [])
         for example in examples:
             sides[_digest(example.text) % 10 == 0].append(example)
@@ -113,8 +139,9 @@ def load_train_and_held_out(
                 "name a second file as held_out"
             )
         return sides[0][:train_limit], sides[1][:held_out_limit]
-    trained = load_examples(train, "train", train_limit, seed, tokenizer=tokenizer)
-    tested = load_examples(held_out or train, "held_out", held_out_limit, seed, tokenizer=tokenizer)
+    chat: dict[str, Any] = {"tokenizer": tokenizer, "keep_turns": keep_turns}
+    trained = load_examples(train, "train", train_limit, seed, **chat)
+    tested = load_examples(held_out or train, "held_out", held_out_limit, seed, **chat)
     tested_texts = {example.text for example in tested}
     kept = [example for example in trained if example.text not in tested_texts]
     if not kept:
@@ -199,9 +226,11 @@ def _numbered(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
     return ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _example(where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Example:
+def _example(
+    where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, keep_turns: bool
+) -> Example:
     if "messages" in row:
-        return _from_messages(where, row["messages"], tokenizer)
+        return _from_messages(where, row["messages"], tokenizer, keep_turns)
     if "prompt" in row and "completion" in row:
         prompt = _string(where, row, "prompt")
         return Example(prompt + _filled_string(where, row, "completion"), len(prompt))
@@ -213,17 +242,20 @@ def _example(where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerB
     raise DataError(f"{where}: found columns {sorted(row)}; known forms are {KNOWN_FORMS}")
 
 
-def _from_messages(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase | None) -> Example:
+def _from_messages(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase | None, keep_turns: bool) -> Example:
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f"{where}: `messages` must be a list of {{role, content}}; got {str(messages)[:60]!r}")
     turns = [(_string(where, message, "role"), _string(where, message, "content")) for message in messages]
     last = max((index for index, (role, _) in enumerate(turns) if role == "assistant"), default=None)
     if last is None or not turns[last][1].strip():
         raise DataError(f"{where}: `messages` need an assistant turn with text; the roles are {[r for r, _ in turns]}")
-    if tokenizer is not None and tokenizer.chat_template:
+    if tokenizer is not None and tokenizer.chat_template and not keep_turns:
         return _from_chat_template(where, messages[: last + 1], tokenizer)
+    if keep_turns:
+        turns = [(role, content.strip()) for role, content in turns]
     text = "\n".join(f"{role}: {content}" for role, content in turns[: last + 1])
-    return Example(text, len(text) - len(f" {turns[last][1]}"))
+    kept = tuple(Turn(*turn) for turn in turns[: last + 1]) if keep_turns else ()
+    return Example(text, len(text) - len(f" {turns[last][1]}"), kept)
 
 
 def _from_chat_template(where: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -135,6 +135,8 @@ def _held_out(recipe: Recipe, data: FitData) -> Questions:
 
 
 def _require_graftable(recipe: Recipe) -> None:
+    if recipe.data.chat_template != "student":
+        raise RecipeError("a graft goes on in the middle of one text; set data.chat_template: student")
     if recipe.fit.direction != "teacher_to_student":
         raise RecipeError(
             "a graft needs the student's KV as the target; set fit.direction: teacher_to_student, or let the two "

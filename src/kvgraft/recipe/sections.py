@@ -87,7 +87,9 @@ class DataRecipe(Section):
     """The text. ``train`` and ``held_out`` are ``word_problems``, ``gsm8k``, a JSONL file or a hub data set.
 
     ``held_out`` defaults to the held-out part of ``train``. ``seed`` draws the word problems. Lengths are in tokens of
-    the student.
+    the student. ``chat_template`` says how ``messages`` are read: ``student``: both models read the text that the
+    student's template makes (lines of ``role: content`` where it has none); ``own``: each model reads them in its own
+    template, and only what was said is aligned.
     """
 
     train: str = "word_problems"
@@ -97,6 +99,7 @@ class DataRecipe(Section):
     seed: int = 0
     max_length: Annotated[int, Field(gt=1)] = 512
     loss_on: Literal["all", "completion"] = "all"
+    chat_template: Literal["student", "own"] = "student"
 
 
 class AlignmentRecipe(Section):
