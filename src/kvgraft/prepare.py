@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kvgraft.align.layers import map_layers
 from kvgraft.data.batching import EncodedExample, encode_example
-from kvgraft.data.chat import encode_text, template_fingerprint
+from kvgraft.data.chat import template_fingerprint
 from kvgraft.data.datasets import Example, load_train_and_held_out
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
@@ -27,7 +27,7 @@ from kvgraft.models.lora import add_lora
 from kvgraft.models.students import new_student, student_config
 from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, StoreRecipe, StudentRecipe, TeacherRecipe
-from kvgraft.store.fill import FillReport, fill_store, store_folder
+from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
 
@@ -228,7 +228,7 @@ def store_kv(
     model: IdentifiedModel, examples: list[Example], layers: tuple[int, ...], max_length: int, settings: StoreRecipe
 ) -> tuple[KVStore, FillReport]:
     """The store of ``model``'s KV over ``examples``, filled where it is not yet; several processes share the work."""
-    encoded = [encode_text(example, model.tokenizer, max_length) for example in examples]
+    encoded = encode_for_teacher(examples, model.tokenizer, max_length)
     identity = StoreIdentity(
         model=model.fingerprint,
         tokenizer=model.tokenizer_fingerprint,

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.processes import process_state
@@ -20,7 +21,7 @@ TEXTS = [f"{number} apples and {number * 7} pears" + " in a basket" * (number % 
 
 
 def encoded() -> list[EncodedText]:
-    return encode_for_teacher(TEXTS, train_tokenizer(TEXTS, 300), 64)
+    return encode_for_teacher([Example(text) for text in TEXTS], train_tokenizer(TEXTS, 300), 64)
 
 
 def fill(folder: Path) -> tuple[KVStore, FillReport]:

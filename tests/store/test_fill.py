@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.errors import KVGraftError
@@ -34,7 +35,7 @@ def teacher() -> LlamaForCausalLM:
 
 
 def encoded() -> list[EncodedText]:
-    return encode_for_teacher(TEXTS, train_tokenizer(TEXTS, 300), 64)
+    return encode_for_teacher([Example(text) for text in TEXTS], train_tokenizer(TEXTS, 300), 64)
 
 
 def identity(texts: list[EncodedText]) -> StoreIdentity:

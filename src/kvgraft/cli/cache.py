@@ -9,7 +9,7 @@ from kvgraft.cli.shared import Overrides, RecipePath, app, console
 def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Run RECIPE's teachers once and keep their KV on disk. What is there already is not done again.
 
-    Several processes: accelerate launch --num_processes 2 -m kvgraft cache RECIPE
+    Several processes: accelerate launch -m kvgraft cache RECIPE; on CPUs torchrun --nproc-per-node 2 -m kvgraft ...
     """
     from kvgraft.plan import require_workable
     from kvgraft.prepare import prepare

@@ -1,7 +1,7 @@
 """Conversations inside a model's own chat template: its tokens, and which of them stand for what was said.
 
-Two models wrap one conversation in different words. They are aligned over its plain form, ``Example.text``; a token that
-stands for the template alone has an empty span there, like BOS and EOS.
+Two models wrap one conversation in different words. They are aligned over its plain form, ``Example.text``; a token
+that stands for the template alone has an empty span there, like BOS and EOS.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from kvgraft.data.chat import encode_text
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
@@ -30,6 +29,7 @@ from kvgraft.projector.projector import with_previous_tokens
 from kvgraft.projector.scenario import AblationData
 from kvgraft.projector.settings import Direction
 from kvgraft.recipe import Recipe, TeacherRecipe
+from kvgraft.store.fill import encode_for_teacher
 from kvgraft.store.reader import KVStatistics, KVStore
 
 # Tokens from which a step's are drawn, over those of a step: enough to mix many texts, little enough to hold.
@@ -271,7 +271,7 @@ def _pairs(
         recipe.alignment.tokens,
         recipe.alignment.skip_first_tokens,
     )
-    texts = [encode_text(example, student.tokenizer, recipe.data.max_length) for example in examples]
+    texts = encode_for_teacher(examples, student.tokenizer, recipe.data.max_length)
     student_layers = mapped_students if forwards else list(range(student.geometry.num_layers))
     return PairDataset(texts, student_store, source, student_layers, recipe.fit.direction, recipe.fit.context_tokens)
 

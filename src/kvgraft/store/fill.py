@@ -14,7 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvgraft.data.batching import length_buckets
-from kvgraft.data.spans import EncodedText, encode_with_spans
+from kvgraft.data.chat import encode_text
+from kvgraft.data.datasets import Example
+from kvgraft.data.spans import EncodedText
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture
 from kvgraft.processes import from_main_process, process_state
@@ -119,9 +121,11 @@ def _is_finished(folder: Path, identity: StoreIdentity, verify: bool) -> bool:
     return not any(damage(folder, name, shard, checksum=verify) for name, shard in manifest.shards.items())
 
 
-def encode_for_teacher(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[EncodedText]:
-    """``texts`` as the teacher reads them, cut to ``max_length`` tokens."""
-    return [encode_with_spans(tokenizer, text, max_length) for text in texts]
+def encode_for_teacher(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[EncodedText]:
+    """``examples`` as the teacher reads them, cut to ``max_length`` tokens."""
+    return [encode_text(example, tokenizer, max_length) for example in examples]
 
 
 def _add_share(
