@@ -1,0 +1,157 @@
+"""The last step of a language model: from hidden states to logits, and the hidden states that it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvgraft.errors import ModelError
+from kvgraft.models.capture import decoder_of
+
+# Tokens and relative error of the check that a head gives the model's own logits.
+_PROBE_TOKENS, _PROBE_TOLERANCE = 8, 0.02
+_checked_models: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: ``cap(scale * (hidden @ weight.T + bias))``.
+
+    Attributes:
+        weight: ``[vocabulary, hidden_size]``.
+        bias: ``[vocabulary]`` or None.
+        scale: factor on the logits (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
+        softcap: bound that logits approach through a tanh (Gemma's ``final_logit_softcapping``); None for none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the head gives a logit."""
+        return self.weight.shape[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``[tokens, vocabulary]`` of ``hidden [tokens, hidden_size]``, in the dtype of ``hidden``."""
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def cut(self, vocabulary: int) -> Head:
+        """The head of the first ``vocabulary`` tokens: without the rows that pad an embedding matrix.
+
+        Raises:
+            ModelError: the head has fewer.
+        """
+        if vocabulary > self.vocabulary:
+            raise ModelError(f"a head of {self.vocabulary} tokens cannot be cut to {vocabulary}")
+        if vocabulary == self.vocabulary:
+            return self
+        bias = None if self.bias is None else self.bias[:vocabulary]
+        return replace(self, weight=self.weight[:vocabulary], bias=bias)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of ``model``, sharing its parameters; checked once against the model's own logits.
+
+    Raises:
+        ModelError: the model has no linear head, or does something between hidden states and logits that is not
+            covered; its logits would silently be others.
+    """
+    output = model.get_output_embeddings()
+    weight, bias = getattr(output, "weight", None), getattr(output, "bias", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ModelError(f"{type(model).__name__} has no linear language-model head; logits cannot be distilled")
+    text = model.config.get_text_config()
+    scale = getattr(text, "logit_scale", None)
+    divisor = getattr(text, "logits_scaling", None)
+    head = Head(
+        weight,
+        bias,
+        scale=float(scale if scale is not None else 1.0) / float(divisor if divisor is not None else 1.0),
+        softcap=getattr(text, "final_logit_softcapping", None),
+    )
+    if model not in _checked_models:
+        _require_own_logits(model, head)
+        _checked_models[model] = True
+    return head
+
+
+class RecordedHidden:
+    """The hidden states that a model's last forward pass handed to its head; see :func:`record_hidden`."""
+
+    def __init__(self) -> None:
+        self._states: Tensor | None = None
+
+    def note(self, states: Tensor) -> None:
+        """``[batch, tokens, hidden_size]`` of a pass."""
+        self._states = states
+
+    @property
+    def states(self) -> Tensor:
+        """``[batch, tokens, hidden_size]``, behind the last norm."""
+        if self._states is None:
+            raise ModelError("the model was not run while its hidden states were recorded")
+        return self._states
+
+
+@contextmanager
+def record_hidden(model: PreTrainedModel) -> Iterator[RecordedHidden]:
+    """Record the last hidden states of a forward pass of ``model`` made inside the block, with their gradient."""
+    recorded = RecordedHidden()
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        recorded.note(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    handle = decoder_of(model).register_forward_hook(note)
+    try:
+        yield recorded
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states ``[batch, tokens, hidden_size]``, without gradient and without any logit."""
+    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    with record_hidden(model) as recorded:
+        decoder_of(model)(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+    return recorded.states
+
+
+@torch.no_grad()
+def _require_own_logits(model: PreTrainedModel, head: Head) -> None:
+    was_training = model.training
+    model.eval()
+    vocabulary = model.get_input_embeddings().num_embeddings
+    input_ids = (torch.arange(_PROBE_TOKENS, device=model.device) * 37 % vocabulary)[None]
+    try:
+        with record_hidden(model) as recorded:
+            expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
+    finally:
+        model.train(was_training)
+    logits = head.logits(recorded.states[0])
+    fits = logits.shape == expected.shape
+    error = float((logits - expected).norm() / expected.norm().clamp_min(1e-30)) if fits else float("inf")
+    if not error < _PROBE_TOLERANCE:
+        raise ModelError(
+            f"{type(model).__name__} makes its logits from hidden states in a way that is not covered (relative "
+            f"difference {error:.1e} from its own); use a model whose head is linear, with a scale or soft cap at most"
+        )
