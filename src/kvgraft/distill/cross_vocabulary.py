@@ -75,7 +75,10 @@ def token_log_likelihood(hidden: Tensor, head: Head, token_ids: Tensor, chunk_to
         chunks = range(0, hidden.shape[0], chunk_tokens)
         found = [_log_likelihood(head, hidden[c : c + chunk_tokens], token_ids[c : c + chunk_tokens]) for c in chunks]
         return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
-    return _TokenLogLikelihood.apply(hidden, head.weight, head.bias, head, token_ids, chunk_tokens)
+    found_with_gradient: Tensor = _TokenLogLikelihood.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, head, token_ids, chunk_tokens
+    )
+    return found_with_gradient
 
 
 def chunk_likelihood_loss(
@@ -153,7 +156,8 @@ class _TokenLogLikelihood(torch.autograd.Function):
                 assert chunk_weight is not None
                 head = Head(chunk_weight, chunk_bias, ctx.head.scale, ctx.head.softcap)
                 found = _log_likelihood(head, chunk, token_ids[rows])
-                parts = torch.autograd.grad(found, [inputs[index] for index in wanted], upstream[0][rows])
+                leaves = [tensor for index, tensor in enumerate(inputs) if index in wanted and tensor is not None]
+                parts = torch.autograd.grad(found, leaves, upstream[0][rows])
                 for index, part in zip(wanted, parts, strict=True):
                     total = gradients[index]
                     assert total is not None

@@ -90,12 +90,12 @@ def divergence_loss(
     _require_target(hidden, head, target)
 
     def compare(logits: Tensor, rows: slice) -> Tensor:
-        logits.div_(temperature)
+        _divide(logits, temperature)
         if isinstance(target, FullTarget):
-            loss = divergence_and_gradient(logits, target.logits(rows).div_(temperature), beta)
+            loss = divergence_and_gradient(logits, _divide(target.logits(rows), temperature), beta)
         else:
             loss = _top_divergence(logits, target, rows, beta)
-        logits.div_(temperature)
+        _divide(logits, temperature)
         return loss
 
     return chunked_loss(hidden, head, compare, num_tokens, chunk_tokens)
@@ -118,7 +118,9 @@ def chunked_loss(
     """
     count = hidden.shape[0] if num_tokens is None else num_tokens
     chunk_tokens = chunk_tokens or default_chunk_tokens(head.vocabulary)
-    total = _ChunkedLoss.apply(hidden, head.weight, head.bias, head, compare, chunk_tokens)
+    total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, head, compare, chunk_tokens
+    )
     return total / torch.as_tensor(count, device=hidden.device).clamp_min(1)
 
 
@@ -140,9 +142,9 @@ def divergence_and_gradient(student: Tensor, teacher: Tensor, beta: float) -> Te
     student.sub_(student.logsumexp(-1, keepdim=True))
     teacher.sub_(teacher.logsumexp(-1, keepdim=True))
     if beta == 0:
-        log_ratio = teacher - student
-        probabilities = teacher.exp_()
-        loss = torch.linalg.vecdot(probabilities, _zero_where_impossible(log_ratio, probabilities))
+        probabilities = teacher.exp()
+        log_ratio = teacher.sub_(student)
+        loss = torch.linalg.vecdot(probabilities, _finite(log_ratio))
         student.exp_().sub_(probabilities)
         return loss
     # log of student over mixture; the mixture is the teacher itself for the reverse KL.
@@ -153,18 +155,23 @@ def divergence_and_gradient(student: Tensor, teacher: Tensor, beta: float) -> Te
         mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
         log_ratio = teacher - mixture
         probabilities = teacher.exp_()
-        teacher_loss = beta * torch.linalg.vecdot(probabilities, _zero_where_impossible(log_ratio, probabilities))
+        teacher_loss = beta * torch.linalg.vecdot(probabilities, _finite(log_ratio))
     log_ratio = torch.sub(student, mixture, out=mixture)
     probabilities = student.exp_()
-    student_loss = torch.linalg.vecdot(probabilities, _zero_where_impossible(log_ratio, probabilities))
+    student_loss = torch.linalg.vecdot(probabilities, _finite(log_ratio))
     weight = 1.0 if beta == 1 else 1 - beta
     student.mul_(log_ratio.sub_(student_loss[:, None])).mul_(weight)
     return teacher_loss + weight * student_loss
 
 
-def _zero_where_impossible(log_ratio: Tensor, probabilities: Tensor) -> Tensor:
-    """``log_ratio`` with 0 where the outcome has no probability: its share of the sum is 0 and not 0 times infinity."""
-    return log_ratio.masked_fill_(probabilities == 0, 0.0)
+def _divide(logits: Tensor, temperature: float) -> Tensor:
+    """``logits`` over ``temperature``, in place; a pass over them is spared where that is 1."""
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _finite(log_ratio: Tensor) -> Tensor:
+    """``log_ratio`` without infinities, in place: an impossible outcome then adds 0 and not 0 times infinity."""
+    return log_ratio.nan_to_num_(nan=0.0)
 
 
 def _top_divergence(logits: Tensor, target: TopTarget, rows: slice, beta: float) -> Tensor:
@@ -240,6 +247,9 @@ class _ChunkedLoss(torch.autograd.Function):
                         _add_product(weight_gradient, gradient, hidden[rows])
                     if bias_gradient is not None:
                         bias_gradient += gradient.sum(0, dtype=torch.float32)
+                    del gradient
+                # Let go before the next chunk's are made, which would stand beside them.
+                del logits, kept
         ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype if bias is not None else None)
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         return total

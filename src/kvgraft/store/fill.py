@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,14 @@ class FillReport:
         return self.tokens / self.seconds if self.tokens else None
 
 
-def store_folder(path: Path, teacher: str, identity: StoreIdentity) -> Path:
+class Hashed(Protocol):
+    """What a store holds, told by a hash."""
+
+    def hash(self) -> str:
+        """Digits that name the folder."""
+
+
+def store_folder(path: Path, teacher: str, identity: Hashed) -> Path:
     """Folder below ``path`` for what ``identity`` says; runs that differ in any of it never share one."""
     return path / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', teacher)}-{identity.hash()}"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -33,10 +31,10 @@ from kvgraft.store.format import (
     write_atomically,
     write_manifest,
 )
+from kvgraft.store.lock import lock_folder, unlock_folder
 
 logger = logging.getLogger(__name__)
 
-LOCK_NAME = ".lock"
 # Where processes that fill one store together write, each in a folder of its own.
 SHARE_PATTERN = "share-*"
 _DTYPE_CODES = {
@@ -87,7 +85,7 @@ class KVStoreWriter:
         self._pending_bytes = 0
         self._moments = Moments.empty(identity.geometry)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _lock(self.folder)
+        self._lock: int | None = lock_folder(self.folder)
         try:
             self._manifest = _recover(self.folder, identity)
             self.adopt_shares()
@@ -185,9 +183,7 @@ class KVStoreWriter:
     def close(self) -> None:
         """Give the folder's lock back without writing anything."""
         if self._lock is not None:
-            # Unlocking by name also frees it for processes forked meanwhile, which share the open file.
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
-            os.close(self._lock)
+            unlock_folder(self._lock)
             self._lock = None
 
     def _pack(self, key: str, kv: KV) -> Tensor:
@@ -239,29 +235,6 @@ class KVStoreWriter:
 def share_folder(folder: Path, process: int) -> Path:
     """Where process number ``process`` writes while several fill the store in ``folder``."""
     return folder / SHARE_PATTERN.replace("*", f"{process:05d}")
-
-
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(descriptor, 32).decode(errors="replace").strip()
-        os.close(descriptor)
-        who = f"process {holder}" if holder else "another process"
-        raise StoreError(
-            f"{who} is writing the KV store in {folder}. Wait until it ends or stop it, then run this again; "
-            "what it has written will be used."
-        ) from error
-    except OSError as error:
-        os.close(descriptor)
-        raise StoreError(
-            f"{folder} is on a file system that cannot lock files ({error}). Put the KV store on a local disk."
-        ) from error
-    with contextlib.suppress(OSError):  # The number is a courtesy to whoever waits; the lock holds without it.
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    return descriptor
 
 
 def _recover(folder: Path, identity: StoreIdentity) -> Manifest:
