@@ -21,6 +21,7 @@ from kvgraft.errors import RecipeError
 from kvgraft.models.capture import kv_geometry
 from kvgraft.plan import count_parameters, require_workable
 from kvgraft.prepare import Prepared, prepare
+from kvgraft.prepare_logits import prepare_logits
 from kvgraft.processes import process_state
 from kvgraft.projector.settings import teacher_config_from
 from kvgraft.recipe import Recipe, load_recipe
@@ -166,7 +167,8 @@ def _describe(prepared: Prepared) -> RunResult:
 
 
 def arm_data(prepared: Prepared) -> ArmData:
-    """What every arm of a run shares."""
+    """What every arm of a run shares; the teachers' log-probabilities are stored here where an arm needs them."""
+    logits = prepare_logits(prepared)
     return ArmData(
         make_student=prepared.make_student,
         tokenizer=prepared.texts.tokenizer,
@@ -179,6 +181,9 @@ def arm_data(prepared: Prepared) -> ArmData:
             for teacher in prepared.teachers
         },
         layer_maps={teacher.recipe.name: teacher.layer_map for teacher in prepared.teachers},
+        logits=logits.part if logits else None,
+        train_logit_sources=logits.train if logits else [],
+        held_out_logit_sources=logits.held_out if logits else [],
     )
 
 

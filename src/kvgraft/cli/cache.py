@@ -13,17 +13,27 @@ def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     from kvgraft.plan import require_workable
     from kvgraft.prepare import prepare
+    from kvgraft.prepare_logits import prepare_logits
     from kvgraft.processes import process_state
     from kvgraft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     require_workable(loaded)
-    teachers = prepare(loaded).teachers
-    for teacher in teachers if process_state().is_main_process else ():
+    prepared = prepare(loaded)
+    for teacher in prepared.teachers if process_state().is_main_process else ():
         speed = teacher.report.tokens_per_second
         done = f"captured at {speed:,.0f} tokens per second" if speed else "was there already"
         console.print(
             f"{teacher.recipe.name}: KV of {teacher.store.num_tokens:,} tokens, "
             f"{teacher.store.total_bytes / 1e6:,.1f} MB, {done}: {teacher.store.folder}",
+            soft_wrap=True,
+        )
+    logits = prepare_logits(prepared) if loaded.logit_loss.source == "store" else None
+    for source in logits.train if logits else []:
+        assert source.store is not None
+        console.print(
+            f"{source.name}: log-probabilities of {source.store.num_tokens:,} tokens, "
+            f"{source.store.total_bytes / 1e6:,.1f} MB, {source.store.distribution_bytes_per_token} bytes a token for "
+            f"the {source.store.identity.top_k} most likely and the rest: {source.store.folder}",
             soft_wrap=True,
         )

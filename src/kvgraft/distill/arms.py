@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from kvgraft.data.batching import EncodedExample
 from kvgraft.distill.build import build_distillation
 from kvgraft.distill.callbacks import InterruptCallback, MetricsCallback, ProgressCallback
 from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, TeacherSource
+from kvgraft.distill.logit_part import LogitPart
+from kvgraft.distill.logit_sources import LogitSource
 from kvgraft.distill.model import DistillationModel
 from kvgraft.distill.trainer import PROJECTOR_FOLDER, KVTrainer
 from kvgraft.errors import RecipeError, TrainingInterruptedError
@@ -30,6 +32,8 @@ from kvgraft.report.log import read_metrics
 STUDENT_FOLDER = "student"
 CHECKPOINTS_FOLDER = "checkpoints"
 _SHARE_MEASUREMENTS = 10
+_WITHOUT_KV: tuple[Arm, ...] = ("baseline", "logits")
+_WITH_LOGITS: tuple[Arm, ...] = ("logits", "kv_logits")
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,26 @@ class ArmData:
     held_out_sources: list[TeacherSource]
     teacher_configs: dict[str, dict[str, int]]
     layer_maps: dict[str, list[tuple[int, int]]]
+    logits: LogitPart | None = None
+    train_logit_sources: list[LogitSource] = field(default_factory=list)
+    held_out_logit_sources: list[LogitSource] = field(default_factory=list)
 
     def train_set(self, arm: Arm, seed: int) -> DistillationDataset:
         """Training text as ``arm`` sees it."""
-        sources = [] if arm == "baseline" else self.train_sources
-        return DistillationDataset(self.train, sources, mismatch_seed=seed if arm == "mismatched" else None)
+        return DistillationDataset(
+            self.train,
+            [] if arm in _WITHOUT_KV else self.train_sources,
+            mismatch_seed=seed if arm == "mismatched" else None,
+            logit_sources=self.train_logit_sources if arm in _WITH_LOGITS else [],
+        )
 
     def held_out_set(self, arm: Arm) -> DistillationDataset:
         """Held-out text as ``arm`` sees it; its KV is always its own."""
-        return DistillationDataset(self.held_out, [] if arm == "baseline" else self.held_out_sources)
+        return DistillationDataset(
+            self.held_out,
+            [] if arm in _WITHOUT_KV else self.held_out_sources,
+            logit_sources=self.held_out_logit_sources if arm in _WITH_LOGITS else [],
+        )
 
     @property
     def collator(self) -> DistillationCollator:
@@ -67,10 +82,11 @@ def build_arm(recipe: Recipe, arm: Arm, data: ArmData) -> DistillationModel:
         recipe,
         data.make_student(),
         recipe.kv_loss.model_copy(update={"objective": objective}),
-        {} if arm == "baseline" else data.layer_maps,
+        {} if arm in _WITHOUT_KV else data.layer_maps,
         data.teacher_configs,
         data.train_set(arm, recipe.seed),
         data.collator,
+        data.logits if arm in _WITH_LOGITS else None,
     )
 
 
@@ -109,7 +125,9 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> int:
             callbacks=[ProgressCallback(advance), MetricsCallback(folder / "metrics.jsonl", arm), interrupt],
             projector_learning_rate=recipe.training.projector_learning_rate,
             kv_weight_schedule=_SCHEDULES[recipe.kv_loss.schedule],
-            measure_shares_every=max(1, steps // _SHARE_MEASUREMENTS) if model.layer_maps else 0,
+            logit_weight_schedule=_SCHEDULES[recipe.logit_loss.schedule],
+            gradient_shares=gradient_shares_of(recipe, model),
+            measure_shares_every=max(1, steps // _SHARE_MEASUREMENTS) if arm != "baseline" else 0,
         )
         # With its own bars off, the Trainer would print every log.
         trainer.remove_callback(PrinterCallback)
@@ -197,6 +215,15 @@ def gradient_shares(folder: Path) -> dict[str, float]:
             if name.startswith("gradient_share/"):
                 found.setdefault(name.removeprefix("gradient_share/"), []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def gradient_shares_of(recipe: Recipe, model: DistillationModel) -> dict[str, float]:
+    """Share of the gradient that the recipe gives to each part of ``model``'s loss, where it gives one."""
+    shares = {
+        "kv": recipe.kv_loss.gradient_share if model.layer_maps else None,
+        "logit": recipe.logit_loss.gradient_share if model.logits is not None else None,
+    }
+    return {part: share for part, share in shares.items() if share is not None}
 
 
 _SCHEDULES: dict[str, Callable[[float], float]] = {

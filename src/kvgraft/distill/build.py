@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, TeacherSource
+from kvgraft.distill.logit_part import LogitPart
 from kvgraft.distill.losses import KVScale
 from kvgraft.distill.model import DistillationModel
 from kvgraft.distill.objectives import projector_direction
@@ -66,15 +67,17 @@ def build_distillation(
     teacher_configs: Mapping[str, dict[str, int]],
     train: DistillationDataset,
     collator: DistillationCollator,
+    logits: LogitPart | None = None,
 ) -> DistillationModel:
-    """Student and projector; without ``layer_maps`` the student alone.
+    """Student and projector; without ``layer_maps`` the student alone. ``logits`` adds the logit part of the loss.
 
     The target of ``student_to_teacher`` is the teacher's KV, whose centre and spread its store knows. The other
     objectives move the student's KV: they are scaled by what it is before training, once, so that the scale neither
     follows a student that shrinks nor depends on how a batch is split.
     """
+    teacher_weights = {teacher.name: teacher.weight for teacher in recipe.teachers}
     if not layer_maps:
-        return DistillationModel(student, loss=loss)
+        return DistillationModel(student, loss=loss, teacher_weights=teacher_weights, logits=logits)
     if loss.objective in _HARMFUL_OBJECTIVES:
         logger.warning(
             "objective %s trains the projector and the student on each other; measured, such training left the student "
@@ -102,7 +105,8 @@ def build_distillation(
         layer_maps=dict(layer_maps),
         scales=scales,
         loss=loss,
-        teacher_weights={teacher.name: teacher.weight for teacher in recipe.teachers},
+        teacher_weights=teacher_weights,
+        logits=logits,
     )
 
 

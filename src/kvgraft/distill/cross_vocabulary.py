@@ -40,7 +40,7 @@ def sorted_probability_loss(
     def compare(logits: Tensor, rows: slice) -> Tensor:
         probabilities = logits.div_(temperature).softmax(-1)
         if isinstance(target, FullTarget):
-            expected = target.logits(rows).div_(temperature).softmax(-1).sort(-1, descending=True).values
+            expected = target.logits(rows, logits.device).div_(temperature).softmax(-1).sort(-1, descending=True).values
             found, order = probabilities.sort(-1, descending=True)
         else:
             width = min(target.log_probs.shape[-1], head.vocabulary)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from kvgraft.align.tokens import AlignmentPolicy, TokenAlignment, align_tokens, gather_aligned
 from kvgraft.data.batching import IGNORED, EncodedExample
 from kvgraft.data.spans import EncodedText
+from kvgraft.distill.logit_sources import LogitSource, collate_targets
 from kvgraft.errors import AlignmentError
 from kvgraft.kv import KV, stack_kv
 from kvgraft.store.reader import KVStore
@@ -81,6 +82,7 @@ class DistillationDataset(Dataset[dict[str, Any]]):
         examples: encoded texts.
         sources: the teachers; none for cross-entropy alone.
         mismatch_seed: if given, every text gets the teacher KV of another text (the control of SPEC R8).
+        logit_sources: teachers whose predictions are compared; none by default.
     """
 
     def __init__(
@@ -88,9 +90,11 @@ class DistillationDataset(Dataset[dict[str, Any]]):
         examples: Sequence[EncodedExample],
         sources: Sequence[TeacherSource] = (),
         mismatch_seed: int | None = None,
+        logit_sources: Sequence[LogitSource] = (),
     ) -> None:
         self.examples = examples
         self.sources = sources
+        self.logit_sources = logit_sources
         self.partner = (
             list(range(len(examples))) if mismatch_seed is None else _derangement(len(examples), mismatch_seed)
         )
@@ -107,7 +111,10 @@ class DistillationDataset(Dataset[dict[str, Any]]):
             kv = _fit_length(source.aligned(partner), len(labels))
             # What the labels ignore takes no part in any loss.
             teacher_kv[source.name] = replace(kv, mask=kv.mask & (labels != IGNORED))
-        return {"input_ids": torch.tensor(example.input_ids), "labels": labels, "teacher_kv": teacher_kv}
+        sample = {"input_ids": torch.tensor(example.input_ids), "labels": labels, "teacher_kv": teacher_kv}
+        if self.logit_sources:
+            sample["teacher_logits"] = {source.name: source.targets(example) for source in self.logit_sources}
+        return sample
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,8 @@ class DistillationCollator:
             batch["teacher_kv"] = {
                 name: stack_kv([sample["teacher_kv"][name] for sample in samples]) for name in teachers
             }
+        if "teacher_logits" in samples[0]:
+            batch["teacher_logits"] = collate_targets([sample["teacher_logits"] for sample in samples])
         return batch
 
 

@@ -22,7 +22,7 @@ from kvgraft.errors import KVGraftError
 from kvgraft.models.head import Head
 
 # Logits of a chunk and the teacher's beside them fill about this many numbers each.
-_CHUNK_NUMBERS = 1 << 23
+_CHUNK_NUMBERS = 6 << 20
 _FEWEST_CHUNK_TOKENS = 32
 
 # Student and teacher logits (or log-probabilities) of a chunk to the loss of each token; the gradient on the student's
@@ -37,9 +37,10 @@ class FullTarget:
     hidden: Tensor
     head: Head
 
-    def logits(self, rows: slice) -> Tensor:
-        """``[rows, vocabulary]``."""
-        return self.head.logits(self.hidden[rows])
+    @torch.no_grad()
+    def logits(self, rows: slice, device: torch.device | None = None) -> Tensor:
+        """``[rows, vocabulary]``, on ``device`` where the teacher lives on another."""
+        return self.head.logits(self.hidden[rows]).to(device=device)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def divergence_loss(
     def compare(logits: Tensor, rows: slice) -> Tensor:
         _divide(logits, temperature)
         if isinstance(target, FullTarget):
-            loss = divergence_and_gradient(logits, _divide(target.logits(rows), temperature), beta)
+            loss = divergence_and_gradient(logits, _divide(target.logits(rows, logits.device), temperature), beta)
         else:
             loss = _top_divergence(logits, target, rows, beta)
         _divide(logits, temperature)
@@ -125,7 +126,7 @@ def chunked_loss(
 
 
 def default_chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose logits are held at once: about 32 MB of them."""
+    """Tokens whose logits are held at once: about 25 MB of them."""
     return max(_FEWEST_CHUNK_TOKENS, _CHUNK_NUMBERS // vocabulary)
 
 

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvgraft.distill.logit_part import LogitPart
+from kvgraft.distill.logit_sources import LogitTargets
 from kvgraft.distill.losses import KVScale, kv_regression_loss
 from kvgraft.distill.objectives import OBJECTIVES, Comparison
 from kvgraft.kv import KV
 from kvgraft.models.capture import record_kv
+from kvgraft.models.head import record_hidden
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import KVLossRecipe
 
@@ -29,6 +32,7 @@ class DistillationModel(nn.Module):
         scales: for each teacher, centre and spread of the target.
         loss: the recipe's ``kv_loss`` section.
         teacher_weights: relative weight of each teacher.
+        logits: the logit part of the loss; None for none.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class DistillationModel(nn.Module):
         scales: Mapping[str, KVScale] | None = None,
         loss: KVLossRecipe | None = None,
         teacher_weights: Mapping[str, float] | None = None,
+        logits: LogitPart | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -47,8 +52,11 @@ class DistillationModel(nn.Module):
         self.layer_maps = dict(layer_maps or {})
         self.scales = dict(scales or {})
         self.loss = loss or KVLossRecipe()
-        self.teacher_weights = dict(teacher_weights or dict.fromkeys(self.layer_maps, 1.0))
+        names = [*self.layer_maps, *(logits.teachers if logits is not None else ())]
+        self.teacher_weights = dict(teacher_weights or dict.fromkeys(names, 1.0))
+        self.logits = logits
         self.kv_weight = self.loss.weight if projector is not None else 0.0
+        self.logit_weight = logits.loss.weight if logits is not None else 0.0
 
     @property
     def student_layers(self) -> list[int]:
@@ -65,31 +73,56 @@ class DistillationModel(nn.Module):
         attention_mask: Tensor,
         labels: Tensor,
         teacher_kv: Mapping[str, KV] | None = None,
+        teacher_logits: Mapping[str, LogitTargets] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_kv_tokens: Mapping[str, Tensor | int] | None = None,
+        num_logit_targets: Mapping[str, Tensor | int] | None = None,
     ) -> dict[str, Tensor]:
         """Loss and its parts for ``input_ids [batch, tokens]``.
 
         Args:
             labels: ``[batch, tokens]``, -100 where no loss is taken.
             teacher_kv: for each teacher, its KV aligned to the student's tokens and layers; its mask says which count.
+            teacher_logits: for each teacher, what it says about the next tokens; see :mod:`~.logit_sources`.
             num_items_in_batch: labelled tokens in the whole batch; default those of this call.
             num_kv_tokens: for each teacher, aligned tokens in the whole batch; default those of this call.
+            num_logit_targets: for each teacher, compared predictions in the whole batch; default those of this call.
 
         Returns:
-            ``loss``, ``ce_loss``, and with teachers ``kv_loss`` and ``kv_loss/<teacher>`` (unweighted).
+            ``loss``, ``ce_loss``, and with teachers ``kv_loss`` and ``logit_loss`` and each teacher's
+            ``kv_loss/<teacher>`` and ``logit_loss/<teacher>`` (unweighted).
         """
-        if not self.layer_maps:
+        if not self.layer_maps and self.logits is None:
             ce_loss = self._cross_entropy(input_ids, attention_mask, labels, num_items_in_batch)
             return {"loss": ce_loss, "ce_loss": ce_loss}
-        ce_loss, student_kv = self.student_pass(input_ids, attention_mask, labels, num_items_in_batch)
-        parts = self._kv_losses(student_kv, teacher_kv or {}, num_kv_tokens or {})
+        with record_hidden(self.student) as hidden:
+            ce_loss, student_kv = self.student_pass(input_ids, attention_mask, labels, num_items_in_batch)
+        outputs = {"ce_loss": ce_loss}
+        if self.layer_maps:
+            kv_parts = self._kv_losses(student_kv, teacher_kv or {}, num_kv_tokens or {})
+            outputs |= self._over_teachers("kv_loss", kv_parts, ce_loss)
+        if self.logits is not None:
+            logit_parts = self.logits.losses(
+                self.student, hidden.states, input_ids, teacher_logits or {}, num_logit_targets or {}
+            )
+            outputs |= self._over_teachers("logit_loss", logit_parts, ce_loss)
+        return {"loss": self.weighted(outputs), **outputs}
+
+    def weighted(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The whole loss, from its parts and the present weights."""
+        loss = parts["ce_loss"]
+        for name, weight in (("kv_loss", self.kv_weight), ("logit_loss", self.logit_weight)):
+            if name in parts:
+                loss = loss + weight * parts[name]
+        return loss
+
+    def _over_teachers(self, name: str, parts: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+        """The mean of ``parts`` over teachers by their weights, and each teacher's own."""
         weight_sum = sum(self.teacher_weights.values())
-        kv_loss = sum(
-            (self.teacher_weights[name] / weight_sum * part for name, part in parts.items()), ce_loss.new_zeros(())
+        mean = sum(
+            (self.teacher_weights[teacher] / weight_sum * part for teacher, part in parts.items()), like.new_zeros(())
         )
-        named = {f"kv_loss/{name}": part for name, part in parts.items()}
-        return {"loss": ce_loss + self.kv_weight * kv_loss, "ce_loss": ce_loss, "kv_loss": kv_loss, **named}
+        return {name: mean, **{f"{name}/{teacher}": part for teacher, part in parts.items()}}
 
     def student_pass(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None

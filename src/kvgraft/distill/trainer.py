@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvgraft.models.lora import save_student
 from kvgraft.projector.projector import KVDimensionProjector
 
 PROJECTOR_FOLDER = "projector"
+LOSS_WEIGHTS_FILE = "loss_weights.json"
 
 
 class KVTrainer(Trainer):
@@ -29,6 +31,9 @@ class KVTrainer(Trainer):
         args: the Trainer's own arguments; ``learning_rate`` is the student's.
         projector_learning_rate: rate of the second optimizer group (the guide: student 5e-5, projector 1e-3).
         kv_weight_schedule: factor on the KV loss's weight for a share of training done, in [0, 1]; default constant.
+        logit_weight_schedule: the same for the logit loss.
+        gradient_shares: for parts ``kv`` and ``logit``, the share of the student's gradient norm that the part is to
+            have where both losses' gradients are measured; its weight is set then, before the schedule.
         measure_shares_every: steps between measurements of each loss part's share of the student's gradient; 0 never.
         The others are the Trainer's.
     """
@@ -48,6 +53,8 @@ class KVTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         projector_learning_rate: float = 1e-3,
         kv_weight_schedule: Callable[[float], float] | None = None,
+        logit_weight_schedule: Callable[[float], float] | None = None,
+        gradient_shares: Mapping[str, float] | None = None,
         measure_shares_every: int = 0,
     ) -> None:
         super().__init__(
@@ -62,9 +69,16 @@ class KVTrainer(Trainer):
         # The loss below is a sum over the whole batch's count, so the Trainer must count and must not divide again.
         self.model_accepts_loss_kwargs = True
         self.projector_learning_rate = projector_learning_rate
-        self.kv_weight_schedule = kv_weight_schedule or (lambda share_done: 1.0)
+        self.weight_schedules = {
+            "kv": kv_weight_schedule or (lambda share_done: 1.0),
+            "logit": logit_weight_schedule or (lambda share_done: 1.0),
+        }
+        self.gradient_shares = dict(gradient_shares or {})
+        # Before the schedule; those of gradient_shares change as training goes on.
+        self.part_weights = {"kv": model.kv_weight, "logit": model.logit_weight}
         self.measure_shares_every = measure_shares_every
         self._num_kv_tokens: dict[str, Tensor] = {}
+        self._num_logit_targets: dict[str, Tensor] = {}
         self._part_sums: dict[str, Tensor] = {}
         self._parts_from_step = 0
         self._shares: dict[str, float] = {}
@@ -107,6 +121,10 @@ class KVTrainer(Trainer):
             # With two teachers one may be missing for some samples, so each has its own count.
             count = sum(int(batch["teacher_kv"][name].mask.sum()) for batch in samples)
             self._num_kv_tokens[name] = self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
+        self._num_logit_targets = {}
+        for name in samples[0].get("teacher_logits", {}) if samples else ():
+            count = sum(int(batch["teacher_logits"][name]["mask"].sum()) for batch in samples)
+            self._num_logit_targets[name] = self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
         return samples, num_items
 
     def compute_loss(
@@ -116,11 +134,17 @@ class KVTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy plus the weighted KV loss, each over the whole batch's own count of tokens."""
-        share_done = self.state.global_step / max(self.state.max_steps, 1)
-        self.distillation.kv_weight = self.distillation.loss.weight * self.kv_weight_schedule(share_done)
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, num_kv_tokens=self._num_kv_tokens)
+        """Cross-entropy plus the weighted KV and logit losses, each over the whole batch's own count of tokens."""
+        self._set_weights()
+        outputs = model(
+            **inputs,
+            num_items_in_batch=num_items_in_batch,
+            num_kv_tokens=self._num_kv_tokens,
+            num_logit_targets=self._num_logit_targets,
+        )
         self._measure_shares(outputs)
+        if self.gradient_shares:
+            outputs = {**outputs, "loss": self.distillation.weighted(outputs)}
         self._add_parts(outputs)
         # Data parallelism averages gradients over processes, while the counts above are sums over them.
         loss = outputs["loss"] * self.accelerator.num_processes
@@ -157,14 +181,30 @@ class KVTrainer(Trainer):
     def _measure_shares(self, outputs: dict[str, Tensor]) -> None:
         step = self.state.global_step
         due = self.measure_shares_every and step % self.measure_shares_every == 0 and step != self._shares_measured_at
-        if not due or "kv_loss" not in outputs or self.is_fsdp_enabled:
+        parts = {part: outputs[f"{part}_loss"] for part in ("ce", "kv", "logit") if f"{part}_loss" in outputs}
+        if not due or len(parts) < 2 or self.is_fsdp_enabled:
             return
         self._shares_measured_at = step
         parameters = [parameter for parameter in self.distillation.student.parameters() if parameter.requires_grad]
-        weighted = {"ce": outputs["ce_loss"], "kv": self.distillation.kv_weight * outputs["kv_loss"]}
-        norms = {name: _gradient_norm(part, parameters) for name, part in weighted.items()}
-        total = sum(norms.values()) or 1.0
-        self._shares = {f"gradient_share/{name}": norm / total for name, norm in norms.items()}
+        norms = {part: _gradient_norm(loss, parameters) for part, loss in parts.items()}
+        if self.gradient_shares:
+            measured = self.accelerator.reduce(torch.tensor(list(norms.values()), device=self.args.device), "mean")
+            norms = dict(zip(norms, measured.tolist(), strict=True))
+            self.part_weights |= weights_for_shares(norms, self.part_weights, self.gradient_shares)
+            self._set_weights()
+        weights = {"ce": 1.0, "kv": self.distillation.kv_weight, "logit": self.distillation.logit_weight}
+        weighted = {part: weights[part] * norm for part, norm in norms.items()}
+        total = sum(weighted.values()) or 1.0
+        self._shares = {f"gradient_share/{part}": norm / total for part, norm in weighted.items()}
+        if self.gradient_shares:
+            self._shares |= {f"weight/{part}": self.part_weights[part] for part in self.gradient_shares}
+
+    def _set_weights(self) -> None:
+        share_done = self.state.global_step / max(self.state.max_steps, 1)
+        model = self.distillation
+        model.kv_weight, model.logit_weight = (
+            self.part_weights[part] * self.weight_schedules[part](share_done) for part in ("kv", "logit")
+        )
 
     def _held_out_batches(self, dataset: DistillationDataset) -> Iterator[dict[str, Any]]:
         # Every process reads the whole set: it is small, and sums then need no gathering.
@@ -186,6 +226,9 @@ class KVTrainer(Trainer):
             )
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+        if self.gradient_shares:
+            # Measured and not only set, so that a resumed run has to be told.
+            (folder / LOSS_WEIGHTS_FILE).write_text(json.dumps(self.part_weights) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -194,6 +237,23 @@ class KVTrainer(Trainer):
         if target.projector is not None:
             saved = KVDimensionProjector.from_pretrained(folder / PROJECTOR_FOLDER)
             target.projector.load_state_dict(saved.state_dict())
+        if self.gradient_shares:
+            self.part_weights = json.loads((folder / LOSS_WEIGHTS_FILE).read_text(encoding="utf-8"))
+
+
+def weights_for_shares(
+    norms: Mapping[str, float], weights: Mapping[str, float], shares: Mapping[str, float]
+) -> dict[str, float]:
+    """Weight of each part in ``shares`` with which its gradient has that share of the summed norms.
+
+    Args:
+        norms: gradient norm of each part without its weight; ``ce`` among them, whose weight is 1.
+        weights: weights of the other parts, which stay where ``shares`` does not name them.
+        shares: parts to be weighted; their sum is below 1. A part without gradient keeps its weight.
+    """
+    fixed = sum((1.0 if part == "ce" else weights[part]) * norm for part, norm in norms.items() if part not in shares)
+    whole = fixed / (1 - sum(share for part, share in shares.items() if norms.get(part)))
+    return {part: share * whole / norms[part] for part, share in shares.items() if norms.get(part)}
 
 
 def _gradient_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvgraft.distill.objectives import OBJECTIVES
 from kvgraft.kv import KV
+from kvgraft.models.head import record_hidden
 
 if TYPE_CHECKING:
     from kvgraft.distill.model import DistillationModel
@@ -44,6 +45,7 @@ class Quality:
     kv_deviation: float
     kv_effective_rank: float
     teachers: dict[str, KVSimilarity] = field(default_factory=dict)
+    logit_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -65,6 +67,9 @@ class Quality:
             flat[f"kv_variance_ratio/{name}"] = similarity.variance_ratio
         if self.teachers:
             flat["kv_loss"] = _mean([similarity.loss for similarity in self.teachers.values()])
+        flat |= {f"logit_loss/{name}": loss for name, loss in self.logit_losses.items()}
+        if self.logit_losses:
+            flat["logit_loss"] = _mean(list(self.logit_losses.values()))
         return flat
 
 
@@ -76,14 +81,23 @@ def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]
     loss_sum, tokens = 0.0, 0
     own = _Moments()
     similarity: dict[str, _SimilaritySums] = {}
+    logit_sums: dict[str, tuple[float, int]] = {}
     for batch in batches:
         labelled = int((batch["labels"][:, 1:] != -100).sum())
-        ce_loss, student_kv = model.student_pass(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        with record_hidden(model.student) as hidden:
+            ce_loss, student_kv = model.student_pass(batch["input_ids"], batch["attention_mask"], batch["labels"])
         loss_sum, tokens = loss_sum + float(ce_loss) * labelled, tokens + labelled
         own.add(torch.stack(student_kv.flatten(), 1), student_kv.mask)
         for name, target in batch.get("teacher_kv", {}).items():
             if target.mask.any():
                 similarity.setdefault(name, _SimilaritySums()).add(model, name, student_kv, target)
+        targets = batch.get("teacher_logits", {})
+        if model.logits is not None:
+            found = model.logits.losses(model.student, hidden.states, batch["input_ids"], targets, {})
+            for name, loss in found.items():
+                count = int(targets[name]["mask"].sum())
+                total, counted = logit_sums.get(name, (0.0, 0))
+                logit_sums[name] = (total + float(loss) * count, counted + count)
     model.train(was_training)
     return Quality(
         loss=loss_sum / max(tokens, 1),
@@ -91,6 +105,7 @@ def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]
         kv_deviation=own.deviation(),
         kv_effective_rank=own.effective_rank(),
         teachers={name: sums.result() for name, sums in similarity.items()},
+        logit_losses={name: total / max(counted, 1) for name, (total, counted) in logit_sums.items()},
     )
 
 

@@ -14,6 +14,7 @@ from kvgraft.recipe.sections import (
     FitRecipe,
     GraftRecipe,
     KVLossRecipe,
+    LogitLossRecipe,
     ProjectorRecipe,
     Section,
     StoreRecipe,
@@ -36,6 +37,7 @@ class Recipe(Section):
     alignment: AlignmentRecipe = AlignmentRecipe()
     projector: ProjectorRecipe = ProjectorRecipe()
     kv_loss: KVLossRecipe = KVLossRecipe()
+    logit_loss: LogitLossRecipe = LogitLossRecipe()
     fit: FitRecipe = FitRecipe()
     graft: GraftRecipe = GraftRecipe()
     store: StoreRecipe = StoreRecipe()
@@ -64,6 +66,15 @@ class Recipe(Section):
             raise ValueError(
                 f"training.batch_size {self.training.batch_size} is not a multiple of "
                 f"training.gradient_accumulation_steps {self.training.gradient_accumulation_steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_leave_room(self) -> Recipe:
+        if (self.kv_loss.gradient_share or 0) + (self.logit_loss.gradient_share or 0) >= 1:
+            raise ValueError(
+                "kv_loss.gradient_share and logit_loss.gradient_share leave nothing to cross-entropy; "
+                "their sum must be below 1"
             )
         return self
 

@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Objective = Literal["student_to_teacher", "teacher_to_student", "alternating", "shared"]
-Arm = Literal["baseline", "kv", "mismatched", "shared_objective"]
+Arm = Literal["baseline", "kv", "mismatched", "shared_objective", "logits", "kv_logits"]
+LogitForm = Literal["forward_kl", "reverse_kl", "jsd", "sorted_probability", "chunk_likelihood"]
+Schedule = Literal["constant", "linear_decay"]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -207,12 +210,14 @@ class KVLossRecipe(Section):
     ``student_to_teacher`` (default) predicts the teacher's fixed KV from the student's; ``teacher_to_student`` pulls
     the student to a projector that was fitted once and frozen; ``alternating`` and ``shared`` train the projector and
     the student on each other and are kept for comparison. A kind (keys or values) whose weight is 0 is left out.
+    ``gradient_share`` sets the weight again and again so that this part has that share of the student's gradient norm.
     """
 
     objective: Objective = "student_to_teacher"
     form: Literal["mse", "l1", "smooth_l1", "cosine"] = "mse"
     weight: Weight = 10.0
-    schedule: Literal["constant", "linear_decay"] = "constant"
+    gradient_share: Share | None = None
+    schedule: Schedule = "constant"
     keys_weight: Weight = 1.0
     values_weight: Weight = 1.0
     layer_weights: list[Weight] | None = None
@@ -222,6 +227,25 @@ class KVLossRecipe(Section):
         if self.keys_weight + self.values_weight == 0:
             raise ValueError("keys_weight and values_weight are both 0, which compares nothing; give one a weight")
         return self
+
+
+class LogitLossRecipe(Section):
+    """How the student's next-token distributions are compared with the teachers', in the arms that do so.
+
+    For one tokenizer: ``forward_kl``, ``reverse_kl`` or ``jsd`` with its ``beta``. For different ones:
+    ``sorted_probability`` or ``chunk_likelihood``, whose paper uses a ``temperature`` of 100. ``source: store`` keeps
+    the ``top_k`` most likely tokens of each place and the mass of the rest; ``online`` runs the teacher in every step
+    and compares whole distributions. ``gradient_share`` as in ``kv_loss``.
+    """
+
+    form: LogitForm = "forward_kl"
+    weight: Weight = 1.0
+    gradient_share: Share | None = None
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    schedule: Schedule = "constant"
+    source: Literal["store", "online"] = "store"
+    top_k: Positive = 32
 
 
 class StoreRecipe(Section):

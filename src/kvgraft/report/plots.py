@@ -13,8 +13,15 @@ from matplotlib.figure import Figure
 from kvgraft.report.results import ArmResult, RunResult
 
 # The same arm has the same colour in every picture; tones that stay apart for colour-blind readers.
-ARM_COLOURS = {"baseline": "#555555", "kv": "#0072b2", "mismatched": "#e69f00", "shared_objective": "#d55e00"}
-_OTHER_COLOURS = ("#009e73", "#cc79a7", "#56b4e9", "#8c6d1f", "#6a3d9a", "#1b3a5c")
+ARM_COLOURS = {
+    "baseline": "#555555",
+    "kv": "#0072b2",
+    "mismatched": "#e69f00",
+    "shared_objective": "#d55e00",
+    "logits": "#009e73",
+    "kv_logits": "#cc79a7",
+}
+_OTHER_COLOURS = ("#56b4e9", "#8c6d1f", "#6a3d9a", "#1b3a5c", "#b2560d", "#5b8c5a")
 PANELS = (("loss", "held-out cross-entropy (nats per token)"), ("kv_loss", "held-out KV loss (1 = the target's mean)"))
 
 

@@ -116,7 +116,12 @@ def arm_rows(result: RunResult) -> list[Row]:
         _row(result, "KV loss at the end (held out)", lambda arm: _metric(arm.last, "kv_loss")),
         _row(result, "KV loss reduction", lambda arm: _percent(arm.kv_reduction())),
     ]
-    for part, label in (("ce", "cross-entropy's"), ("kv", "KV loss's")):
+    if any("logit_loss" in arm.last for arm in result.arms):
+        rows.append(_row(result, "logit loss at the start (held out)", lambda arm: _metric(arm.first, "logit_loss")))
+        rows.append(_row(result, "logit loss at the end (held out)", lambda arm: _metric(arm.last, "logit_loss")))
+    for part, label in (("ce", "cross-entropy's"), ("kv", "KV loss's"), ("logit", "logit loss's")):
+        if part == "logit" and not any(part in arm.gradient_shares for arm in result.arms):
+            continue
         rows.append(_row(result, f"{label} share of the gradient norm", partial(_share, part=part)))
     rows += [
         _row(result, "student KV deviation, before / after", lambda arm: _before_after(arm, "student_kv_deviation")),
