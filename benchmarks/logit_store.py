@@ -25,6 +25,7 @@ from kvgraft.models.loading import load_model, load_tokenizer
 from kvgraft.store.top_log_probs import WORD_BYTES, pack_top, unpack_top
 
 
+@torch.no_grad()
 def main(
     model: Annotated[str, typer.Argument(help="The teacher, as in a recipe.")],
     text: Annotated[str, typer.Option(help="Text, as data.train in a recipe; its held-out part is read.")] = (
@@ -55,9 +56,8 @@ def main(
             whole = _kl(full, own_head.logits(student_hidden[rows]).double().log_softmax(-1))
             sums += torch.stack([*_errors(full, ids, log_probs.double(), rest.double()), whole.sum()])
             target = TopTarget(ids, log_probs, rest)
-            with torch.no_grad():
-                stored_loss += float(divergence_loss(student_hidden[rows], own_head, target, num_tokens=1))
-        coding, everything, mass, whole_loss = (float(value) / len(teacher_hidden) for value in sums)
+            stored_loss += float(divergence_loss(student_hidden[rows], own_head, target, num_tokens=1))
+        coding, everything, mass, whole_loss = (value / len(teacher_hidden) for value in sums.tolist())
         stored = stored_loss / len(teacher_hidden)
         typer.echo(
             f"| {kept} | {kept * WORD_BYTES} | {mass:.4f} | {coding:.1e} | {everything:.4f} | {whole_loss:.4f} | "
@@ -78,7 +78,6 @@ def _kl(one: Tensor, other: Tensor) -> Tensor:
     return (one.exp() * (one - other)).sum(-1)
 
 
-@torch.no_grad()
 def _noisy(model: torch.nn.Module, noise: float) -> torch.nn.Module:
     student = copy.deepcopy(model)
     torch.manual_seed(0)
