@@ -1,7 +1,7 @@
 """Memory and time of chunked logit distillation over the plain way: full logits of both models, then ``kl_div``.
 
     python benchmarks/logit_distillation.py
-    python benchmarks/logit_distillation.py --tokens 16384 --vocabulary 8192   # the plain way would need 16 GB at 49,152
+    python benchmarks/logit_distillation.py --tokens 16384 --vocabulary 8192  # at 49,152 the plain way takes 16 GB
 
 Both start from the last hidden states and heads of student and teacher, and end with the gradient of the student's.
 Sizes are SmolLM2-135M's (hidden size 576, vocabulary 49,152). Peak memory is what the allocator held beyond the inputs,
