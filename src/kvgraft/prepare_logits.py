@@ -73,7 +73,7 @@ def store_log_probs(
     model: IdentifiedModel, examples: list[Example], max_length: int, recipe: Recipe, top_k: int
 ) -> LogitStore:
     """The logit store of ``model`` over ``examples``, filled where it is not yet; ``top_k`` 0 for likelihoods alone."""
-    encoded = encode_for_teacher([example.text for example in examples], model.tokenizer, max_length)
+    encoded = encode_for_teacher(examples, model.tokenizer, max_length)
     settings = recipe.store
     identity = LogitIdentity(
         model=model.fingerprint,
@@ -100,7 +100,7 @@ def store_log_probs(
 
 def _source(recipe: Recipe, model: IdentifiedModel, examples: list[Example], shared: bool, online: bool) -> LogitSource:
     max_length = teacher_max_length(recipe, model.config)
-    encoded = encode_for_teacher([example.text for example in examples], model.tokenizer, max_length)
+    encoded = encode_for_teacher(examples, model.tokenizer, max_length)
     chunks = recipe.logit_loss.form == "chunk_likelihood"
     top_k = 0 if chunks else recipe.logit_loss.top_k
     store = None if online else store_log_probs(model, examples, max_length, recipe, top_k)

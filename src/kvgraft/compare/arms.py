@@ -46,6 +46,8 @@ KNOWN_ARMS = {
         ComparisonArm("kv", "with the teacher's KV, as the recipe says"),
         ComparisonArm(MISMATCHED, "control: KV of another text", MISMATCHED, control=None),
         ComparisonArm("shared_objective", "the guide's objective, both sides trained on one loss", "shared_objective"),
+        ComparisonArm("logits", "with the teacher's logits instead of its KV", "logits", control=None),
+        ComparisonArm("kv_logits", "with the teacher's KV and its logits", "kv_logits"),
         ComparisonArm("linear", "linear adapters", overrides=("projector.mlp_ratio=linear",)),
         ComparisonArm("elastic_0.5", "Elastic Bottleneck of ratio 0.5", overrides=("projector.mlp_ratio=0.5",)),
         ComparisonArm("elastic_1.0", "Elastic Bottleneck of ratio 1.0", overrides=("projector.mlp_ratio=1.0",)),
