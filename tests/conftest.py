@@ -49,9 +49,14 @@ def _save_llama(folder: Path, vocab_size: int, **sizes: int) -> Path:
 @pytest.fixture
 def tiny_fields(tiny_teacher: Path, tmp_path: Path) -> dict:
     """Fields of a recipe that trains in seconds."""
+    return fields_of_tiny_recipe(tiny_teacher, tmp_path / "stores")
+
+
+def fields_of_tiny_recipe(teacher: Path, stores: Path) -> dict:
+    """For fixtures that outlive a test."""
     return {
         "name": "tiny",
-        "teachers": [{"name": "org/teacher-1.0", "model": str(tiny_teacher)}],
+        "teachers": [{"name": "org/teacher-1.0", "model": str(teacher)}],
         "student": {
             "new": {
                 "hidden_size": 16,
@@ -65,7 +70,7 @@ def tiny_fields(tiny_teacher: Path, tmp_path: Path) -> dict:
         },
         "data": {"train_samples": 16, "held_out_samples": 4, "max_length": 48},
         "projector": {"dropout": 0.0},
-        "store": {"path": str(tmp_path / "stores")},
+        "store": {"path": str(stores)},
         "training": {
             "steps": 6,
             "batch_size": 4,

@@ -90,7 +90,10 @@ def test_evaluate(recipe_file: Path, tmp_path: Path) -> None:
     runner.invoke(app, ["train", str(recipe_file), "--output", str(tmp_path / "run")])
     result = runner.invoke(app, ["evaluate", str(tmp_path / "run"), "--json"])
     assert result.exit_code == 0, result.output
-    assert set(json.loads(result.stdout)) == {"baseline", "kv"}
+    assert [arm["arm"] for arm in json.loads(result.stdout)["arms"]] == ["baseline", "kv"]
+    shown = runner.invoke(app, ["evaluate", str(tmp_path / "run"), "--only", "quality"])
+    assert "bits_per_byte" in shown.output
+    assert "everything is in" in shown.output
 
 
 def test_errors_come_without_a_traceback(tmp_path: Path) -> None:

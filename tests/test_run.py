@@ -19,7 +19,7 @@ from kvgraft.errors import KVGraftError, RecipeError
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.log import read_metrics
-from kvgraft.run import evaluate, run
+from kvgraft.run import run
 
 GUIDE_TEMPLATE = {
     "experiment": {"name", "date"},
@@ -70,13 +70,6 @@ def test_arms_start_from_the_same_weights(finished: Path) -> None:
     assert len({arm["evaluations"][0]["metrics"]["loss"] for arm in arms}) == 1
     assert len({arm["evaluations"][-1]["metrics"]["loss"] for arm in arms}) == 3
     assert [point["step"] for point in arms[0]["evaluations"]] == [0, 2, 4, 6]
-
-
-def test_evaluate_measures_what_training_measured(finished: Path) -> None:
-    for arm in evaluate(finished).arms:
-        trained = json.loads((finished / arm.arm / "arm.json").read_text())["evaluations"][-1]["metrics"]
-        for name, value in arm.last.items():
-            assert value == pytest.approx(trained[name], rel=1e-5)
 
 
 def test_same_recipe_gives_the_same_numbers(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -209,8 +202,3 @@ def test_texts_of_one_token_train(tiny_recipe: Callable[..., Recipe], tmp_path: 
     )
     result = run(recipe, tmp_path / "run")
     assert all(value == value for arm in result.arms for value in arm.last.values())
-
-
-def test_evaluate_wants_a_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="is no run folder"):
-        evaluate(tmp_path)

@@ -13,7 +13,6 @@ from kvgraft.distill.arms import (
     ArmData,
     evaluations,
     gradient_shares,
-    measure_arm,
     seconds_at_evaluations,
     train_arm,
 )
@@ -80,29 +79,6 @@ def write_report(recipe: Recipe, result: RunResult, folder: Path) -> None:
     save_curves([result], folder / "curves.png")
     lines = [(folder / arm.arm / "metrics.jsonl").read_text(encoding="utf-8") for arm in result.arms]
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def evaluate(folder: Path) -> RunResult:
-    """Measure the saved students of a finished run again, on the held-out text of its recipe.
-
-    Returns:
-        the run's result, each arm with one evaluation.
-
-    Raises:
-        RecipeError: ``folder`` is no run.
-    """
-    if not (folder / RECIPE_FILE).is_file():
-        raise RecipeError(f"{folder} is no run folder: it has no {RECIPE_FILE}; name one that `kvgraft train` wrote")
-    recipe = load_recipe(folder / RECIPE_FILE)
-    prepared = prepare(recipe)
-    result, data = _describe(prepared), arm_data(prepared)
-    for arm in recipe.arms:
-        if not (folder / arm / ARM_FILE).is_file():
-            raise RecipeError(f"arm {arm} of {folder} is not finished; go on with `kvgraft train ... --resume`")
-        saved = _read_arm(folder / arm)
-        metrics = measure_arm(recipe, arm, data, folder / arm)
-        result.arms.append(saved.model_copy(update={"evaluations": [Evaluation(step=saved.steps, metrics=metrics)]}))
-    return result
 
 
 def open_run_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool) -> None:

@@ -1,5 +1,6 @@
 """Held-out quality against a plain computation over all tokens at once."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -29,7 +30,7 @@ def test_quality_equals_a_plain_computation_however_text_is_batched(
     held_out = data.held_out_set("kv")
     samples = [held_out[index] for index in range(len(held_out))]
     batches = [data.collator(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
-    quality = held_out_quality(model, batches)
+    quality = held_out_quality(model, batches, held_out.predicted_bytes)
     assert model.training
 
     model.eval()
@@ -48,6 +49,13 @@ def test_quality_equals_a_plain_computation_however_text_is_batched(
     assert quality.loss == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
     assert quality.tokens == sum(len(loss) for loss in losses)
     assert quality.perplexity == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-4)
+
+    # Every byte but those of the first token, which nothing predicts: that token is what decoding it gives.
+    kept = [example.text_bytes - example.truncated_bytes for example in data.held_out]
+    first = [len(data.tokenizer.decode(example.input_ids[:1]).encode()) for example in data.held_out]
+    nats = float(torch.cat(losses).sum())
+    assert quality.bits_per_byte == pytest.approx(nats / math.log(2) / (sum(kept) - sum(first)), rel=1e-5)
+    assert quality.metrics()["bits_per_byte"] == quality.bits_per_byte
 
     predicted, target, own = (torch.cat(rows, 2) for rows in (predicted, target, own))
     spread = (target - target.mean(2, keepdim=True)).square().sum((2, 3))
@@ -69,12 +77,12 @@ def test_effective_rank_tells_a_collapsed_student(tiny_recipe: Callable[..., Rec
     model = build_arm(recipe, "baseline", data)
     held_out = data.held_out_set("baseline")
     batches = [data.collator([held_out[index] for index in range(len(held_out))])]
-    before = held_out_quality(model, batches)
+    before = held_out_quality(model, batches, held_out.predicted_bytes)
     with torch.no_grad():
         for layer in model.student.model.layers:
             for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
                 projection.weight.copy_(projection.weight[:1].expand_as(projection.weight) * 0.1)
-    after = held_out_quality(model, batches)
+    after = held_out_quality(model, batches, held_out.predicted_bytes)
     assert before.kv_effective_rank > 3
     assert after.kv_effective_rank == pytest.approx(1, abs=1e-3)
     assert after.kv_deviation < 0.5 * before.kv_deviation

@@ -38,6 +38,12 @@ class EncodedExample:
     text_bytes: int
     sample_key: str
 
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes of the text whose tokens carry a label."""
+        labelled = np.array(self.labels) != IGNORED
+        return int((self.spans[labelled, 1] - self.spans[labelled, 0]).sum())
+
 
 def encode_example(
     example: Example,

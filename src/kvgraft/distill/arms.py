@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -21,7 +20,6 @@ from kvgraft.distill.logit_sources import LogitSource
 from kvgraft.distill.model import DistillationModel
 from kvgraft.distill.trainer import PROJECTOR_FOLDER, KVTrainer
 from kvgraft.errors import RecipeError, TrainingInterruptedError
-from kvgraft.evaluate.quality import held_out_quality
 from kvgraft.models.loading import load_weights
 from kvgraft.processes import on_cpu, process_state
 from kvgraft.progress import progress_bar
@@ -90,14 +88,13 @@ def build_arm(recipe: Recipe, arm: Arm, data: ArmData) -> DistillationModel:
     )
 
 
-def measure_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> dict[str, float]:
-    """Held-out metrics of the student and projector that :func:`train_arm` saved in ``folder``."""
+def load_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> DistillationModel:
+    """The student and projector that :func:`train_arm` saved in ``folder``."""
     model = build_arm(recipe, arm, data)
     load_weights(model.student, folder / STUDENT_FOLDER)
     if model.projector is not None:
         model.projector.load_state_dict(KVDimensionProjector.from_pretrained(folder / PROJECTOR_FOLDER).state_dict())
-    loader = DataLoader(data.held_out_set(arm), batch_size=recipe.training.eval_batch_size, collate_fn=data.collator)
-    return held_out_quality(model, loader).metrics()
+    return model.eval()
 
 
 def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> int:

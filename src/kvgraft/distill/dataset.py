@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from kvgraft.align.tokens import AlignmentPolicy, TokenAlignment, align_tokens, gather_aligned
 from kvgraft.data.batching import IGNORED, EncodedExample
@@ -102,6 +102,11 @@ class DistillationDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes of all texts whose tokens carry a label."""
+        return sum(example.predicted_bytes for example in self.examples)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
         partner = self.examples[self.partner[index]]
@@ -137,6 +142,23 @@ class DistillationCollator:
         if "teacher_logits" in samples[0]:
             batch["teacher_logits"] = collate_targets([sample["teacher_logits"] for sample in samples])
         return batch
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The texts of ``dataset`` in order, so many at a time, on ``device``; may be gone through again."""
+
+    dataset: Dataset[dict[str, Any]]
+    collator: DistillationCollator
+    batch_size: int
+    device: torch.device
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in DataLoader(self.dataset, batch_size=self.batch_size, collate_fn=self.collator):
+            moved = {name: part.to(self.device) for name, part in batch.items() if name != "teacher_kv"}
+            if "teacher_kv" in batch:
+                moved["teacher_kv"] = {name: kv.to(self.device) for name, kv in batch["teacher_kv"].items()}
+            yield moved
 
 
 def _pad(rows: list[Tensor], value: int) -> Tensor:

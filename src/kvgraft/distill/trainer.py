@@ -156,8 +156,9 @@ class KVTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out loss, perplexity and KV similarity (see :func:`kvgraft.evaluate.quality.held_out_quality`)."""
-        quality = held_out_quality(self.distillation, self._held_out_batches(eval_dataset or self.eval_dataset))
+        """Held-out quality (see :func:`kvgraft.evaluate.quality.held_out_quality`)."""
+        dataset = eval_dataset or self.eval_dataset
+        quality = held_out_quality(self.distillation, self._held_out_batches(dataset), dataset.predicted_bytes)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in quality.metrics().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

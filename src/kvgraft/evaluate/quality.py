@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvgraft.distill.objectives import OBJECTIVES
+from kvgraft.evaluate.cka import effective_rank
 from kvgraft.kv import KV
 from kvgraft.models.head import record_hidden
 
@@ -38,10 +39,12 @@ class Quality:
 
     ``kv_deviation`` is the standard deviation of the student's own keys and values and ``kv_effective_rank`` the
     exponential of their spectrum's entropy, both means over layers: they tell shrinking and collapse.
+    ``text_bytes`` are the bytes that the ``tokens`` stand for.
     """
 
     loss: float
     tokens: int
+    text_bytes: int
     kv_deviation: float
     kv_effective_rank: float
     teachers: dict[str, KVSimilarity] = field(default_factory=dict)
@@ -52,6 +55,14 @@ class Quality:
         """Exponential of the loss per token."""
         return math.exp(min(self.loss, 700.0))
 
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits for each byte of the text: unlike loss and perplexity it can be compared between tokenizers.
+
+        The loss of the end-of-text, which stands for no byte, counts. None where no byte was predicted.
+        """
+        return self.loss * self.tokens / (math.log(2) * self.text_bytes) if self.text_bytes else None
+
     def metrics(self) -> dict[str, float]:
         """Flat numbers for a log."""
         flat = {
@@ -60,6 +71,8 @@ class Quality:
             "student_kv_deviation": self.kv_deviation,
             "student_kv_effective_rank": self.kv_effective_rank,
         }
+        if self.bits_per_byte is not None:
+            flat["bits_per_byte"] = self.bits_per_byte
         for name, similarity in self.teachers.items():
             flat[f"kv_loss/{name}"] = similarity.loss
             flat[f"keys_r2/{name}"] = _mean(similarity.keys_r2)
@@ -74,8 +87,11 @@ class Quality:
 
 
 @torch.no_grad()
-def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]) -> Quality:
-    """Measure ``model`` over ``batches`` in evaluation mode; its training mode is put back afterwards."""
+def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]], text_bytes: int) -> Quality:
+    """Measure ``model`` over ``batches`` in evaluation mode; its training mode is put back afterwards.
+
+    ``text_bytes`` are those that the labels of all batches stand for, as ``DistillationDataset.predicted_bytes`` says.
+    """
     was_training = model.training
     model.eval()
     loss_sum, tokens = 0.0, 0
@@ -102,6 +118,7 @@ def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]
     return Quality(
         loss=loss_sum / max(tokens, 1),
         tokens=tokens,
+        text_bytes=text_bytes,
         kv_deviation=own.deviation(),
         kv_effective_rank=own.effective_rank(),
         teachers={name: sums.result() for name, sums in similarity.items()},
@@ -132,9 +149,7 @@ class _Moments:
         return float(self.covariance().diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0).sqrt().mean())
 
     def effective_rank(self) -> float:
-        spectrum = torch.linalg.eigvalsh(self.covariance()).clamp_min(0)
-        share = spectrum / spectrum.sum(-1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
-        return float(torch.exp(-torch.special.xlogy(share, share).sum(-1)).mean())
+        return float(effective_rank(self.covariance()).mean())
 
 
 class _SimilaritySums:

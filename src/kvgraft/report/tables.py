@@ -36,17 +36,6 @@ def cost_table(result: RunResult) -> Table:
     return table
 
 
-def evaluation_table(result: RunResult) -> Table:
-    """Every held-out metric, one column for each arm."""
-    table = Table(title=f"{result.name}: {result.held_out_texts} held-out texts", title_justify="left")
-    table.add_column("")
-    for arm in result.arms:
-        table.add_column(arm.arm, justify="right")
-    for name in dict.fromkeys(name for arm in result.arms for name in arm.last):
-        table.add_row(name, *(_metric(arm.last, name) for arm in result.arms))
-    return table
-
-
 def plan_tables(plan: Plan) -> list[Table]:
     """Models, and what each teacher takes."""
     models = Table(title=f"{plan.name}: models", title_justify="left")
@@ -106,6 +95,7 @@ def arm_rows(result: RunResult) -> list[Row]:
         _row(result, "held-out loss after", lambda arm: f"{arm.last['loss']:.3f}"),
         _row(result, "held-out perplexity before", lambda arm: f"{arm.first['perplexity']:,.1f}"),
         _row(result, "held-out perplexity after", lambda arm: f"{arm.last['perplexity']:,.1f}"),
+        _row(result, "held-out bits per byte after", lambda arm: _metric(arm.last, "bits_per_byte")),
     ]
     if baseline is not None:
         bar = baseline.last["loss"]

@@ -1,0 +1,232 @@
+"""How alike a student's KV and a teacher's are, layer by layer, on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from kvgraft.distill.model import DistillationModel
+from kvgraft.distill.objectives import OBJECTIVES
+from kvgraft.errors import DataError
+from kvgraft.evaluate.cka import LinearCKA
+from kvgraft.kv import KV
+from kvgraft.models.capture import capture
+from kvgraft.projector.closed_form import LeastSquares, choose_ridge
+
+Kind = Literal["keys", "values"]
+KINDS: tuple[Kind, ...] = ("keys", "values")
+Batches = Iterable[dict[str, Any]]
+# Every fifth batch of the training text stays out of the fit and chooses its ridge.
+_KEPT_OUT_EVERY = 5
+_RIDGE = 1e-3
+
+
+class LayerSimilarity(BaseModel):
+    """Keys or values of one student layer beside those of the teacher layer that answers for it.
+
+    R2 is 1 where the target is met and 0 at its mean. A cosine is the mean over tokens of that between prediction and
+    target, both less the target's mean on training text: with it, all keys of a layer point much the same way.
+
+    Attributes:
+        projector_r2, projector_cosine: of the run's own comparison, through the saved projector; None where the arm
+            trained none.
+        least_squares_r2, least_squares_cosine: of the teacher's from the student's, by the best linear map, fitted on
+            training text.
+        cka: linear CKA, in [0, 1].
+        student_effective_rank, teacher_effective_rank: exponential of the entropy of each side's spectrum.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Kind
+    student_layer: int
+    teacher_layer: int
+    projector_r2: float | None = None
+    projector_cosine: float | None = None
+    least_squares_r2: float
+    least_squares_cosine: float
+    cka: float
+    student_effective_rank: float
+    teacher_effective_rank: float
+
+
+@torch.no_grad()
+def layer_similarity(
+    model: DistillationModel, teacher: str, layer_map: list[tuple[int, int]], train: Batches, held_out: Batches
+) -> list[LayerSimilarity]:
+    """Keys, then values, of every pair in ``layer_map``.
+
+    Args:
+        model: a trained student, with its projector or without one.
+        teacher: a name in the batches' ``teacher_kv``.
+        layer_map: pairs of (student layer, teacher layer).
+        train: batches to fit least squares on.
+        held_out: batches to measure on.
+
+    Raises:
+        DataError: the teacher answers for no token of one of the texts.
+    """
+    was_training = model.training
+    model.eval()
+    kinds = [_KindSimilarity(kind) for kind in KINDS]
+    layers = [student for student, _ in layer_map]
+    for index, (student, target) in enumerate(_pairs(model, teacher, layers, train)):
+        for kind, sides in enumerate(_sides(model, teacher, student, target)):
+            kinds[kind].fit(sides, chooses_ridge=(index + 1) % _KEPT_OUT_EVERY == 0)
+    if not kinds[0].fitted_tokens:
+        raise DataError(f"teacher {teacher} answers for no token of the training text, so there is nothing to fit on")
+    for similarity in kinds:
+        similarity.solve()
+    for student, target in _pairs(model, teacher, layers, held_out):
+        for kind, sides in enumerate(_sides(model, teacher, student, target)):
+            kinds[kind].add(sides)
+    if not kinds[0].cka.tokens:
+        raise DataError(f"teacher {teacher} answers for no token of the held-out text, so there is nothing to compare")
+    model.train(was_training)
+    return [layer for similarity in kinds for layer in similarity.result(layer_map)]
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Keys or values of the tokens that count: ``[layers, tokens, width]`` float64.
+
+    ``predicted`` and ``aim`` are the run's own comparison through its projector, None where there is none.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    predicted: Tensor | None
+    aim: Tensor | None
+
+
+def _pairs(
+    model: DistillationModel, teacher: str, student_layers: list[int], batches: Batches
+) -> Iterator[tuple[KV, KV]]:
+    """KV of the student and of the teacher for every batch that has tokens of both."""
+    for batch in batches:
+        target: KV = batch["teacher_kv"][teacher]
+        if bool(target.mask.any()):
+            kv = capture(model.student, batch["input_ids"], batch["attention_mask"])
+            yield kv.select_layers(student_layers), target
+
+
+def _sides(model: DistillationModel, teacher: str, student_kv: KV, teacher_kv: KV) -> list[_Sides]:
+    """Keys, then values, of one batch."""
+    mask = teacher_kv.mask
+    own, wanted = (_rows(kv.flatten(), mask) for kv in (student_kv, teacher_kv))
+    if model.projector is None:
+        return [_Sides(student, target, None, None) for student, target in zip(own, wanted, strict=True)]
+    comparison = OBJECTIVES[model.loss.objective](model.projector, teacher, student_kv, teacher_kv)[0]
+    predicted, aim = _rows(comparison.predicted, mask), _rows(comparison.target, mask)
+    trained = (model.loss.keys_weight > 0, model.loss.values_weight > 0)
+    return [
+        _Sides(own[kind], wanted[kind], *((predicted[kind], aim[kind]) if trained[kind] else (None, None)))
+        for kind in range(len(KINDS))
+    ]
+
+
+def _rows(pair: tuple[Tensor, Tensor], mask: Tensor) -> list[Tensor]:
+    """``[batch, layers, tokens, width]`` as ``[layers, tokens that count, width]``, keys and values."""
+    return [part.transpose(1, 2)[mask].transpose(0, 1).double() for part in pair]
+
+
+class _KindSimilarity:
+    """Running sums behind :class:`LayerSimilarity`, of keys or of values."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        self.fitted_tokens = 0
+        self._fits: tuple[LeastSquares, LeastSquares]
+        self._map: tuple[Tensor, Tensor]
+        self._teacher_sum: Tensor | float = 0.0
+        self._aim_sum: Tensor | float = 0.0
+        self.cka: LinearCKA
+        self._least_squares: _Prediction
+        self._projector: _Prediction | None = None
+
+    def fit(self, sides: _Sides, chooses_ridge: bool) -> None:
+        """Take in training text."""
+        layers, tokens, width = sides.student.shape
+        if not self.fitted_tokens:
+            sizes = (layers, width, sides.teacher.shape[-1], sides.student.device)
+            self._fits = (LeastSquares(*sizes), LeastSquares(*sizes))
+        everyone = torch.ones(1, tokens, dtype=torch.bool, device=sides.student.device)
+        self._fits[chooses_ridge].add(sides.student[None], sides.teacher[None], everyone)
+        self.fitted_tokens += tokens
+        self._teacher_sum = self._teacher_sum + sides.teacher.sum(1, keepdim=True)
+        if sides.aim is not None:
+            self._aim_sum = self._aim_sum + sides.aim.sum(1, keepdim=True)
+
+    def solve(self) -> None:
+        """Find the linear map; what comes next is held-out text."""
+        fitting, choosing = self._fits
+        both_seen = bool((fitting.weight_sums > 0).all()) and bool((choosing.weight_sums > 0).all())
+        ridge = choose_ridge(fitting, choosing) if both_seen else _RIDGE
+        fitting.merge(choosing)
+        self._map = fitting.solve(ridge)
+        layers = fitting.num_layers
+        same_layers = [(layer, layer) for layer in range(layers)]
+        self.cka = LinearCKA(same_layers, layers, layers, fitting.in_dim, fitting.out_dim, fitting.device)
+        self._least_squares = _Prediction(torch.as_tensor(self._teacher_sum) / self.fitted_tokens)
+        if isinstance(self._aim_sum, Tensor):
+            self._projector = _Prediction(self._aim_sum / self.fitted_tokens)
+
+    def add(self, sides: _Sides) -> None:
+        """Take in held-out text."""
+        self.cka.add(sides.student, sides.teacher)
+        weight, bias = self._map
+        self._least_squares.add(sides.student @ weight.mT + bias[:, None], sides.teacher)
+        if self._projector is not None and sides.predicted is not None and sides.aim is not None:
+            self._projector.add(sides.predicted, sides.aim)
+
+    def result(self, layer_map: list[tuple[int, int]]) -> list[LayerSimilarity]:
+        """One entry for each pair of ``layer_map``."""
+        columns = {"least_squares_r2": self._least_squares.r2(), "least_squares_cosine": self._least_squares.cosine()}
+        if self._projector is not None:
+            columns |= {"projector_r2": self._projector.r2(), "projector_cosine": self._projector.cosine()}
+        columns["cka"] = self.cka.similarity()
+        columns["student_effective_rank"], columns["teacher_effective_rank"] = self.cka.effective_ranks()
+        return [
+            LayerSimilarity(
+                kind=self.kind,
+                student_layer=student,
+                teacher_layer=teacher,
+                **{name: float(column[layer]) for name, column in columns.items()},
+            )
+            for layer, (student, teacher) in enumerate(layer_map)
+        ]
+
+
+class _Prediction:
+    """Running sums of a prediction and its aim; ``centre [layers, 1, width]`` is taken off both for the cosine."""
+
+    def __init__(self, centre: Tensor) -> None:
+        self._centre = centre
+        self._tokens = 0
+        self._residual: Tensor | float = 0.0
+        self._first: Tensor | float = 0.0
+        self._second: Tensor | float = 0.0
+        self._cosine: Tensor | float = 0.0
+
+    def add(self, predicted: Tensor, aim: Tensor) -> None:
+        """Both ``[layers, tokens, width]``."""
+        predicted, aim = predicted - self._centre, aim - self._centre
+        self._tokens += aim.shape[1]
+        self._residual = self._residual + (predicted - aim).square().sum((1, 2))
+        self._first = self._first + aim.sum(1)
+        self._second = self._second + aim.square().sum((1, 2))
+        self._cosine = self._cosine + torch.cosine_similarity(predicted, aim, dim=-1).sum(1)
+
+    def r2(self) -> Tensor:
+        """``[layers]``."""
+        about_mean = torch.as_tensor(self._second) - torch.as_tensor(self._first).square().sum(-1) / self._tokens
+        return 1 - torch.as_tensor(self._residual) / about_mean.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def cosine(self) -> Tensor:
+        """``[layers]``."""
+        return torch.as_tensor(self._cosine) / self._tokens

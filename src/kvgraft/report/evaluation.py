@@ -1,0 +1,186 @@
+"""What ``kvgraft evaluate`` found: tables, JSON, a heat map, and the answers for reading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+from kvgraft.evaluate.gsm8k import AnswerSample, ProblemScore
+from kvgraft.evaluate.similarity import KINDS, LayerSimilarity
+
+SIMILARITY_PICTURE, SAMPLES_FILE = "similarity.png", "samples.jsonl"
+# Column of a similarity, and the most it can be where that is known.
+_MEASURES = {
+    "projector_r2": "R2, projector",
+    "projector_cosine": "cosine, projector",
+    "least_squares_r2": "R2, least squares",
+    "least_squares_cosine": "cosine, least squares",
+    "cka": "linear CKA",
+}
+_RANKS = {"student_effective_rank": "effective rank, student", "teacher_effective_rank": "effective rank, teacher"}
+
+
+class ArmEvaluation(BaseModel):
+    """One saved student. A part that was not asked for is None or empty.
+
+    Attributes:
+        quality: held-out metrics.
+        similarity: by teacher, keys and values of every compared layer.
+        problems: exact match.
+        tasks: by task of lm-eval, its metrics.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    arm: str
+    quality: dict[str, float] | None = None
+    similarity: dict[str, list[LayerSimilarity]] = {}
+    problems: ProblemScore | None = None
+    tasks: dict[str, dict[str, float]] = {}
+
+
+class EvaluationReport(BaseModel):
+    """All students of a run, and what was asked of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    held_out_texts: int
+    asked: dict[str, Any]
+    arms: list[ArmEvaluation]
+
+
+def evaluation_tables(report: EvaluationReport) -> list[Table]:
+    """One table for each part that was measured."""
+    tables = []
+    if any(arm.quality for arm in report.arms):
+        names = dict.fromkeys(name for arm in report.arms for name in arm.quality or {})
+        rows = {name: [_number((arm.quality or {}).get(name)) for arm in report.arms] for name in names}
+        tables.append(_table(report, f"{report.held_out_texts} held-out texts", rows))
+    for teacher in dict.fromkeys(teacher for arm in report.arms for teacher in arm.similarity):
+        rows = {
+            f"{label} of {kind}": [_mean_of(arm.similarity.get(teacher, []), kind, field) for arm in report.arms]
+            for kind in KINDS
+            for field, label in (_MEASURES | _RANKS).items()
+        }
+        tables.append(_table(report, f"KV beside {teacher}'s, mean over layers", rows))
+    scores = [arm.problems for arm in report.arms]
+    if any(scores):
+        tables.append(_table(report, f"problems{_asked_how(report)}", _score_rows(scores)))
+    metrics = dict.fromkeys((task, name) for arm in report.arms for task in arm.tasks for name in arm.tasks[task])
+    if metrics:
+        rows = {
+            f"{task}: {name}": [_number(arm.tasks.get(task, {}).get(name)) for arm in report.arms]
+            for task, name in metrics
+        }
+        tables.append(_table(report, "lm-eval", rows))
+    return tables
+
+
+def write_evaluation(report: EvaluationReport, samples: Sequence[AnswerSample], folder: Path) -> None:
+    """Write the measured parts into ``folder``; files of parts that were not measured stay as they are.
+
+    ``quality.json``, ``similarity.json`` and ``similarity.png``, ``gsm8k.json`` and ``samples.jsonl``, ``tasks.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, field in (
+        ("quality", "quality"),
+        ("similarity", "similarity"),
+        ("gsm8k", "problems"),
+        ("tasks", "tasks"),
+    ):
+        found = {arm.arm: arm.model_dump(mode="json")[field] for arm in report.arms if getattr(arm, field)}
+        if found:
+            content = {"name": report.name, "asked": report.asked.get(part, {}), "arms": found}
+            (folder / f"{part}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if any(arm.similarity for arm in report.arms):
+        save_similarity(report, folder / SIMILARITY_PICTURE)
+    if samples:
+        lines = [json.dumps(sample.model_dump(), ensure_ascii=False) + "\n" for sample in samples]
+        (folder / SAMPLES_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def save_similarity(report: EvaluationReport, path: Path) -> None:
+    """A heat map for each teacher and of keys and of values: arms and measures down, layers across, as a PNG."""
+    teachers = list(dict.fromkeys(teacher for arm in report.arms for teacher in arm.similarity))
+    lines = max(len(_heat_rows(report, teacher, kind)) for teacher in teachers for kind in KINDS)
+    figure = Figure(figsize=(13, 1.6 + 0.3 * lines * len(teachers)), layout="constrained")
+    grid = figure.subplots(len(teachers), len(KINDS), squeeze=False)
+    for row, teacher in zip(grid, teachers, strict=True):
+        for axes, kind in zip(row, KINDS, strict=True):
+            _draw_heat_map(axes, report, teacher, kind)
+    figure.suptitle(f"{report.name}: each student's KV beside its teacher's, {report.held_out_texts} held-out texts")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_heat_map(axes: Axes, report: EvaluationReport, teacher: str, kind: str) -> None:
+    rows = _heat_rows(report, teacher, kind)
+    layers = next(arm.similarity[teacher] for arm in report.arms if teacher in arm.similarity)
+    pairs = [f"{layer.student_layer}\u2190{layer.teacher_layer}" for layer in layers if layer.kind == kind]
+    picture = axes.imshow([values for _, values in rows], aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    for line, (_, values) in enumerate(rows):
+        for column, value in enumerate(values):
+            # The map ends at 0, and what is below it should be seen to be.
+            colour = "black" if value > 0.6 else "white"
+            axes.text(column, line, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
+    axes.set_xticks(range(len(pairs)), pairs, fontsize=7)
+    axes.set_xlabel("student layer \u2190 teacher layer")
+    axes.set_title(f"{kind}, {teacher}", fontsize=9)
+    axes.figure.colorbar(picture, ax=axes)
+
+
+def _heat_rows(report: EvaluationReport, teacher: str, kind: str) -> list[tuple[str, list[float]]]:
+    rows = []
+    for field, label in _MEASURES.items():
+        for arm in report.arms:
+            values = [getattr(layer, field) for layer in arm.similarity.get(teacher, []) if layer.kind == kind]
+            if values and None not in values:
+                rows.append((f"{label} ({arm.arm})", values))
+    return rows
+
+
+def _table(report: EvaluationReport, title: str, rows: dict[str, list[str]]) -> Table:
+    table = Table(title=f"{report.name}: {title}", title_justify="left")
+    table.add_column("")
+    for arm in report.arms:
+        table.add_column(arm.arm, justify="right")
+    for label, cells in rows.items():
+        table.add_row(label, *cells)
+    return table
+
+
+def _score_rows(scores: Sequence[ProblemScore | None]) -> dict[str, list[str]]:
+    def row(cell: Any) -> list[str]:
+        return ["-" if score is None else cell(score) for score in scores]
+
+    return {
+        "exact match": row(lambda score: f"{score.accuracy:.1%} ({score.correct} of {score.problems})"),
+        "95 % interval": row(lambda score: f"{score.interval[0]:.1%} to {score.interval[1]:.1%}"),
+        "with a final number": row(lambda score: f"{score.answered}"),
+        "empty answers": row(lambda score: f"{score.empty}"),
+        "tokens per second": row(lambda score: f"{score.tokens / score.seconds:,.0f}"),
+    }
+
+
+def _asked_how(report: EvaluationReport) -> str:
+    asked = report.asked.get("gsm8k", {})
+    calculator = ", with the calculator" if asked.get("calculator") else ""
+    return f" of {asked.get('data')}, {asked.get('shots')}-shot{calculator}"
+
+
+def _mean_of(layers: Sequence[LayerSimilarity], kind: str, field: str) -> str:
+    values = [getattr(layer, field) for layer in layers if layer.kind == kind]
+    return "-" if not values or None in values else f"{mean(values):.3f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,116 @@
+"""``kvgraft evaluate`` on a finished run of a tiny random teacher."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvgraft.errors import DataError, RecipeError
+from kvgraft.evaluate.gsm8k import AnswerSettings
+from kvgraft.evaluate.run import EvaluationSettings, evaluate
+from kvgraft.recipe import Recipe
+from kvgraft.report.evaluation import evaluation_tables
+from kvgraft.run import run
+from tests.conftest import fields_of_tiny_recipe
+
+TEACHER = "org/teacher-1.0"
+FEW_TOKENS = AnswerSettings(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    run(Recipe.model_validate(fields_of_tiny_recipe(tiny_teacher, folder / "stores")), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def finished(trained: Path, tmp_path: Path) -> Path:
+    """A run folder of each test's own."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_everything_is_measured_and_written_without_touching_the_run(finished: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    output = tmp_path / "evaluation"
+    report = evaluate(finished, EvaluationSettings(answers=FEW_TOKENS), output)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    for arm in report.arms:
+        trained = json.loads((finished / arm.arm / "arm.json").read_text())["evaluations"][-1]["metrics"]
+        assert arm.quality == pytest.approx(trained, rel=1e-5)
+        assert len(arm.similarity[TEACHER]) == 2 * 2
+        assert arm.problems.problems == 4
+    baseline, kv = report.arms
+    assert baseline.similarity[TEACHER][0].projector_r2 is None
+    r2 = [layer.projector_r2 for layer in kv.similarity[TEACHER] if layer.kind == "keys"]
+    assert sum(r2) / len(r2) == pytest.approx(kv.quality[f"keys_r2/{TEACHER}"], rel=1e-4)
+
+    assert set(json.loads((output / "quality.json").read_text())["arms"]) == {"baseline", "kv"}
+    assert (output / "similarity.png").read_bytes().startswith(b"\x89PNG")
+    asked = json.loads((output / "gsm8k.json").read_text())["asked"]
+    assert (asked["data"], asked["problems"], asked["shots"]) == ("word_problems", 4, 0)
+    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8
+    assert samples[0]["prompt"].endswith("\n")
+    assert samples[0]["answer"].endswith(f"#### {samples[0]['expected_number']}")
+    titles = " ".join(str(table.title) for table in evaluation_tables(report))
+    assert all(part in titles for part in ("4 held-out texts", TEACHER, "problems of word_problems, 0-shot"))
+
+
+def test_one_part_leaves_the_others_alone(finished: Path) -> None:
+    evaluate(finished, EvaluationSettings(only=["quality"]))
+    quality = (finished / "evaluation" / "quality.json").read_bytes()
+    report = evaluate(finished, EvaluationSettings(only=["gsm8k"], problems=2, answers=FEW_TOKENS))
+    assert report.arms[0].quality is None
+    assert not report.arms[0].similarity
+    assert report.arms[0].problems.problems == 2
+    assert (finished / "evaluation" / "quality.json").read_bytes() == quality
+
+
+def test_solved_problems_come_from_the_training_text(finished: Path) -> None:
+    settings = EvaluationSettings(only=["gsm8k"], problems=1, answers=AnswerSettings(shots=1, max_new_tokens=4))
+    with pytest.raises(DataError, match=r"none of 1 prompts leaves room for 4 tokens.*context of 256"):
+        evaluate(finished, settings)
+    with pytest.raises(DataError, match="--shots 17, and word_problems has 16 training problems"):
+        evaluate(finished, EvaluationSettings(answers=AnswerSettings(shots=17)))
+
+
+def test_a_run_without_problems(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    source = tmp_path / "data.jsonl"
+    source.write_text("".join(json.dumps({"text": f"a text of {n} words"}) + "\n" for n in range(12)))
+    folder = tmp_path / "run"
+    data = {"train": str(source), "held_out": str(source), "train_samples": 8, "held_out_samples": None}
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": "another text of some words"}) + "\n")
+    run(tiny_recipe(arms=["baseline"], data=data | {"held_out": str(other)}, training={"steps": 1}), folder)
+    assert evaluate(folder, EvaluationSettings(only=["quality"])).arms[0].quality is not None
+    assert evaluate(folder).arms[0].problems is None
+    with pytest.raises(DataError, match=r"other.jsonl holds no problems in GSM8K's form.*--data"):
+        evaluate(folder, EvaluationSettings(only=["gsm8k"]))
+    report = evaluate(folder, EvaluationSettings(only=["gsm8k"], data="word_problems", problems=2, answers=FEW_TOKENS))
+    assert report.arms[0].problems.problems == 2
+
+
+def test_what_is_no_finished_run_is_named(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is no run folder"):
+        evaluate(tmp_path)
+    result = json.loads((finished / "result.json").read_text())
+    newer = result | {"format": 99, "versions": {"kvgraft": "9.9"}}
+    (finished / "result.json").write_text(json.dumps(newer))
+    with pytest.raises(RecipeError, match=r"written by kvgraft 9\.9 \(format 99\).*Update kvgraft"):
+        evaluate(finished)
+    (finished / "result.json").write_text("{")
+    with pytest.raises(RecipeError, match="no result of a run that this version can read"):
+        evaluate(finished)
+    (finished / "result.json").unlink()
+    with pytest.raises(RecipeError, match=r"is not finished.*kvgraft train .*recipe\.yaml --output .* --resume"):
+        evaluate(finished)
+
+
+def test_unknown_parts_and_tasks_that_are_not_named(finished: Path) -> None:
+    with pytest.raises(DataError, match="nothing called qualities can be measured; there are quality, similarity"):
+        evaluate(finished, EvaluationSettings(only=["qualities"]))
+    with pytest.raises(DataError, match="none is named; give --tasks"):
+        evaluate(finished, EvaluationSettings(only=["tasks"]))
