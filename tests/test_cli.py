@@ -88,12 +88,15 @@ def test_cache_then_cache_again(recipe_file: Path) -> None:
 
 def test_evaluate(recipe_file: Path, tmp_path: Path) -> None:
     runner.invoke(app, ["train", str(recipe_file), "--output", str(tmp_path / "run")])
-    result = runner.invoke(app, ["evaluate", str(tmp_path / "run"), "--json"])
+    result = runner.invoke(app, ["evaluate", str(tmp_path / "run"), "--json", "--max-new-tokens", "4"])
     assert result.exit_code == 0, result.output
     assert [arm["arm"] for arm in json.loads(result.stdout)["arms"]] == ["baseline", "kv"]
     shown = runner.invoke(app, ["evaluate", str(tmp_path / "run"), "--only", "quality"])
     assert "bits_per_byte" in shown.output
     assert "everything is in" in shown.output
+    noted = runner.invoke(app, ["note", str(tmp_path / "run"), "worth another look"])
+    assert noted.exit_code == 0, noted.output
+    assert "- worth another look" in (tmp_path / "run" / "experiment.yaml").read_text()
 
 
 def test_errors_come_without_a_traceback(tmp_path: Path) -> None:

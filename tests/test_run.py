@@ -44,6 +44,10 @@ def test_run_folder_holds_everything(finished: Path) -> None:
         assert all(log[section][field] is not None for field in fields)
     assert len(log["notes"]) >= 3
     assert load_recipe(finished / "recipe.yaml").name == "tiny"
+    assert load_recipe(finished / "experiment.yaml") == load_recipe(finished / "recipe.yaml")
+    assert log["results"]["convergence_rule"].startswith("first evaluated step")
+    store = log["environment"]["stores"]["org/teacher-1.0"]
+    assert any(path.name.endswith(store) for path in (finished.parent / "stores").iterdir())
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "| held-out loss after |" in (finished / "results.md").read_text()
     records = read_metrics(finished / "metrics.jsonl")

@@ -13,6 +13,7 @@ from kvgraft.distill.arms import (
     ArmData,
     evaluations,
     gradient_shares,
+    non_finite_steps,
     seconds_at_evaluations,
     train_arm,
 )
@@ -24,6 +25,7 @@ from kvgraft.prepare_logits import prepare_logits
 from kvgraft.processes import process_state
 from kvgraft.projector.settings import teacher_config_from
 from kvgraft.recipe import Recipe, load_recipe
+from kvgraft.report.environment import describe_environment
 from kvgraft.report.log import write_experiment_log
 from kvgraft.report.plots import save_curves
 from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
@@ -135,10 +137,12 @@ def _describe(prepared: Prepared) -> RunResult:
                 truncated_texts=teacher.report.truncated_texts,
                 alignment_coverage=teacher.alignment.coverage,
                 alignment_dropped=dict(teacher.alignment.dropped),
+                store_fingerprint=teacher.store.identity.hash(),
             )
             for teacher in prepared.teachers
         ],
         versions={name: version(name) for name in _VERSIONS},
+        environment=describe_environment(),
     )
 
 
@@ -174,6 +178,7 @@ def _finish_arm(folder: Path, arm: str, recipe: Recipe, projector_parameters: in
         seconds=seconds,
         evaluations=[Evaluation(step=step, metrics=metrics) for step, metrics in evaluations(folder)],
         gradient_shares=gradient_shares(folder),
+        non_finite_steps=non_finite_steps(folder),
         projector_parameters=projector_parameters,
         seconds_at=seconds_at_evaluations(folder),
     )

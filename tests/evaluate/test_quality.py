@@ -87,3 +87,20 @@ def test_effective_rank_tells_a_collapsed_student(tiny_recipe: Callable[..., Rec
     assert after.kv_effective_rank == pytest.approx(1, abs=1e-3)
     assert after.kv_deviation < 0.5 * before.kv_deviation
     assert before.teachers == {}
+
+
+def test_dead_units_are_counted_where_the_activation_is_relu(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe(projector={"activation": "relu"})
+    data = arm_data(prepare(recipe))
+    model = build_arm(recipe, "kv", data)
+    held_out = data.held_out_set("kv")
+    batches = [data.collator([held_out[index]]) for index in range(len(held_out))]
+    before = held_out_quality(model, batches, held_out.predicted_bytes).teachers[TEACHER]
+    with torch.no_grad():
+        for adapter in model.projector.adapters(TEACHER):
+            adapter.up.bias[:, :2] = -1e3
+    after = held_out_quality(model, batches, held_out.predicted_bytes)
+    # Two of eight units in every layer of both adapters.
+    assert before.dead_units == 0
+    assert after.teachers[TEACHER].dead_units == pytest.approx(2 / 8)
+    assert after.metrics()[f"dead_units/{TEACHER}"] == pytest.approx(2 / 8)

@@ -1,12 +1,18 @@
 """What the table and the experiment log say of a run, from numbers made by hand."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from kvgraft.errors import ResultError
-from kvgraft.recipe import Recipe
-from kvgraft.report.log import append_metrics, experiment_log, read_metrics
+from kvgraft.distill.arms import non_finite_steps
+from kvgraft.errors import RecipeError, ResultError
+from kvgraft.recipe import Recipe, load_recipe
+from kvgraft.report.environment import describe_environment
+from kvgraft.report.log import append_metrics, experiment_log, read_metrics, write_experiment_log
+from kvgraft.report.notes import add_note, noticed
 from kvgraft.report.plots import save_curves
 from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
 from kvgraft.report.tables import arm_rows, cost_rows, markdown
@@ -46,6 +52,7 @@ RESULT = RunResult(
             truncated_texts=0,
             alignment_coverage=0.99,
             alignment_dropped={"special": 1},
+            store_fingerprint="0123456789abcdef",
         )
     ],
     arms=[
@@ -69,7 +76,11 @@ def test_steps_to_a_loss_and_reduction() -> None:
     assert kv.kv_reduction() == pytest.approx(0.6)
     assert baseline.kv_reduction() is None
     # 95 % of the way from 1.0 to 0.4 is 0.43.
-    assert kv.kv_convergence_step() == 20
+    assert kv.convergence_step("kv_loss") == 20
+    # 95 % of the way from 7.0 to 4.5 is 4.625.
+    assert baseline.convergence_step("loss") == 30
+    assert baseline.convergence_step("kv_loss") is None
+    assert arm("rising", [4.0, 5.0]).convergence_step("loss") is None
 
 
 def test_table_says_it() -> None:
@@ -134,3 +145,68 @@ def test_a_result_that_cannot_be_read_says_why(tmp_path: Path, text: str | None,
         path.write_text(text, encoding="utf-8")
     with pytest.raises(ResultError, match=message):
         RunResult.read(path)
+def test_log_repeats_the_run(tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"training": RECIPE.training.model_copy(update={"learning_rate": 1.23456789e-4})})
+    path = tmp_path / "experiment.yaml"
+    write_experiment_log(path, recipe, RESULT.model_copy(update={"environment": describe_environment()}))
+    assert load_recipe(path) == recipe
+    assert load_recipe(path, ["training.steps=7"]).training.steps == 7
+    environment = yaml.safe_load(path.read_text())["environment"]
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["hardware"]["cpus"] >= 1
+    assert environment["hardware"]["memory_gb"] > 0
+    assert environment["seeds"] == {"run": 0, "data": 0}
+    assert environment["stores"] == {"big": "0123456789abcdef"}
+    log = yaml.safe_load(path.read_text())
+    log["environment"]["recipe"]["training"]["stepz"] = 1
+    path.write_text(yaml.safe_dump(log, sort_keys=False))
+    with pytest.raises(RecipeError, match=r"training\.stepz \(line \d+\).*known here: steps"):
+        load_recipe(path)
+    del log["environment"]["recipe"]
+    path.write_text(yaml.safe_dump(log))
+    with pytest.raises(RecipeError, match=r"without the recipe in it.*take recipe\.yaml"):
+        load_recipe(path)
+
+
+def test_commit_is_that_of_the_code(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    tracked = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = describe_environment().git_commit
+    assert (commit or "").removesuffix("-dirty") == tracked.stdout.strip()
+
+
+def test_what_a_run_noticed() -> None:
+    assert not any("lost" in note or "gradient" in note for note in noticed(RESULT))
+    assert "1 of 10 training texts were cut to data.max_length; their ends were never learned" in noticed(RESULT)
+    troubled = RESULT.arms[1].model_copy(deep=True, update={"gradient_shares": {"ce": 0.996, "kv": 0.004}})
+    troubled.non_finite_steps = 2
+    troubled.last.update({"student_kv_deviation": 0.4, "student_kv_effective_rank": 1.0, "dead_units/big": 0.25})
+    notes = noticed(RESULT.model_copy(update={"arms": [troubled], "truncated_train_texts": 0}))
+    assert "kv: the student's KV lost 60% of its deviation (1 -> 0.4)" in notes
+    assert "kv: the student's KV lost 75% of its effective rank (4 -> 1)" in notes
+    assert any(note.startswith("kv: kv made up 0.40% of the gradient norm") for note in notes)
+    assert any(note.startswith("kv: 25% of the hidden units of big's adapters are dead") for note in notes)
+    assert "kv: 2 of the logged steps had a loss or gradient that is not finite" in notes
+    assert not any("were cut" in note for note in notes)
+
+
+def test_notes_of_people_stay_when_the_log_is_written_again(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is no run folder"):
+        add_note(tmp_path, "hello")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.to_yaml())
+    add_note(tmp_path, "before the\nrun was finished")
+    write_experiment_log(tmp_path / "experiment.yaml", RECIPE, RESULT)
+    add_note(tmp_path, "损失下降 <b>")
+    with pytest.raises(RecipeError, match="the note is empty"):
+        add_note(tmp_path, " \n")
+    notes = yaml.safe_load((tmp_path / "experiment.yaml").read_text())["notes"]
+    assert notes[-2:] == ["before the run was finished", "损失下降 <b>"]
+    write_experiment_log(tmp_path / "experiment.yaml", RECIPE, RESULT)
+    assert yaml.safe_load((tmp_path / "experiment.yaml").read_text())["notes"] == notes
+
+
+def test_steps_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    for loss in (1.0, float("nan"), float("inf")):
+        append_metrics(tmp_path / "metrics.jsonl", {"step": 1, "loss": loss})
+    append_metrics(tmp_path / "metrics.jsonl", {"step": 2, "eval_loss": 1.0})
+    assert non_finite_steps(tmp_path) == 2

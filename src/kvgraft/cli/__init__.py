@@ -10,7 +10,20 @@ from rich.logging import RichHandler
 
 # isort: off
 # Importing a command adds it to the app; this is their order in `kvgraft --help`.
-from kvgraft.cli import plan, cache, train, compare, evaluate, fit, graft, chat, ablate, cut, migrate  # noqa: F401
+from kvgraft.cli import (  # noqa: F401
+    plan,
+    cache,
+    train,
+    compare,
+    evaluate,
+    note,
+    fit,
+    graft,
+    chat,
+    ablate,
+    cut,
+    migrate,
+)
 
 # isort: on
 from kvgraft.cli.shared import app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -221,6 +222,14 @@ def gradient_shares_of(recipe: Recipe, model: DistillationModel) -> dict[str, fl
         "logit": recipe.logit_loss.gradient_share if model.logits is not None else None,
     }
     return {part: share for part, share in shares.items() if share is not None}
+
+
+def non_finite_steps(folder: Path) -> int:
+    """Steps of an arm's log whose loss or gradient norm is NaN or infinite."""
+    return sum(
+        not all(math.isfinite(record.get(name, 0.0)) for name in ("loss", "ce_loss", "kv_loss", "grad_norm"))
+        for record in read_metrics(folder / "metrics.jsonl")
+    )
 
 
 _SCHEDULES: dict[str, Callable[[float], float]] = {

@@ -14,6 +14,7 @@ from kvgraft.distill.objectives import OBJECTIVES
 from kvgraft.evaluate.cka import effective_rank
 from kvgraft.kv import KV
 from kvgraft.models.head import record_hidden
+from kvgraft.projector.projector import KVDimensionProjector
 
 if TYPE_CHECKING:
     from kvgraft.distill.model import DistillationModel
@@ -24,13 +25,15 @@ class KVSimilarity:
     """How well one teacher's held-out KV is met. Lists run over the compared layers.
 
     R2 is 1 where the target is met and 0 at its mean. ``variance_ratio`` is the predicted variance over the target's:
-    it falls to 0 when a side shrinks away.
+    it falls to 0 when a side shrinks away. ``dead_units`` is the share of the adapters' hidden units that give zero on
+    every token; None where the activation is not ReLU, which alone leaves such.
     """
 
     loss: float
     keys_r2: list[float]
     values_r2: list[float]
     variance_ratio: float
+    dead_units: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Quality:
             flat[f"keys_r2/{name}"] = _mean(similarity.keys_r2)
             flat[f"values_r2/{name}"] = _mean(similarity.values_r2)
             flat[f"kv_variance_ratio/{name}"] = similarity.variance_ratio
+            if similarity.dead_units is not None:
+                flat[f"dead_units/{name}"] = similarity.dead_units
         if self.teachers:
             flat["kv_loss"] = _mean([similarity.loss for similarity in self.teachers.values()])
         flat |= {f"logit_loss/{name}": loss for name, loss in self.logit_losses.items()}
@@ -159,6 +164,7 @@ class _SimilaritySums:
         self.count = 0
         self.loss_sum = 0.0
         self.residual: Tensor | float = 0.0
+        self.alive: dict[int, Tensor] = {}
         self.sums: dict[str, list[Tensor | float]] = {"predicted": [0.0, 0.0], "target": [0.0, 0.0]}
 
     def add(self, model: DistillationModel, name: str, student_kv: KV, target: KV) -> None:
@@ -176,6 +182,18 @@ class _SimilaritySums:
         for side, rows in sides.items():
             first, second = self.sums[side]
             self.sums[side] = [first + rows.sum(1), second + rows.square().sum(1)]
+        forwards = model.projector.direction == "teacher_to_student"
+        self._note_alive_units(
+            model.projector, name, target if forwards else model.compared(student_kv, name), target.mask
+        )
+
+    def _note_alive_units(self, projector: KVDimensionProjector, name: str, source: KV, mask: Tensor) -> None:
+        inputs = projector.sources_of(name, source)
+        for kind, (adapter, rows) in enumerate(zip(projector.adapters(name), inputs, strict=True)):
+            if adapter.activation == "relu" and adapter.up is not None:
+                real = rows.transpose(1, 2)[mask].transpose(0, 1)[None]
+                alive = (adapter.hidden_units(real) != 0).any(1)
+                self.alive[kind] = alive | self.alive.get(kind, torch.zeros_like(alive))
 
     def result(self) -> KVSimilarity:
         predicted, target = self._spread("predicted"), self._spread("target")
@@ -185,6 +203,9 @@ class _SimilaritySums:
             keys_r2=r2[0].tolist(),
             values_r2=r2[1].tolist(),
             variance_ratio=float((predicted / target).mean()),
+            dead_units=1 - _mean([float(alive.float().mean()) for alive in self.alive.values()])
+            if self.alive
+            else None,
         )
 
     def _spread(self, side: str) -> Tensor:

@@ -16,6 +16,8 @@ from kvgraft.recipe.recipe import Recipe
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read ``path`` and apply ``overrides`` of the form ``a.b=value`` (lists by index: ``teachers.0.model=...``).
 
+    ``path`` is a recipe, or the ``experiment.yaml`` of a run, which is then repeated.
+
     Raises RecipeError naming the file, the line where it can be told, the field, and what would be right.
     """
     path = Path(path)
@@ -28,12 +30,28 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold fields such as `teachers:` and `student:`; got {type(content).__name__}")
+    inside = _place_of_recipe(content, path)
+    for part in inside:
+        content = content[part]
     for override in overrides or []:
         _apply_override(content, override)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(_describe(error, path, text)) from error
+        raise RecipeError(_describe(error, path, text, inside)) from error
+
+
+def _place_of_recipe(content: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """Where the recipe is: all of a recipe file, one block of an experiment log."""
+    if "experiment" not in content:
+        return ()
+    environment = content.get("environment")
+    if not isinstance(environment, dict) or not isinstance(environment.get("recipe"), dict):
+        raise RecipeError(
+            f"{path} is an experiment log without the recipe in it, as older versions wrote them; take recipe.yaml of "
+            "the same run"
+        )
+    return ("environment", "recipe")
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -53,11 +71,11 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: there is no field {dotted} in this recipe ({error})") from error
 
 
-def _describe(error: ValidationError, path: Path, text: str) -> str:
+def _describe(error: ValidationError, path: Path, text: str, inside: tuple[str, ...]) -> str:
     lines = [f"{path} cannot be run as written:"]
     for problem in error.errors():
         field = ".".join(str(part) for part in problem["loc"] if not _is_union_branch(part))
-        where = _line_of(text, problem["loc"])
+        where = _line_of(text, (*inside, *problem["loc"]))
         hint = _known_fields(problem["loc"]) if problem["type"] == "extra_forbidden" else ""
         given = "" if problem["type"] in ("missing", "extra_forbidden") else f" (given {problem['input']!r})"
         lines.append(f"  {field or 'recipe'}{where}: {problem['msg']}{given}{hint}")

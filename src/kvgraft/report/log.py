@@ -1,15 +1,20 @@
-"""The experiment log: the guide's YAML template, filled from the run, and one line of metrics for every log event."""
+"""The experiment log: the guide's YAML template, filled from the run, and one line of metrics for every log event.
+
+The log also holds what repeats the run: ``kvgraft train RUN/experiment.yaml`` reads the recipe out of it.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from kvgraft.recipe import Recipe
-from kvgraft.report.results import RunResult, as_plain
+from kvgraft.report.notes import added_notes, noticed
+from kvgraft.report.results import CONVERGENCE_RULE, RunResult, as_plain
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
@@ -29,16 +34,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def experiment_log(recipe: Recipe, result: RunResult) -> dict[str, Any]:
+def experiment_log(recipe: Recipe, result: RunResult, notes: Sequence[str] = ()) -> dict[str, Any]:
     """The guide's experiment log ("实验日志模板"), every field measured or taken from the recipe.
 
     ``results`` tells the held-out KV loss of the ``kv`` arm (the guide's ``loss``); where a run has no such arm, the
-    held-out cross-entropy of its first arm.
+    held-out cross-entropy of its first arm. ``environment`` has what it ran on and the recipe whole. ``notes`` go
+    behind those that the run gathered.
     """
     arm = result.arm("kv") or result.arms[0]
     measure = "kv_loss" if "kv_loss" in arm.last else "loss"
     initial, final = arm.first[measure], arm.last[measure]
-    step = arm.kv_convergence_step() if measure == "kv_loss" else arm.steps_to(final)
     log = {
         "experiment": {"name": result.name, "date": result.date},
         "model": {"teacher": ", ".join(teacher.name for teacher in result.teachers), "student": result.student},
@@ -59,33 +64,26 @@ def experiment_log(recipe: Recipe, result: RunResult) -> dict[str, Any]:
             "initial_loss": initial,
             "final_loss": final,
             "reduction": f"{1 - final / initial:.1%}" if initial else "0.0%",
-            "convergence_step": step,
+            "convergence_step": arm.convergence_step(measure),
+            "convergence_rule": CONVERGENCE_RULE,
         },
-        "notes": _notes(result),
+        "notes": [*noticed(result), *notes],
     }
-    return as_plain(log)
+    environment = {
+        **(result.environment.model_dump() if result.environment else {"versions": result.versions}),
+        "seeds": {"run": recipe.seed, "data": recipe.data.seed},
+        "stores": {teacher.name: teacher.store_fingerprint for teacher in result.teachers},
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    # Rounding is for what was measured; the recipe must come back as it was.
+    return {**as_plain(log), "environment": environment}
 
 
 def write_experiment_log(path: Path, recipe: Recipe, result: RunResult) -> None:
-    """Save :func:`experiment_log` as YAML."""
-    text = yaml.safe_dump(experiment_log(recipe, result), sort_keys=False, allow_unicode=True)
+    """Save :func:`experiment_log` as YAML, with the notes that people added to the run."""
+    log = experiment_log(recipe, result, added_notes(path.parent))
+    text = yaml.safe_dump(log, sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
-
-
-def _notes(result: RunResult) -> list[str]:
-    notes = []
-    baseline = result.arm("baseline")
-    for arm in result.arms:
-        line = f"{arm.arm}: held-out loss {arm.first['loss']:.3f} -> {arm.last['loss']:.3f}"
-        if baseline is not None and arm is not baseline:
-            line += f", {arm.last['loss'] - baseline.last['loss']:+.3f} against the baseline"
-        notes.append(line)
-    for teacher in result.teachers:
-        notes.append(
-            f"{teacher.name}: {teacher.alignment_coverage:.1%} of the student's tokens aligned, "
-            f"{teacher.bytes_per_token:,.0f} bytes of KV per token"
-        )
-    return notes
 
 
 def _in_millions(count: int) -> str:

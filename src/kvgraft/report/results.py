@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvgraft.errors import ResultError
+from kvgraft.report.environment import Environment
 
 FORMAT_VERSION = 1
+CONVERGENCE_RULE = "first evaluated step at which 95 % of the loss's whole fall was done"
 
 
 class Record(BaseModel):
@@ -80,6 +82,7 @@ class ArmResult(Record):
     seconds: float
     evaluations: list[Evaluation]
     gradient_shares: dict[str, float] = {}
+    non_finite_steps: int = 0
     projector_parameters: int = 0
     seconds_at: dict[int, float] = {}
 
@@ -108,12 +111,12 @@ class ArmResult(Record):
             return None
         return 1 - self.last["kv_loss"] / self.first["kv_loss"]
 
-    def kv_convergence_step(self) -> int | None:
-        """The first evaluated step by which 95 % of the held-out KV loss's fall was done."""
-        if "kv_loss" not in self.last:
+    def convergence_step(self, metric: str) -> int | None:
+        """Step by :data:`CONVERGENCE_RULE` for a held-out loss; None where it did not fall or was not measured."""
+        if metric not in self.last or self.last[metric] >= self.first[metric]:
             return None
-        bar = self.last["kv_loss"] + 0.05 * (self.first["kv_loss"] - self.last["kv_loss"])
-        return next((point.step for point in self.evaluations if point.metrics["kv_loss"] <= bar), None)
+        bar = self.last[metric] + 0.05 * (self.first[metric] - self.last[metric])
+        return next(point.step for point in self.evaluations if point.metrics[metric] <= bar)
 
 
 class TeacherResult(Record):
@@ -130,6 +133,7 @@ class TeacherResult(Record):
     truncated_texts: int
     alignment_coverage: float
     alignment_dropped: dict[str, int]
+    store_fingerprint: str = ""
 
 
 class RunResult(SavedResult):
@@ -148,6 +152,7 @@ class RunResult(SavedResult):
     arms: list[ArmResult] = []
     seconds: dict[str, float] = {}
     versions: dict[str, str] = {}
+    environment: Environment | None = None
 
     def arm(self, name: str) -> ArmResult | None:
         """The result of arm ``name``, or None if the run has none."""
