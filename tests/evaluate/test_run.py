@@ -61,6 +61,9 @@ def test_everything_is_measured_and_written_without_touching_the_run(finished: P
 
 def test_one_part_leaves_the_others_alone(finished: Path) -> None:
     evaluate(finished, EvaluationSettings(only=["quality"]))
+    # Exact match needs neither the teacher nor its store.
+    recipe = finished / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("model: /", "model: /nowhere/"))
     quality = (finished / "evaluation" / "quality.json").read_bytes()
     report = evaluate(finished, EvaluationSettings(only=["gsm8k"], problems=2, answers=FEW_TOKENS))
     assert report.arms[0].quality is None

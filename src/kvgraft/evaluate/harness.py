@@ -69,7 +69,7 @@ def task_scores(
             device=device,
             log_samples=False,
         )
-    except (OSError, ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"lm-eval cannot run {', '.join(tasks)} on {student}: {error}. Tasks fetch their data from the hub; "
             f"without a network take {', '.join(own_tasks())}"

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from kvgraft.data.datasets import load_examples
+from transformers import PreTrainedTokenizerBase
+
+from kvgraft.data.datasets import Example, load_examples
 from kvgraft.distill.arms import STUDENT_FOLDER, ArmData, load_arm
 from kvgraft.distill.dataset import Batches, DistillationDataset
 from kvgraft.distill.model import DistillationModel
@@ -16,7 +18,8 @@ from kvgraft.evaluate.gsm8k import AnswerSample, AnswerSettings, Problem, answer
 from kvgraft.evaluate.harness import require_tasks, task_scores
 from kvgraft.evaluate.quality import held_out_quality
 from kvgraft.evaluate.similarity import LayerSimilarity, layer_similarity
-from kvgraft.prepare import Prepared, prepare
+from kvgraft.models.loading import load_model, load_tokenizer
+from kvgraft.prepare import load_examples_of, prepare
 from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.evaluation import ArmEvaluation, EvaluationReport, write_evaluation
@@ -70,22 +73,24 @@ def evaluate(folder: Path, settings: EvaluationSettings | None = None, output: P
     settings = settings or EvaluationSettings()
     _require_measurable(settings)
     recipe, _ = open_finished_run(folder)
-    prepared = prepare(recipe)
-    problems, shots = _problems(prepared, settings)
-    data = arm_data(prepared)
+    tokenizer = load_tokenizer(str(folder / recipe.arms[0] / STUDENT_FOLDER))
+    train_examples, held_out_examples = load_examples_of(recipe, tokenizer)
+    problems, shots = _problems(recipe, tokenizer, train_examples, held_out_examples, settings)
+    # Only what looks at the teachers' KV needs it: exact match and tasks work on any machine that has the run.
+    data = arm_data(prepare(recipe)) if settings.wants("quality") or settings.wants("similarity") else None
     arms: list[ArmEvaluation] = []
     samples: list[AnswerSample] = []
     for arm in recipe.arms:
         measured = ArmEvaluation(arm=arm)
-        model = load_arm(recipe, arm, data, folder / arm).to(process_state().device)
-        if settings.wants("quality"):
-            measured.quality = _quality(model, recipe, data.held_out_set(arm), data)
-        if settings.wants("similarity"):
-            measured.similarity = _similarity(model, recipe, data)
+        if data is not None:
+            model = load_arm(recipe, arm, data, folder / arm).to(process_state().device)
+            if settings.wants("quality"):
+                measured.quality = _quality(model, recipe, data.held_out_set(arm), data)
+            if settings.wants("similarity"):
+                measured.similarity = _similarity(model, recipe, data)
         if problems:
-            measured.problems, answered = answer_problems(
-                arm, model.student, data.tokenizer, problems, settings.answers, shots
-            )
+            student = load_model(str(folder / arm / STUDENT_FOLDER), dtype=recipe.student.dtype)
+            measured.problems, answered = answer_problems(arm, student, tokenizer, problems, settings.answers, shots)
             samples += answered
         if settings.tasks:
             measured.tasks = task_scores(
@@ -100,7 +105,7 @@ def evaluate(folder: Path, settings: EvaluationSettings | None = None, output: P
         "gsm8k": {"data": _source(recipe, settings), "problems": len(problems), **asdict(settings.answers)},
         "tasks": {"limit": settings.task_limit},
     }
-    report = EvaluationReport(name=recipe.name, held_out_texts=len(data.held_out), asked=asked, arms=arms)
+    report = EvaluationReport(name=recipe.name, held_out_texts=len(held_out_examples), asked=asked, arms=arms)
     if process_state().is_main_process:
         write_evaluation(report, samples, output or folder / EVALUATION_FOLDER)
     return report
@@ -159,16 +164,21 @@ def _source(recipe: Recipe, settings: EvaluationSettings) -> str:
     return settings.data or recipe.data.held_out or recipe.data.train
 
 
-def _problems(prepared: Prepared, settings: EvaluationSettings) -> tuple[list[Problem], list[Problem]]:
+def _problems(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[Example],
+    held_out: list[Example],
+    settings: EvaluationSettings,
+) -> tuple[list[Problem], list[Problem]]:
     """Problems to ask, and solved ones to show before; none where the run has none and none were asked for."""
     if not settings.wants("gsm8k"):
         return [], []
-    recipe, texts = prepared.recipe, prepared.texts
     source = _source(recipe, settings)
     if settings.data is None:
-        examples = texts.held_out_examples
+        examples = held_out
     else:
-        examples = load_examples(settings.data, "held_out", seed=recipe.data.seed, tokenizer=texts.tokenizer)
+        examples = load_examples(settings.data, "held_out", seed=recipe.data.seed, tokenizer=tokenizer)
     try:
         problems = problems_of(examples, source)[: settings.problems]
     except DataError as error:
@@ -178,7 +188,7 @@ def _problems(prepared: Prepared, settings: EvaluationSettings) -> tuple[list[Pr
         return [], []
     if not settings.answers.shots:
         return problems, []
-    shots = problems_of(texts.train_examples, f"{recipe.data.train} (from which --shots are taken)")
+    shots = problems_of(train, f"{recipe.data.train} (from which --shots are taken)")
     if len(shots) < settings.answers.shots:
         raise DataError(f"--shots {settings.answers.shots}, and {recipe.data.train} has {len(shots)} training problems")
     return problems, shots[: settings.answers.shots]
