@@ -145,6 +145,8 @@ def test_a_result_that_cannot_be_read_says_why(tmp_path: Path, text: str | None,
         path.write_text(text, encoding="utf-8")
     with pytest.raises(ResultError, match=message):
         RunResult.read(path)
+
+
 def test_log_repeats_the_run(tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"training": RECIPE.training.model_copy(update={"learning_rate": 1.23456789e-4})})
     path = tmp_path / "experiment.yaml"

@@ -67,7 +67,8 @@ def evaluate(folder: Path, settings: EvaluationSettings | None = None, output: P
         output: default ``evaluation`` in ``folder``.
 
     Raises:
-        RecipeError: ``folder`` is no run, or one that is not finished or of a newer version.
+        RecipeError: ``folder`` is no run, or one that is not finished.
+        ResultError: the run is of a newer version.
         DataError: problems or tasks were asked for and there are none.
     """
     settings = settings or EvaluationSettings()
@@ -115,7 +116,8 @@ def open_finished_run(folder: Path) -> tuple[Recipe, RunResult]:
     """Recipe and result of the run in ``folder``.
 
     Raises:
-        RecipeError: it is no run, or one that is not finished or of a newer version.
+        RecipeError: it is no run, or one that is not finished.
+        ResultError: the run is of a newer version.
     """
     if not (folder / RECIPE_FILE).is_file():
         raise RecipeError(f"{folder} is no run folder: it has no {RECIPE_FILE}; name one that `kvgraft train` wrote")
