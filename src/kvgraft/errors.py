@@ -39,3 +39,7 @@ class ResultError(KVGraftError):
 
 class TrainingInterruptedError(KVGraftError):
     """Training was stopped on request and left a checkpoint."""
+
+
+class ReportError(KVGraftError):
+    """A report that cannot be made from what it was given."""

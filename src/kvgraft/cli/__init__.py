@@ -16,6 +16,7 @@ from kvgraft.cli import (  # noqa: F401
     train,
     compare,
     evaluate,
+    report,
     note,
     fit,
     graft,

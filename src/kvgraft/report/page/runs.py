@@ -1,0 +1,305 @@
+"""What the page shows of one run, or of runs of one recipe with a seed each."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from kvgraft.errors import ReportError
+from kvgraft.report.page.data import (
+    CountsFigure,
+    Figure,
+    HeatMapFigure,
+    LayerMapFigure,
+    PageData,
+    Phrase,
+    SamplesFigure,
+    SampleText,
+    Section,
+    TableFigure,
+    TextFigure,
+    Tile,
+    Words,
+)
+from kvgraft.report.page.files import LAYERS_FILE, SAMPLES_FILE, LayersFile, SamplesFile, read_page_file
+from kvgraft.report.page.measures import (
+    arm_names,
+    detail_table,
+    difference_to_baseline,
+    headline_table,
+    spread_text,
+    values_of,
+)
+from kvgraft.report.page.metrics import main_curves, other_curves, share_curves
+from kvgraft.report.page.strip import alignment_strip
+from kvgraft.report.results import TeacherResult
+from kvgraft.report.run_folder import LOG_FILE, METRICS_FILE, RECIPE_FILE, RunFolder, read_seeds
+from kvgraft.report.tables import size_text
+
+logger = logging.getLogger(__name__)
+
+PAGE_FILE = "report.html"
+_TILES = 4
+_DROPPED = {
+    "special": Phrase("stand for no text (such as end-of-text)"),
+    "beyond_teacher": Phrase("lie beyond the teacher's last token"),
+    "no_match": Phrase("overlap no teacher token"),
+}
+
+
+def page_of_runs(folders: Sequence[Path], strips: bool = True) -> PageData:
+    """Everything that finished runs of one recipe hold.
+
+    Args:
+        folders: one for each seed.
+        strips: whether to load the tokenizers and show a text in both.
+
+    Raises:
+        ReportError: as :func:`kvgraft.report.run_folder.read_seeds`.
+    """
+    runs = read_seeds(folders)
+    first = runs[0]
+    train, report = _again(runs), _report_command(run.path for run in runs)
+    results = [run.result for run in runs]
+    held_out, others = main_curves(runs, train), other_curves(runs, train)
+    sections = [
+        Section("results", Phrase("Results"), [headline_table(results, train)], [detail_table(results, train)]),
+        Section("curves", Phrase("Curves"), held_out, others),
+        Section(
+            "gradients",
+            Phrase("What moves the student"),
+            share_curves(runs, train),
+            missing=Phrase("No arm of this run has a second loss part whose share was measured."),
+        ),
+        Section("layers", Phrase("Layers"), [*_layer_maps(first, train), *_heat_maps(runs)]),
+        Section(
+            "tokens", Phrase("Tokens"), [*_alignment_counts(first, train), *(_strips(first, report) if strips else [])]
+        ),
+        Section("samples", Phrase("What the students write"), _samples(runs), missing=_NO_SAMPLES),
+        Section("setup", Phrase("What was run, and where"), [_setup(runs, train)], [_costs(run) for run in runs]),
+        Section(
+            "log",
+            Phrase("Experiment log"),
+            [_file(run, LOG_FILE, run.log) for run in runs if run.log],
+            [_recipe(first)],
+        ),
+    ]
+    return PageData(
+        title=first.result.name,
+        subtitle=_subtitle(runs),
+        arms=arm_names(results),
+        sections=[section for section in sections if section.figures or section.missing],
+        tiles=_tiles(runs),
+        notices=_notices(runs),
+    )
+
+
+_STORED = Phrase("not run: all KV was stored")
+_NO_SAMPLES = Phrase("This run holds no generations ({file}).", {"file": SAMPLES_FILE})
+
+
+def default_place(folders: Sequence[Path]) -> Path:
+    """Where the page of ``folders`` goes: into a single run, or beside several.
+
+    Raises:
+        ReportError: several that do not lie in one folder.
+    """
+    if len(folders) == 1:
+        return folders[0] / PAGE_FILE
+    parents = {folder.resolve().parent for folder in folders}
+    if len(parents) > 1:
+        raise ReportError(
+            f"the runs lie in different folders ({', '.join(map(str, sorted(parents)))}): give --output FILE"
+        )
+    return folders[0].parent / PAGE_FILE
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _report_command(folders: Iterable[Path]) -> str:
+    return f"kvgraft report {' '.join(map(_quoted, folders))}"
+
+
+def _again(runs: Sequence[RunFolder]) -> str:
+    """The commands that do ``runs`` again, each in a folder beside its own, and show them."""
+    copies = [Path(f"{run.path}-again") for run in runs]
+    trained = [
+        f"kvgraft train {_quoted(run.path / RECIPE_FILE)} --output {_quoted(copy)}"
+        for run, copy in zip(runs, copies, strict=True)
+    ]
+    return "\n".join([*trained, _report_command(copies)])
+
+
+def _subtitle(runs: Sequence[RunFolder]) -> list[Words]:
+    seeds = ", ".join(str(run.seed) for run in runs)
+    teachers = ", ".join(teacher.name for teacher in runs[0].result.teachers)
+    words: list[Words] = [
+        Phrase("from {teachers} to {student}", {"teachers": teachers, "student": runs[0].result.student}),
+        Phrase("seeds {seeds}", {"seeds": seeds}) if len(runs) > 1 else Phrase("seed {seeds}", {"seeds": seeds}),
+    ]
+    return [*words, *dict.fromkeys(run.result.date for run in runs)]
+
+
+def _tiles(runs: Sequence[RunFolder]) -> list[Tile]:
+    """Where the arms ended against the baseline, the best first; the first arms' losses where there is no baseline."""
+    results = [run.result for run in runs]
+    differences = {arm: values_of(results, arm, difference_to_baseline) for arm in arm_names(results)}
+    against = sorted((sum(values) / len(values), arm) for arm, values in differences.items() if values)
+    tiles = []
+    for arm in [arm for _, arm in against] or arm_names(results):
+        losses = values_of(results, arm, lambda found, baseline: found.last["loss"])
+        end = Phrase("held-out loss {loss}", {"loss": spread_text(losses, ".3f")})
+        if differences[arm]:
+            label = Phrase("{arm} against the baseline", {"arm": arm})
+            tiles.append(Tile(label, spread_text(differences[arm], "+.3f"), end))
+        else:
+            tiles.append(Tile(arm, spread_text(losses, ".3f"), Phrase("held-out loss after")))
+    return tiles[:_TILES]
+
+
+def _notices(runs: Sequence[RunFolder]) -> list[Phrase]:
+    notices = []
+    for run in runs:
+        if not run.metrics:
+            logger.warning("%s has no %s: the page shows no training curves of it", run.path, METRICS_FILE)
+            notices.append(
+                Phrase(
+                    "{folder} has no {file}: training curves and gradient shares of seed {seed} are missing.",
+                    {"folder": str(run.path), "file": METRICS_FILE, "seed": str(run.seed)},
+                )
+            )
+    if all(run.result.arm("baseline") is None for run in runs):
+        notices.append(Phrase("There is no baseline arm: nothing here says what the teacher's knowledge was worth."))
+    return notices
+
+
+def _layer_maps(run: RunFolder, command: str) -> list[Figure]:
+    return [
+        LayerMapFigure(
+            title=Phrase("Layers of the student (below) and of {teacher} (above)", {"teacher": teacher.name}),
+            command=command,
+            pairs=teacher.layer_map,
+        )
+        for teacher in run.result.teachers
+    ]
+
+
+def _heat_maps(runs: Sequence[RunFolder]) -> list[Figure]:
+    figures: list[Figure] = []
+    for run in runs:
+        held = read_page_file(run.path, LAYERS_FILE, LayersFile)
+        for measure in held.measures if held is not None else []:
+            title = Phrase("{measure} by layer, seed {seed}", {"measure": measure.name, "seed": str(run.seed)})
+            figures.append(
+                HeatMapFigure(
+                    title=title,
+                    command=held.command if held is not None else "",
+                    rows=list(measure.values),
+                    columns=[str(layer) for layer in measure.layers],
+                    values=list(measure.values.values()),
+                )
+            )
+    return figures
+
+
+def _alignment_counts(run: RunFolder, command: str) -> list[Figure]:
+    return [
+        CountsFigure(
+            title=Phrase(
+                "{share} of the student's text tokens have a teacher token ({teacher})",
+                {"share": f"{teacher.alignment_coverage:.2%}", "teacher": teacher.name},
+            ),
+            note=Phrase("All tokens of the training text, by whether and why not they are aligned."),
+            command=command,
+            parts=_count_parts(run.result.train_tokens, teacher),
+        )
+        for teacher in run.result.teachers
+    ]
+
+
+def _count_parts(tokens: int, teacher: TeacherResult) -> list[tuple[Phrase, int]]:
+    dropped = [
+        (_DROPPED.get(name, Phrase("{reason}", {"reason": name})), count)
+        for name, count in teacher.alignment_dropped.items()
+    ]
+    return [(Phrase("have a teacher token"), tokens - sum(count for _, count in dropped)), *dropped]
+
+
+def _strips(run: RunFolder, command: str) -> list[Figure]:
+    figures: list[Figure] = []
+    for teacher in run.recipe.teachers:
+        try:
+            figures.append(alignment_strip(run.path, run.recipe, teacher, command))
+        except ReportError as error:
+            logger.warning("%s", error)
+            title = Phrase("One text, two tokenizations: the student and {teacher}", {"teacher": teacher.name})
+            figures.append(TextFigure(title=title, command=command, text=str(error)))
+    return figures
+
+
+def _samples(runs: Sequence[RunFolder]) -> list[Figure]:
+    figures: list[Figure] = []
+    for run in runs:
+        held = read_page_file(run.path, SAMPLES_FILE, SamplesFile)
+        if held is not None:
+            samples = [SampleText(sample.prompt, sample.reference, sample.answers) for sample in held.samples]
+            title = Phrase("Answers of every arm, seed {seed}", {"seed": str(run.seed)})
+            figures.append(SamplesFigure(title=title, command=held.command, samples=samples))
+    return figures
+
+
+def _machine(result: RunResult) -> str:
+    if result.environment is None:
+        return ""
+    hardware = result.environment.hardware
+    parts = [hardware.processor, f"{hardware.cpus} CPUs", f"{hardware.memory_gb:g} GB", *hardware.accelerators]
+    return ", ".join([*parts, hardware.platform])
+
+
+def _setup(runs: Sequence[RunFolder], command: str) -> TableFigure:
+    recipe, result = runs[0].recipe, runs[0].result
+    rows: list[list[Words]] = [
+        [Phrase("teacher"), ", ".join(f"{teacher.name} ({teacher.model})" for teacher in result.teachers)],
+        [Phrase("student"), f"{result.student} ({result.student_parameters:,})"],
+        [Phrase("text"), recipe.data.train],
+        [Phrase("training texts / tokens"), f"{result.train_texts:,} / {result.train_tokens:,}"],
+        [Phrase("objective"), f"{recipe.kv_loss.objective}, {recipe.kv_loss.form}, x {recipe.kv_loss.weight:g}"],
+        [Phrase("projector"), f"mlp_ratio {recipe.projector.mlp_ratio}, {recipe.projector.sharing}"],
+        [Phrase("steps x batch"), f"{recipe.training.steps:,} x {recipe.training.batch_size}"],
+    ]
+    for machine in dict.fromkeys(_machine(run.result) for run in runs):
+        rows.append([Phrase("machine"), machine or Phrase("not recorded by this run")])
+    versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    rows.append([Phrase("versions"), versions])
+    return TableFigure(title=Phrase("Setting"), command=command, columns=[], rows=rows)
+
+
+def _costs(run: RunFolder) -> TableFigure:
+    result = run.result
+    rows: list[list[Words]] = [
+        [Phrase("held-out texts"), f"{result.held_out_texts:,}"],
+        [Phrase("training texts cut to the maximum length"), f"{result.truncated_train_texts:,}"],
+    ]
+    for teacher in result.teachers:
+        name, speed = {"teacher": teacher.name}, teacher.tokens_per_second
+        store = {"size": size_text(teacher.store_bytes), "bytes": f"{teacher.bytes_per_token:,.0f}"}
+        rows += [
+            [Phrase("{teacher}: tokens per second", name), f"{speed:,.0f}" if speed else _STORED],
+            [Phrase("{teacher}: store", name), Phrase("{size}, {bytes} bytes a token", store)],
+        ]
+    rows += [[Phrase("time: {phase}", {"phase": phase}), f"{time:,.1f} s"] for phase, time in result.seconds.items()]
+    title = Phrase("Costs, seed {seed}", {"seed": str(run.seed)})
+    return TableFigure(title=title, command=_again([run]), columns=[], rows=rows)
+
+
+def _file(run: RunFolder, name: str, text: str) -> TextFigure:
+    title = Phrase("{file}, seed {seed}", {"file": name, "seed": str(run.seed)})
+    return TextFigure(title=title, command=_again([run]), text=text)
+
+
+def _recipe(run: RunFolder) -> TextFigure:
+    return _file(run, RECIPE_FILE, run.recipe.to_yaml())

@@ -1,0 +1,145 @@
+"""The page's own words in Chinese, by their English."""
+
+from __future__ import annotations
+
+from kvgraft.report.page.data import Phrase
+
+CHINESE = {
+    # The frame of the page.
+    "Skip to the content": "跳到正文",
+    "dark": "深色",
+    "light": "浅色",
+    "More": "更多",
+    "Get this again": "如何重现",
+    "Written by kvgraft {version}. This file needs no network.": "由 kvgraft {version} 生成。本文件无需联网。",
+    "from {teachers} to {student}": "从 {teachers} 到 {student}",
+    "seed {seeds}": "随机种子 {seeds}",
+    "seeds {seeds}": "随机种子 {seeds}",
+    "{folder} has no {file}: training curves and gradient shares of seed {seed} are missing.": (
+        "{folder} 中没有 {file}：缺少种子 {seed} 的训练曲线和梯度占比。"
+    ),
+    "There is no baseline arm: nothing here says what the teacher's knowledge was worth.": (
+        "没有 baseline 组：本页无法说明教师知识带来了多少收益。"
+    ),
+    # Sections.
+    "Results": "结果",
+    "Curves": "曲线",
+    "What moves the student": "什么在推动学生",
+    "Layers": "层",
+    "Tokens": "词元",
+    "What the students write": "学生的生成",
+    "What was run, and where": "实验设置与环境",
+    "Experiment log": "实验日志",
+    # Tables of results.
+    "{arm} against the baseline": "{arm} 与 baseline 之差",
+    "held-out loss {loss}": "留出集损失 {loss}",
+    "held-out loss before": "训练前留出集损失",
+    "held-out loss after": "训练后留出集损失",
+    "against the baseline": "与 baseline 之差",
+    "perplexity after": "训练后困惑度",
+    "fall of the KV loss": "KV 损失降幅",
+    "training time in seconds": "训练时间（秒）",
+    "steps to the baseline's final loss": "达到 baseline 最终损失的步数",
+    "KV loss before": "训练前 KV 损失",
+    "KV loss after": "训练后 KV 损失",
+    "cross-entropy's share of the gradient": "交叉熵的梯度占比",
+    "KV loss's share of the gradient": "KV 损失的梯度占比",
+    "student KV deviation before": "训练前学生 KV 标准差",
+    "student KV deviation after": "训练后学生 KV 标准差",
+    "student KV effective rank before": "训练前学生 KV 有效秩",
+    "student KV effective rank after": "训练后学生 KV 有效秩",
+    "projector parameters": "投影器参数量",
+    "arm": "实验组",
+    "{arm} ({some} of {all} seeds)": "{arm}（{all} 个种子中的 {some} 个）",
+    "Every arm at the end": "各实验组的最终结果",
+    "KV loss, gradients and the student's own KV": "KV 损失、梯度与学生自身的 KV",
+    "never": "未达到",
+    "{steps}, {count} times never": "{steps}，{count} 次未达到",
+    "One seed: how far another seed would land is unknown, so small differences between arms prove nothing.": (
+        "只有一个种子：换一个种子的结果未知，因此实验组之间的微小差异不能说明问题。"
+    ),
+    "Mean over seeds; in brackets the standard deviation between them. Differences are within a seed.": (
+        "各种子的平均值;括号内为种子间标准差。差值在同一种子内计算。"
+    ),
+    # Curves.
+    "step": "步",
+    "whole range": "完整范围",
+    "Lines are means over seeds, bands reach from the lowest to the highest.": "线为各种子的平均值，色带为最低到最高。",
+    "Neighbouring steps are pooled: lines are their means, bands keep the extremes.": (
+        "相邻的步已合并：线为其平均值，色带保留极值。"
+    ),
+    "Held-out loss (cross-entropy, nats per token)": "留出集损失（交叉熵，每词元 nat）",
+    "Held-out KV loss (1 is what predicting the mean costs)": "留出集 KV 损失（1 等于只预测平均值）",
+    "Training loss (cross-entropy, nats per token)": "训练损失（交叉熵，每词元 nat）",
+    "KV loss in training (1 is what predicting the mean costs)": "训练 KV 损失（1 等于只预测平均值）",
+    "Effective rank of the student's own KV (falls when it collapses)": "学生自身 KV 的有效秩（坍缩时下降）",
+    "Standard deviation of the student's own KV (falls when it shrinks)": "学生自身 KV 的标准差（收缩时下降）",
+    "Gradient norm": "梯度范数",
+    "R² of the predicted keys, {teacher} (1 is exact, 0 the mean)": (
+        "预测键的 R²，{teacher}（1 为完全一致，0 为平均值）"
+    ),
+    "R² of the predicted values, {teacher} (1 is exact, 0 the mean)": (
+        "预测值的 R²，{teacher}（1 为完全一致，0 为平均值）"
+    ),
+    "Variance of the predicted KV over that of {teacher}": "预测 KV 的方差与 {teacher} 的方差之比",
+    "Share of the {part} loss in the student's gradient": "{part} 损失在学生梯度中的占比",
+    "Gradient norm of this part over the sum of the norms of all parts.": "该部分的梯度范数除以所有部分范数之和。",
+    "No arm of this run has a second loss part whose share was measured.": "本次运行没有测量第二个损失部分的占比。",
+    # Layers and tokens.
+    "Layers of the student (below) and of {teacher} (above)": "学生的层（下）与 {teacher} 的层（上）",
+    "{measure} by layer, seed {seed}": "各层的 {measure}，种子 {seed}",
+    "{share} of the student's text tokens have a teacher token ({teacher})": (
+        "学生的文本词元中有 {share} 与教师词元对齐（{teacher}）"
+    ),
+    "All tokens of the training text, by whether and why not they are aligned.": (
+        "训练文本的全部词元，按是否对齐及原因划分。"
+    ),
+    "have a teacher token": "与教师词元对齐",
+    "stand for no text (such as end-of-text)": "不对应文本（如文本结束符）",
+    "lie beyond the teacher's last token": "位于教师最后一个词元之后",
+    "overlap no teacher token": "与任何教师词元都不重叠",
+    "{reason}": "{reason}",
+    "One text, two tokenizations: the student and {teacher}": "同一文本的两种切分：学生与 {teacher}",
+    "The first {tokens} student tokens of the first training text. Each box is a token; what stands above each other "
+    "has the same bytes. Point at a student token, or move through them with the arrow keys, to see the teacher tokens "
+    "it learns from (policy: {policy}).": (
+        "第一条训练文本的前 {tokens} 个学生词元。每个方框是一个词元，上下对应的部分字节相同。"
+        "指向学生词元或用方向键移动，即可看到它所学习的教师词元（策略：{policy}）。"
+    ),
+    # Samples, setting and log.
+    "This run holds no generations ({file}).": "本次运行没有生成样例（{file}）。",
+    "Answers of every arm, seed {seed}": "各实验组的回答，种子 {seed}",
+    "prompt": "提示",
+    "expected": "参考答案",
+    "(empty)": "（空）",
+    "{count} more": "另有 {count} 条",
+    "Setting": "设置",
+    "teacher": "教师",
+    "student": "学生",
+    "text": "文本",
+    "training texts / tokens": "训练文本数 / 词元数",
+    "held-out texts": "留出文本数",
+    "training texts cut to the maximum length": "被截断的训练文本数",
+    "objective": "目标",
+    "projector": "投影器",
+    "steps x batch": "步数 x 批大小",
+    "machine": "机器",
+    "not recorded by this run": "本次运行未记录",
+    "versions": "版本",
+    "Costs, seed {seed}": "开销，种子 {seed}",
+    "{teacher}: tokens per second": "{teacher}：每秒词元数",
+    "not run: all KV was stored": "未运行：全部 KV 已存储",
+    "{teacher}: store": "{teacher}：存储",
+    "{size}, {bytes} bytes a token": "{size}，每词元 {bytes} 字节",
+    "time: {phase}": "耗时：{phase}",
+    "{file}, seed {seed}": "{file}，种子 {seed}",
+}
+
+
+def in_chinese(phrase: Phrase) -> str:
+    """``phrase`` in Chinese, its values filled in.
+
+    Raises:
+        KeyError: it has no counterpart; add one to :data:`CHINESE`.
+    """
+    return CHINESE[phrase.english].format(**phrase.values)

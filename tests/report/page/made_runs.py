@@ -1,0 +1,87 @@
+"""Run folders written by hand, with curves that a test can compute."""
+
+import json
+from pathlib import Path
+
+from kvgraft.recipe import Recipe
+from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
+
+ARMS = ("baseline", "kv", "mismatched")
+RECIPE = {"name": "made", "teachers": [{"name": "big", "model": "some/big"}], "student": {"new": {}}}
+
+
+def held_out_loss(arm_index: int, seed: int, step: int) -> float:
+    """Falls with the step; arms are 0.5 apart and seeds 0.1."""
+    return 3 + 0.5 * arm_index + 0.1 * seed + 4 / (1 + step / 10)
+
+
+def make_run(
+    folder: Path,
+    seed: int = 0,
+    arms: tuple[str, ...] = ARMS,
+    steps: tuple[int, ...] = tuple(range(0, 110, 10)),
+    teacher: str = "big",
+    recipe: dict | None = None,
+) -> Path:
+    """What ``kvgraft train`` leaves, as far as a page reads it."""
+    folder.mkdir(parents=True)
+    fields = {**(recipe or RECIPE), "seed": seed}
+    (folder / "recipe.yaml").write_text(Recipe.model_validate(fields).to_yaml(), encoding="utf-8")
+    (folder / "experiment.yaml").write_text("experiment:\n  name: made\n", encoding="utf-8")
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for index, arm in enumerate(arms):
+            for step in steps:
+                loss = held_out_loss(index, seed, step)
+                record = {"arm": arm, "step": step, "loss": loss, "ce_loss": loss - 0.2, "grad_norm": 1.0 + index}
+                if arm != "baseline":
+                    record |= {"kv_loss": 1 / (1 + step), "gradient_share/ce": 0.4, "gradient_share/kv": 0.6}
+                file.write(json.dumps(record) + "\n")
+    result = RunResult(
+        name="made",
+        date="2026-01-02",
+        seed=seed,
+        student="new llama",
+        student_parameters=1000,
+        train_texts=10,
+        train_tokens=1000,
+        held_out_texts=2,
+        truncated_train_texts=1,
+        teachers=[
+            TeacherResult(
+                name=teacher,
+                model="some/big",
+                layer_map=[(0, 0), (1, 3)],
+                tokens=900,
+                captured_tokens=900,
+                tokens_per_second=450.0,
+                store_bytes=9000,
+                bytes_per_token=10.0,
+                truncated_texts=0,
+                alignment_coverage=0.99,
+                alignment_dropped={"special": 10, "no_match": 10},
+            )
+        ],
+        arms=[_arm(index, arm, seed, steps) for index, arm in enumerate(arms)],
+        seconds={"train baseline": 3.0},
+        versions={"kvgraft": "0.1.0"},
+        environment=Environment(
+            versions={"kvgraft": "0.1.0"},
+            hardware=Hardware(
+                platform="Linux", processor="a processor", cpus=2, memory_gb=16.0, accelerators=["a card"]
+            ),
+            git_commit=None,
+        ),
+    )
+    result.write(folder / "result.json")
+    return folder
+
+
+def _arm(index: int, arm: str, seed: int, steps: tuple[int, ...]) -> ArmResult:
+    evaluations = []
+    for step in steps:
+        loss = held_out_loss(index, seed, step)
+        metrics = {"loss": loss, "perplexity": 2.0, "student_kv_deviation": 1.0, "student_kv_effective_rank": 4.0}
+        if arm != "baseline":
+            metrics |= {"kv_loss": 1 / (1 + step), "keys_r2/big": 0.5, "values_r2/big": 0.4}
+        evaluations.append(Evaluation(step=step, metrics=metrics))
+    return ArmResult(arm=arm, steps=steps[-1], seconds=3.0, evaluations=evaluations)

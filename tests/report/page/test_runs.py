@@ -1,0 +1,168 @@
+"""What a page says of runs, and what it refuses."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvgraft.cli import app
+from kvgraft.errors import ReportError
+from kvgraft.recipe import Recipe
+from kvgraft.report.page import default_place, page_of_runs, render_page, write_page
+from kvgraft.report.page.data import CurveFigure, PageData, TableFigure
+from kvgraft.run import run
+from tests.report.page.made_runs import RECIPE, held_out_loss, make_run
+
+
+def figures(page: PageData, kind: type) -> list:
+    shown = [figure for section in page.sections for figure in (*section.figures, *section.more)]
+    return [figure for figure in shown if isinstance(figure, kind)]
+
+
+def test_headline_is_the_mean_over_seeds_with_its_deviation(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(seed), seed) for seed in (2, 0, 1)]
+    page = page_of_runs(runs, strips=False)
+    table = figures(page, TableFigure)[0]
+    headings = [column.english for column in table.columns]
+    kv = dict(zip(headings, table.rows[1], strict=True))
+    end = held_out_loss(1, 1, 100)
+    assert kv["held-out loss after"] == f"{end:.3f} (0.100)"
+    # The arms are always 0.5 apart: a difference within a seed has no spread.
+    assert kv["against the baseline"] == "+0.500 (0.000)"
+    assert table.rows[0][headings.index("against the baseline")] == "-"
+    assert kv["steps to the baseline's final loss"].english == "never"
+    assert page.tiles[0].value == "+0.500 (0.000)"
+
+
+def test_curves_have_every_arm_and_seed(tmp_path: Path) -> None:
+    page = page_of_runs([make_run(tmp_path / str(seed), seed) for seed in (0, 1)], strips=False)
+    by_title = {getattr(f.title, "english", f.title): f for f in figures(page, CurveFigure)}
+    loss = by_title["Held-out loss (cross-entropy, nats per token)"]
+    assert {(curve.arm, curve.seed) for curve in loss.curves} == {
+        (arm, seed) for arm in ("baseline", "kv", "mismatched") for seed in (0, 1)
+    }
+    assert loss.curves[0].values[-1] == held_out_loss(0, 0, 100)
+    share = by_title["Share of the {part} loss in the student's gradient"]
+    assert share.share
+    assert {curve.arm for curve in share.curves} == {"kv", "mismatched"}
+    assert "Gradient norm" in by_title
+
+
+def test_an_arm_that_some_seeds_lack_is_marked(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", 0), make_run(tmp_path / "b", 1, arms=("baseline", "kv"))]
+    table = figures(page_of_runs(runs, strips=False), TableFigure)[0]
+    assert table.rows[2][0].values == {"arm": "mismatched", "some": "1", "all": "2"}
+
+
+def test_html_in_names_and_texts_is_escaped(tmp_path: Path) -> None:
+    evil = "<script>window.hacked = 1</script>"
+    recipe = {**RECIPE, "teachers": [{"name": evil, "model": "some/big"}]}
+    folder = make_run(tmp_path / "run", teacher=evil, arms=("baseline", evil), recipe=recipe)
+    (folder / "experiment.yaml").write_text(f"notes: '{evil}'", encoding="utf-8")
+    sample = {"prompt": evil, "reference": evil, "answers": {"baseline": "", evil: evil}}
+    (folder / "samples.json").write_text(json.dumps({"command": evil, "samples": [sample]}), encoding="utf-8")
+    html = render_page(page_of_runs([folder], strips=False))
+    assert "hacked" in html
+    assert evil not in html
+    assert "(empty)" in html
+
+
+def test_missing_metrics_are_said_on_the_page_and_the_rest_is_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    page = page_of_runs([folder], strips=False)
+    assert "no training curves" in caplog.text
+    assert page.notices[0].values["file"] == "metrics.jsonl"
+    assert figures(page, CurveFigure)
+
+
+def test_a_text_that_cannot_be_found_is_said_on_the_page(tmp_path: Path) -> None:
+    html = render_page(page_of_runs([make_run(tmp_path / "run")]))
+    assert "the two tokenizations cannot be shown" in html
+
+
+def test_nothing_is_loaded_from_a_network(tmp_path: Path) -> None:
+    html = render_page(page_of_runs([make_run(tmp_path / "run")], strips=False))
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"'](?!data:)", html)
+
+
+def broken(folder: Path, what: str) -> None:
+    result = folder / "result.json"
+    if what == "no recipe":
+        (folder / "recipe.yaml").unlink()
+    elif what == "unfinished":
+        result.unlink()
+        (folder / "baseline").mkdir()
+        (folder / "baseline" / "arm.json").touch()
+    elif what == "newer":
+        content = json.loads(result.read_text())
+        result.write_text(json.dumps({**content, "from_the_future": 1, "versions": {"kvgraft": "9.9"}}))
+    elif what == "no JSON":
+        result.write_text("{")
+    elif what == "no arms":
+        result.write_text(json.dumps({**json.loads(result.read_text()), "arms": []}))
+    elif what == "bad metrics":
+        (folder / "metrics.jsonl").write_text("{nonsense}\n")
+    elif what == "bad samples":
+        (folder / "samples.json").write_text('{"samples": []}')
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no recipe", r"is no run folder: it has no recipe\.yaml"),
+        ("unfinished", r"did not finish: .*finished arms: baseline.*kvgraft train .*--resume"),
+        ("newer", r"from_the_future.*written by kvgraft 9\.9, and this is .*update kvgraft"),
+        ("no JSON", r"result\.json cannot be read"),
+        ("no arms", "no arm at all"),
+        ("bad metrics", r"metrics\.jsonl holds a line that is no JSON"),
+        ("bad samples", r"samples\.json cannot be shown: Field required at command"),
+    ],
+)
+def test_what_cannot_be_shown_is_named(tmp_path: Path, what: str, message: str) -> None:
+    folder = make_run(tmp_path / "run")
+    broken(folder, what)
+    with pytest.raises(ReportError, match=message):
+        page_of_runs([folder], strips=False)
+
+
+def test_runs_that_are_no_seeds_of_one_recipe_are_refused(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "first")
+    with pytest.raises(ReportError, match="both of seed 0"):
+        page_of_runs([first, make_run(tmp_path / "second")], strips=False)
+    other = make_run(tmp_path / "other", seed=1, recipe={**RECIPE, "data": {"max_length": 7}})
+    with pytest.raises(ReportError, match=r"different recipes .*differ in data"):
+        page_of_runs([first, other], strips=False)
+
+
+def test_where_the_page_goes(tmp_path: Path) -> None:
+    assert default_place([tmp_path / "run"]) == tmp_path / "run" / "report.html"
+    assert default_place([tmp_path / "a", tmp_path / "b"]) == tmp_path / "report.html"
+    with pytest.raises(ReportError, match="--output FILE"):
+        default_place([tmp_path / "a", tmp_path / "x" / "b"])
+
+
+def test_the_command_shows_a_real_run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    run(tiny_recipe(arms=["baseline", "kv"], training={"steps": 2}), tmp_path / "run")
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "One text, two tokenizations" in html
+    assert "cannot be shown" not in html
+    assert "processor: " in html
+
+
+def test_twenty_arms_five_seeds_and_a_thousand_steps(tmp_path: Path) -> None:
+    arms = ("baseline", *(f"arm-{index}" for index in range(1, 20)))
+    runs = [make_run(tmp_path / str(seed), seed, arms, tuple(range(1, 1001))) for seed in range(5)]
+    # Processor time: what else the machine does is not ours.
+    started = time.process_time()
+    write_page(page_of_runs(runs, strips=False), tmp_path / "report.html")
+    assert time.process_time() - started < 10
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
