@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from kvgraft.errors import ReportError
 from kvgraft.recipe import Recipe, load_recipe
@@ -40,7 +36,8 @@ def read_run_folder(path: Path) -> RunFolder:
     """The finished run in ``path``.
 
     Raises:
-        ReportError: ``path`` is no run, its run did not finish, or another version of kvgraft wrote it.
+        ReportError: ``path`` is no run, or its run did not finish.
+        ResultError: a newer version of kvgraft wrote it, or it is damaged.
     """
     if not (path / RECIPE_FILE).is_file():
         raise ReportError(f"{path} is no run folder: it has no {RECIPE_FILE}; name one that `kvgraft train` wrote")
@@ -91,30 +88,10 @@ def _differing_fields(first: Recipe, second: Recipe) -> list[str]:
 
 
 def _read_result(path: Path) -> RunResult:
-    try:
-        result = RunResult.read(path)
-    except ValidationError as error:
-        written_by = _written_by(path)
-        raise ReportError(
-            f"{path} cannot be read: {error.errors()[0]['msg']} at {_place(error)}. It was written by kvgraft "
-            f"{written_by}, and this is {version('kvgraft')}: update kvgraft if that is newer, or do the run again"
-        ) from error
+    result = RunResult.read(path)
     if not result.arms or any(not arm.evaluations for arm in result.arms):
         raise ReportError(f"{path} holds an arm without an evaluation or no arm at all; do the run again")
     return result
-
-
-def _written_by(path: Path) -> str:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return "(unknown: the file is not JSON)"
-    versions = content.get("versions", {}) if isinstance(content, dict) else {}
-    return str(versions.get("kvgraft", "(unknown)"))
-
-
-def _place(error: ValidationError) -> str:
-    return ".".join(str(part) for part in error.errors()[0]["loc"]) or "its start"
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

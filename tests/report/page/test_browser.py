@@ -135,12 +135,12 @@ def test_opens_without_errors_and_draws_every_chart(opened: Callable[..., Chrome
     figures = browser.find_elements(By.CSS_SELECTOR, "figure.chart")
     for figure in figures:
         drawn(browser, figure)
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     # Blue is the first arm beside the baseline, grey the baseline, in every chart of a page.
     for colour in ((0x0F, 0x86, 0xC9), (0x7D, 0x84, 0x8C)):
         assert browser.execute_script(COUNT_PIXELS, figures[0], *colour) > 20
     heat_map = next(figure for figure in figures if "keys R²" in figure.text)
     assert browser.execute_script(COUNT_PIXELS, heat_map, 0xFD, 0xE7, 0x24) > 500  # the top of viridis: 0.9
-    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     assert browser.execute_script("return window.hacked") is None
 
 

@@ -44,7 +44,7 @@ HEADLINE = (
     Measure(Phrase("against the baseline"), difference_to_baseline, "+.3f"),
     Measure(Phrase("perplexity after"), _last("perplexity"), ",.1f"),
     Measure(Phrase("fall of the KV loss"), lambda arm, baseline: arm.kv_reduction(), ".1%"),
-    Measure(Phrase("training time in seconds"), lambda arm, baseline: arm.seconds, ",.0f"),
+    Measure(Phrase("training time in seconds"), lambda arm, baseline: arm.training_seconds, ",.0f"),
 )
 DETAILS = (
     Measure(Phrase("KV loss before"), _first("kv_loss"), ".3f"),

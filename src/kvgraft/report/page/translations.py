@@ -59,7 +59,7 @@ CHINESE = {
         "只有一个种子：换一个种子的结果未知，因此实验组之间的微小差异不能说明问题。"
     ),
     "Mean over seeds; in brackets the standard deviation between them. Differences are within a seed.": (
-        "各种子的平均值;括号内为种子间标准差。差值在同一种子内计算。"
+        "各种子的平均值；括号内为种子间标准差。差值在同一种子内计算。"
     ),
     # Curves.
     "step": "步",
