@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from kvgraft.recipe import Recipe
+from kvgraft.report.environment import Environment, Hardware
 from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
 
 ARMS = ("baseline", "kv", "mismatched")

@@ -34,7 +34,7 @@ from kvgraft.report.page.measures import (
 )
 from kvgraft.report.page.metrics import main_curves, other_curves, share_curves
 from kvgraft.report.page.strip import alignment_strip
-from kvgraft.report.results import TeacherResult
+from kvgraft.report.results import RunResult, TeacherResult
 from kvgraft.report.run_folder import LOG_FILE, METRICS_FILE, RECIPE_FILE, RunFolder, read_seeds
 from kvgraft.report.tables import size_text
 
