@@ -21,8 +21,8 @@ LossForm = Literal["mse", "l1", "smooth_l1", "cosine"]
 KVPair = KV | tuple[Tensor, Tensor]
 
 # Each form maps predicted and target ``[tokens, layers, kv_dim]`` to ``[tokens, layers]``.
-_FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mse": lambda predicted, target: (predicted - target).square().mean(-1),
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": lambda predicted, target: F.mse_loss(predicted, target, reduction="none").mean(-1),
     "l1": lambda predicted, target: (predicted - target).abs().mean(-1),
     "smooth_l1": lambda predicted, target: F.smooth_l1_loss(predicted, target, reduction="none").mean(-1),
     "cosine": lambda predicted, target: 1 - F.cosine_similarity(predicted, target, dim=-1),
@@ -87,13 +87,13 @@ def kv_regression_loss(
     if num_tokens is None:
         num_tokens = mask.sum()
     scale = scale or KVScale.from_tokens(target_parts, mask)
-    weights = _normalised_layer_weights(layer_weights, predicted_parts[0])
+    weights = normalised_layer_weights(layer_weights, predicted_parts[0].shape[1], predicted_parts[0].device)
     total = predicted_parts[0].new_zeros((), dtype=torch.float32)
     for index, weight in enumerate((keys_weight, values_weight)):
         if weight == 0:
             continue
         centre, deviation = scale.mean[index], scale.deviation[index][:, None]
-        error = _FORMS[form](
+        error = FORMS[form](
             (_real_tokens(predicted_parts[index], mask) - centre) / deviation,
             (_real_tokens(target_parts[index], mask) - centre) / deviation,
         )
@@ -186,13 +186,15 @@ def _require_same_shape(predicted: tuple[Tensor, Tensor], target: tuple[Tensor, 
         raise KVGraftError(f"mask must be [{batch}, {tokens}] to go with the KV; got {list(mask.shape)}")
 
 
-def _normalised_layer_weights(layer_weights: Sequence[float] | None, like: Tensor) -> Tensor:
-    num_layers = like.shape[1]
+def normalised_layer_weights(
+    layer_weights: Sequence[float] | None, num_layers: int, device: torch.device | None = None
+) -> Tensor:
+    """Weights ``[num_layers]`` that sum to one; None is equal weights."""
     if layer_weights is None:
-        return torch.full((num_layers,), 1.0 / num_layers, device=like.device)
+        return torch.full((num_layers,), 1.0 / num_layers, device=device)
     if len(layer_weights) != num_layers or sum(layer_weights) <= 0:
         raise KVGraftError(f"layer_weights must hold {num_layers} weights with a positive sum; got {layer_weights}")
-    weights = torch.tensor(layer_weights, dtype=torch.float32, device=like.device)
+    weights = torch.tensor(layer_weights, dtype=torch.float32, device=device)
     return weights / weights.sum()
 
 

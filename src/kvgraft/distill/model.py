@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvgraft.distill.fused import can_fuse, fused_kv_loss
 from kvgraft.distill.logit_part import LogitPart
 from kvgraft.distill.logit_sources import LogitTargets
 from kvgraft.distill.losses import KVScale, kv_regression_loss
@@ -172,10 +173,36 @@ class DistillationModel(nn.Module):
         assert self.projector is not None
         losses = {}
         for name, target in teacher_kv.items():
-            comparisons = OBJECTIVES[self.loss.objective](self.projector, name, self.compared(student_kv, name), target)
-            parts = [
-                self.comparison_loss(comparison, name, target.mask, num_kv_tokens.get(name))
-                for comparison in comparisons
-            ]
-            losses[name] = torch.stack(parts).sum()
+            scale, num_tokens = self.scales.get(name), num_kv_tokens.get(name)
+            if scale is not None and can_fuse(self.projector, name):
+                losses[name] = self._fused_loss(student_kv, target, name, scale, num_tokens)
+            else:
+                losses[name] = self.plain_kv_loss(student_kv, target, name, num_tokens)
         return losses
+
+    def plain_kv_loss(self, student_kv: KV, target: KV, teacher: str, num_tokens: Tensor | int | None = None) -> Tensor:
+        """The KV loss of one teacher with all aligned KV held: for what :func:`can_fuse` refuses, and to check it."""
+        assert self.projector is not None
+        compare = OBJECTIVES[self.loss.objective]
+        comparisons = compare(self.projector, teacher, self.compared(student_kv, teacher), target)
+        parts = [self.comparison_loss(comparison, teacher, target.mask, num_tokens) for comparison in comparisons]
+        return torch.stack(parts).sum()
+
+    def _fused_loss(
+        self, student_kv: KV, target: KV, teacher: str, scale: KVScale, num_tokens: Tensor | int | None
+    ) -> Tensor:
+        assert self.projector is not None
+        return fused_kv_loss(
+            self.projector,
+            teacher,
+            student_kv,
+            target,
+            objective=self.loss.objective,
+            student_layers=[student for student, _ in self.layer_maps[teacher]],
+            scale=scale,
+            form=self.loss.form,
+            keys_weight=self.loss.keys_weight,
+            values_weight=self.loss.values_weight,
+            layer_weights=self.loss.layer_weights,
+            num_tokens=num_tokens,
+        )

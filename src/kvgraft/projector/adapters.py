@@ -149,15 +149,20 @@ class ElasticBottleneck(nn.Module):
             self.skip = StackedLinear(num_layers, in_dim, out_dim) if has_skip else None
         self._initialise(init_method)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """Map ``x [batch, layers, tokens, in_dim]`` to ``[batch, layers, tokens, out_dim]`` in the weights' dtype.
 
-        ``layers`` is at least ``num_layers``.
+        ``layers`` is at least ``num_layers``. ``kept [batch, layers, tokens, h]`` is what the hidden units are
+        multiplied by in place of a dropout drawn here.
         """
         rows = self._as_rows(x)
         mapped = None
         if self.down is not None:
-            hidden = functional.dropout(self._hidden(rows), self.dropout, self.training)
+            hidden = self._hidden(rows)
+            if kept is None:
+                hidden = functional.dropout(hidden, self.dropout, self.training)
+            else:
+                hidden = hidden * self._as_rows(kept)
             mapped = self.down(hidden)
         if self.skip is not None:
             linear = self.skip(rows)
@@ -196,13 +201,13 @@ class ElasticBottleneck(nn.Module):
         return _ACTIVATIONS[self.activation](self.up(normed))
 
     def _as_rows(self, x: Tensor) -> Tensor:
-        """``[batch, layers, tokens, in_dim]`` to ``[layers, rows, in_dim]``, all as one layer where all share."""
+        """``[batch, layers, tokens, dim]`` to ``[layers, rows, dim]``, all as one layer where all share."""
         reference = self.up if self.up is not None else self.skip
         assert reference is not None
         x = x.to(reference.weight.dtype)
         if self.num_layers == 1:
-            return x.reshape(1, -1, self.in_dim)
-        return x.transpose(0, 1).reshape(x.shape[1], -1, self.in_dim)
+            return x.reshape(1, -1, x.shape[-1])
+        return x.transpose(0, 1).reshape(x.shape[1], -1, x.shape[-1])
 
     def _from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
         batch, layers, tokens, _ = like.shape

@@ -162,8 +162,11 @@ class KVDimensionProjector(nn.Module):
         shape = (2, self.teachers[teacher].num_layers, self._input_width(teacher))
         return shape, shape
 
-    def _standard(self, side: str, teacher: str) -> tuple[Tensor, Tensor] | None:
-        """Mean and deviation of one side, or None where it is not standardised."""
+    def standard(self, side: str, teacher: str) -> Pair | None:
+        """Mean and deviation of the ``"input"`` or ``"output"`` of ``teacher``'s adapters, or None where there is none.
+
+        Shapes as in :meth:`standardise_inputs` and :meth:`standardise_outputs`.
+        """
         if teacher not in self._standardised[side]:
             return None
         index = list(self.teachers).index(teacher)
@@ -276,7 +279,7 @@ class KVDimensionProjector(nn.Module):
         """
         reach = 1 + self.context_tokens
         layers = keys.shape[1] // reach
-        standard = self._standard("input", teacher)
+        standard = self.standard("input", teacher)
         if standard is not None:
             mean, deviation = (part[:, :layers, None].repeat(1, reach, 1, 1) for part in standard)
             keys, values = (keys - mean[0]) / deviation[0], (values - mean[1]) / deviation[1]
@@ -296,7 +299,7 @@ class KVDimensionProjector(nn.Module):
 
         Both ``[batch, output layers, tokens, width]``; standardised where the projector is.
         """
-        standard = self._standard("output", teacher)
+        standard = self.standard("output", teacher)
         if standard is None:
             return keys, values
         mean, deviation = standard[0][:, :, None], standard[1][:, :, None, None]
@@ -336,7 +339,7 @@ class KVDimensionProjector(nn.Module):
         key_adapter, value_adapter = self.adapters(teacher)  # refuses a teacher it does not know
         key_sources, value_sources = self.sources_of(teacher, keys, values)
         outputs = key_adapter(key_sources), value_adapter(value_sources)
-        standard = self._standard("output", teacher)
+        standard = self.standard("output", teacher)
         if standard is None:
             return outputs
         layers = outputs[0].shape[1]

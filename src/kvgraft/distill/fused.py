@@ -1,0 +1,346 @@
+"""Projection and KV loss in one, piece by piece: memory grows neither with layers nor with tokens.
+
+Loss and gradients of a few layers and tokens at a time are computed in the forward pass, and only the gradients are
+kept; backward multiplies them by what arrives (the pattern of Liger-Kernel's chunked losses). Padding is left out
+before it costs arithmetic. The plain way, which this equals, is to project all and to call
+:func:`kvgraft.distill.losses.kv_regression_loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from kvgraft.distill.losses import FORMS, KVScale, LossForm, normalised_layer_weights
+from kvgraft.errors import KVGraftError, ProjectorError
+from kvgraft.kv import KV
+from kvgraft.projector.adapters import ElasticBottleneck, layer_sets
+from kvgraft.projector.dropout import TILE_TOKENS, draw_seed, kept_units, num_tiles
+from kvgraft.projector.projector import KVDimensionProjector
+
+# Rows (a token in a layer) of one piece: on a CPU few enough for its caches, elsewhere enough to keep it busy.
+_CPU_ROWS, _DEVICE_ROWS = 4 * TILE_TOKENS, 128 * TILE_TOKENS
+
+
+def can_fuse(projector: KVDimensionProjector, teacher: str) -> bool:
+    """Whether :func:`fused_kv_loss` covers ``teacher``'s adapters; otherwise project and compare the plain way.
+
+    Not covered: adapters that read more than their own layer and kind (``source_layers``, ``source_kinds="both"``,
+    ``context_tokens``), standardised inputs, and adapters that something has wrapped or hooked, as sharded training
+    does: their weights are whole inside their own forward pass only. Nor is a loss without a fixed scale, which is
+    measured on the projected batch.
+    """
+    return (
+        teacher not in projector.source_layers
+        and projector.source_kinds == "same"
+        and projector.context_tokens == 0
+        and projector.standard("input", teacher) is None
+        and all(_is_bare(adapter) for adapter in projector.adapters(teacher))
+    )
+
+
+def fused_kv_loss(
+    projector: KVDimensionProjector,
+    teacher: str,
+    student_kv: KV,
+    teacher_kv: KV,
+    *,
+    objective: str,
+    student_layers: Sequence[int],
+    scale: KVScale,
+    form: LossForm = "mse",
+    keys_weight: float = 1.0,
+    values_weight: float = 1.0,
+    layer_weights: Sequence[float] | None = None,
+    num_tokens: Tensor | int | None = None,
+    piece_rows: int | None = None,
+) -> Tensor:
+    """The KV loss of ``objective`` over the true tokens of ``teacher_kv.mask``: a scalar.
+
+    Dropout comes from a seed for the keys and one for the values, which ``torch.manual_seed`` settles, and from the
+    place of a token (:mod:`kvgraft.projector.dropout`): it does not depend on how the work is cut.
+
+    Args:
+        projector: one for which :func:`can_fuse` holds.
+        teacher: its name.
+        student_kv, teacher_kv: of the same texts and tokens; the teacher's has one layer for each compared pair.
+        objective: as in :data:`kvgraft.distill.objectives.OBJECTIVES`.
+        student_layers: the student layer (its index in the model) for each layer of ``teacher_kv``.
+        piece_rows: tokens times layers that are worked on at once, default by the device; rounded to whole tiles of
+            dropout.
+
+    The other arguments are those of :func:`kvgraft.distill.losses.kv_regression_loss`.
+    """
+    mask = teacher_kv.mask
+    count = mask.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=mask.device)
+    shares = normalised_layer_weights(layer_weights, len(student_layers), mask.device)
+    student = [student_kv.layers.index(layer) for layer in student_layers]
+    own_layers = list(range(len(student_layers)))
+    standard = projector.standard("output", teacher)
+    scale = KVScale(scale.mean.to(mask.device), scale.deviation.to(mask.device))
+    losses = []
+    for kind, weight in enumerate((keys_weight, values_weight)):
+        if weight == 0:
+            continue
+        sides = (
+            _Side((student_kv.keys, student_kv.values)[kind], student),
+            _Side((teacher_kv.keys, teacher_kv.values)[kind], own_layers),
+        )
+        source, target = sides if objective == "student_to_teacher" else sides[::-1]
+        adapter = projector.adapters(teacher)[kind]
+        _require_shapes(teacher, adapter, source, target, mask)
+        work = _Work(
+            adapter=adapter,
+            source=source,
+            target=target,
+            mask=mask.cpu(),
+            centre=scale.mean[kind],
+            deviation=scale.deviation[kind],
+            output_units=_output_units(scale, standard, kind),
+            form=form,
+            weights=shares * weight / ((keys_weight + values_weight) * count.clamp_min(1)),
+            seed=draw_seed(),
+            piece_rows=piece_rows or (_CPU_ROWS if mask.device.type == "cpu" else _DEVICE_ROWS),
+        )
+        moved = [source.tensor, *adapter.parameters()]
+        if objective == "teacher_to_student":
+            moved = [tensor.detach() for tensor in moved]
+        losses.append(
+            _FusedLoss.apply(  # type: ignore[no-untyped-call]
+                work, torch.is_grad_enabled(), target.tensor, *moved
+            )
+        )
+    loss = torch.stack(losses).sum()
+    # Alternating counts one distance twice, each time with the other side held still: its gradient is that of once.
+    return loss + loss.detach() if objective == "alternating" else loss
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Tokens of some texts: all of each, or a run of one text's; ``real`` are the rows among them that count."""
+
+    texts: slice
+    tokens: slice
+    real: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.real) == self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Keys or values ``tensor [batch, layers, heads, tokens, head_dim]`` of one model, and which layers of it count."""
+
+    tensor: Tensor
+    layers: list[int]
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token in a layer: its heads joined."""
+        return self.tensor.shape[2] * self.tensor.shape[4]
+
+    def rows(self, layers: range, block: _Block, dtype: torch.dtype) -> Tensor:
+        """``[layers, real rows, kv_dim]`` of one piece, a copy."""
+        heads, width = self.tensor.shape[2], self.tensor.shape[4]
+        rows = self.tensor.new_empty(len(layers), *block.shape, heads, width, dtype=dtype)
+        for index, layer in enumerate(layers):
+            rows[index].copy_(self._view(self.tensor, layer, block))
+        rows = rows.flatten(1, 2).flatten(2)
+        return rows if block.is_full else rows.index_select(1, block.real)
+
+    def add_gradient(self, total: Tensor, rows: Tensor, layers: range, block: _Block) -> None:
+        """Put the gradient of :meth:`rows` where they came from; a layer may stand for several."""
+        if not block.is_full:
+            whole = rows.new_zeros(len(layers), block.shape[0] * block.shape[1], rows.shape[2])
+            rows = whole.index_copy_(1, block.real, rows)
+        heads = rows.view(len(layers), *block.shape, self.tensor.shape[2], self.tensor.shape[4])
+        for index, layer in enumerate(layers):
+            self._view(total, layer, block).add_(heads[index])
+
+    def _view(self, tensor: Tensor, layer: int, block: _Block) -> Tensor:
+        return tensor[block.texts, self.layers[layer], :, block.tokens].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One kind's loss: ``source`` through ``adapter`` against ``target``.
+
+    Both are compared less ``centre [layers, width]`` and over ``deviation [layers]``. ``output_units`` are shift and
+    factor that bring the adapter's output there. ``weights [layers]`` is what a token's error in a layer counts.
+    """
+
+    adapter: ElasticBottleneck
+    source: _Side
+    target: _Side
+    mask: Tensor
+    centre: Tensor
+    deviation: Tensor
+    output_units: tuple[Tensor, Tensor] | None
+    form: LossForm
+    weights: Tensor
+    seed: int
+    piece_rows: int
+
+    def loss_and_gradients(self, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss, and its gradients by target, source and the adapter's parameters where ``wanted``."""
+        parameters = list(self.adapter.parameters())
+        inputs = [self.target.tensor, self.source.tensor, *parameters]
+        gradients = [torch.zeros_like(tensor) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
+        loss = self.weights.new_zeros(())
+        blocks = list(self._blocks())
+        for layers in self._layer_runs():
+            slices = [self._slice(parameter, layers) for parameter in parameters]
+            leaves = [
+                parameter.detach()[part].requires_grad_(want)
+                for parameter, part, want in zip(parameters, slices, wanted[2:], strict=True)
+            ]
+            for block in blocks:
+                target = self.target.rows(layers, block, torch.float32).requires_grad_(wanted[0])
+                source = self.source.rows(layers, block, parameters[0].dtype).requires_grad_(wanted[1])
+                moved = [leaf for leaf in [target, source, *leaves] if leaf.requires_grad]
+                with torch.set_grad_enabled(bool(moved)):
+                    piece = self._piece_loss(target, source, leaves, layers, block)
+                loss += piece.detach()
+                found = iter(torch.autograd.grad(piece, moved) if moved else ())
+                for side, total in zip((self.target, self.source), gradients[:2], strict=True):
+                    if total is not None:
+                        side.add_gradient(total, next(found), layers, block)
+                for part, total in zip(slices, gradients[2:], strict=True):
+                    if total is not None:
+                        total[part].add_(next(found))
+        return loss, gradients
+
+    def _piece_loss(
+        self, target: Tensor, source: Tensor, leaves: Sequence[Tensor], layers: range, block: _Block
+    ) -> Tensor:
+        names = [name for name, _ in self.adapter.named_parameters()]
+        kept = self._kept(layers, block)
+        output = functional_call(self.adapter, dict(zip(names, leaves, strict=True)), (source[None], kept))[0].float()
+        chosen = slice(layers.start, layers.stop)
+        if self.output_units is not None:
+            shift, factor = (part[chosen] for part in self.output_units)
+            output = torch.addcmul(shift, output, factor)
+        error = FORMS[self.form](output, self._scaled_target(target, chosen))
+        return (error * self.weights[chosen, None]).sum()
+
+    def _scaled_target(self, target: Tensor, layers: slice) -> Tensor:
+        centre, deviation = self.centre[layers, None], self.deviation[layers, None, None]
+        if target.requires_grad:
+            return (target - centre) / deviation
+        return target.sub_(centre).div_(deviation)
+
+    def _kept(self, layers: range, block: _Block) -> Tensor | None:
+        adapter = self.adapter
+        if adapter.up is None or not adapter.training or adapter.dropout == 0:
+            return None
+        batch, tokens = self.mask.shape
+        tiles, units = num_tiles(tokens), adapter.up.weight.shape[1]
+        first_tile = (block.tokens.start or 0) // TILE_TOKENS
+        drawn = [
+            kept_units(
+                adapter.dropout,
+                self.seed,
+                (layer * batch + text) * tiles + first_tile,
+                block.shape[1],
+                units,
+                self.target.tensor.device,
+            )
+            for layer in layers
+            for text in range(batch)[block.texts]
+        ]
+        kept = (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).view(len(layers), -1, units)
+        return (kept if block.is_full else kept.index_select(1, block.real))[None]
+
+    def _blocks(self) -> Iterator[_Block]:
+        """The grid of texts and tokens in blocks of at most ``piece_rows``, without those that hold nothing real."""
+        batch, tokens = self.mask.shape
+        step = max(1, self.piece_rows // TILE_TOKENS) * TILE_TOKENS
+        texts = max(1, step // max(tokens, 1))
+        for first_text in range(0, batch, texts):
+            for first_token in range(0, tokens, step):
+                where = (slice(first_text, first_text + texts), slice(first_token, first_token + step))
+                part = self.mask[where]
+                real = part.flatten().nonzero()[:, 0]
+                if len(real):
+                    yield _Block(*where, real.to(self.target.tensor.device), (part.shape[0], part.shape[1]))
+
+    def _layer_runs(self) -> Iterator[range]:
+        """Runs of layers that make a piece: several only where the texts are few, never over the border of a group."""
+        num_layers = len(self.target.layers)
+        longest = max(1, self.piece_rows // max(self.mask.numel(), 1))
+        shared = {len(parameter) for parameter in self.adapter.parameters()} - {num_layers}
+        groups = [tuple(layer_sets(num_layers, sets)[layer] for sets in shared) for layer in range(num_layers)]
+        start = 0
+        for layer in range(1, num_layers + 1):
+            if layer == num_layers or layer - start == longest or groups[layer] != groups[start]:
+                yield range(start, layer)
+                start = layer
+
+    def _slice(self, parameter: Tensor, layers: range) -> slice:
+        """The sets of ``parameter [sets, ...]`` that ``layers`` take."""
+        sets = layer_sets(len(self.target.layers), len(parameter))
+        return slice(sets[layers.start], sets[layers.stop - 1] + 1)
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: _Work, with_gradients: bool, *tensors: Tensor) -> Tensor:
+        wanted = [with_gradients and needed for needed in ctx.needs_input_grad[2:]]
+        loss, gradients = work.loss_and_gradients(wanted)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
+        # Not in place: the trainer asks for the gradient of one loss more than once.
+        scaled = [None if gradient is None else gradient * arriving for gradient in ctx.saved_tensors]
+        return (None, None, *scaled)
+
+
+def _output_units(scale: KVScale, standard: tuple[Tensor, Tensor] | None, kind: int) -> tuple[Tensor, Tensor] | None:
+    """Shift ``[layers, 1, width]`` and factor ``[layers, 1, 1]`` from an adapter's output to the loss's units.
+
+    None where the output has them already, as it does when the projector was standardised by this scale.
+    """
+    centre, deviation = scale.mean[kind][:, None], scale.deviation[kind][:, None, None]
+    if standard is None:
+        return -centre / deviation, 1 / deviation
+    mean, spread = standard[0][kind][: len(centre), None], standard[1][kind][: len(centre), None, None]
+    if torch.equal(mean, centre) and torch.equal(spread, deviation):
+        return None
+    return (mean - centre) / deviation, spread / deviation
+
+
+def _require_shapes(teacher: str, adapter: ElasticBottleneck, source: _Side, target: _Side, mask: Tensor) -> None:
+    given, expected = (source.width, target.width), (adapter.in_dim, adapter.out_dim)
+    if given != expected:
+        raise ProjectorError(
+            f"the adapters of teacher {teacher!r} map KV of width {expected[0]} to {expected[1]}; got {given[0]} and "
+            f"{given[1]}. Build the projector for the kv_dim of both models (teacher_config_from)."
+        )
+    layers = target.tensor.shape[1], source.tensor.shape[1]
+    if adapter.num_layers > len(target.layers) or max(target.layers) >= layers[0] or max(source.layers) >= layers[1]:
+        raise ProjectorError(
+            f"{len(target.layers)} layers are compared for teacher {teacher!r}; its KV and its adapters "
+            f"({adapter.num_layers}) must have as many"
+        )
+    for side in (source, target):
+        if (side.tensor.shape[0], side.tensor.shape[3]) != tuple(mask.shape):
+            raise KVGraftError(
+                f"mask {list(mask.shape)} must be [batch, tokens] of both the student's and the teacher's KV; one is "
+                f"{list(side.tensor.shape)}"
+            )
+
+
+def _is_bare(adapter: nn.Module) -> bool:
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in adapter.modules())
+    return type(adapter) is ElasticBottleneck and not hooked

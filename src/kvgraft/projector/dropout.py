@@ -1,0 +1,48 @@
+"""Dropout that is a function of a seed and a place, and so the same however the work is cut into pieces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Tokens whose units are drawn by one generator; whoever cuts a text cuts it at a multiple.
+TILE_TOKENS = 256
+_STEPS = 1 << 16
+
+
+def draw_seed() -> int:
+    """A seed from torch's global generator, so that ``torch.manual_seed`` settles it."""
+    return int(torch.randint(1 << 31, ()))
+
+
+def num_tiles(num_tokens: int) -> int:
+    """Tiles that cover a text."""
+    return -(-num_tokens // TILE_TOKENS)
+
+
+def kept_units(
+    share_dropped: float, seed: int, place: int, num_tokens: int, num_units: int, device: torch.device | None = None
+) -> Tensor:
+    """What dropout multiplies the hidden units of one text by: ``[num_tokens, num_units]``, float32.
+
+    Each is 0 for ``share_dropped`` of the units (to the next 1/65536) and the reciprocal of the kept share elsewhere.
+    A longer text begins with the same rows.
+
+    Args:
+        share_dropped: in [0, 1).
+        seed: of the whole draw.
+        place: number of this text's first tile; tiles of :data:`TILE_TOKENS` tokens count on from there, and no two may
+            have the same number.
+    """
+    # Sixteen random bits a unit instead of `bernoulli_`: ten times as fast on a CPU, where dropout otherwise costs a
+    # fifth of the matrix products around it.
+    kept = torch.empty(num_tokens, num_units, device=device)
+    threshold = min(round(share_dropped * _STEPS), _STEPS - 1)
+    for number, tile in enumerate(torch.split(kept, TILE_TOKENS)):
+        generator = torch.Generator(kept.device).manual_seed((seed + place + number) % (1 << 32))
+        words = torch.empty(-(-tile.numel() // 4), dtype=torch.int64, device=kept.device)
+        bits = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: tile.numel()]
+        tile.copy_(bits.view(tile.shape))
+    # Whole numbers from 0 to 65535: above the threshold the difference is at least 1.
+    kept.add_(_STEPS // 2 + 1 - threshold).clamp_(0, 1)
+    return kept.mul_(_STEPS / (_STEPS - threshold))
