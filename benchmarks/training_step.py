@@ -1,0 +1,97 @@
+"""What does KV distillation add to a training step? Ratios over cross-entropy alone, measured in one run.
+
+    python benchmarks/training_step.py recipes/quickstart.yaml --set data.train_samples=64
+
+The arms `baseline` and `kv` of the recipe, and `kv` with all projected KV held (plain), take turns on the same batches:
+forward, backward, clipping, AdamW. Reading is what the data loader takes for a batch with the teachers' KV, in the
+process that trains, as `kvgraft train` reads. Time is processor time of one thread, so that other processes weigh
+little; the median of all steps after the first is given. The teachers' KV is cached first if the store lacks it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import typer
+from torch.utils.data import DataLoader
+
+from kvgraft.distill.arms import ArmData, build_arm
+from kvgraft.distill.model import DistillationModel
+from kvgraft.prepare import prepare
+from kvgraft.recipe import Recipe, load_recipe
+from kvgraft.run import arm_data
+
+PLAIN = "kv, all projected KV held"
+
+
+class Arm:
+    """A model in training, and what each of its steps took."""
+
+    def __init__(self, recipe: Recipe, data: ArmData, name: str) -> None:
+        self.name, self.clip = name, recipe.training.max_grad_norm
+        self.model: DistillationModel = build_arm(recipe, "baseline" if name == "baseline" else "kv", data).train()
+        moved = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(moved, lr=recipe.training.learning_rate)
+        self.seconds: list[float] = []
+
+    def step(self, batch: dict[str, Any]) -> None:
+        """One step on ``batch``."""
+        started = time.process_time()
+        plain = mock.patch("kvgraft.distill.model.can_fuse", return_value=False)
+        with plain if self.name == PLAIN else contextlib.nullcontext():
+            loss = self.model(**batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds.append(time.process_time() - started)
+
+
+def main(
+    recipe: Annotated[Path, typer.Argument(help="A recipe for `kvgraft train`.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Change one field: a.b=value.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each arm.")] = 12,
+) -> None:
+    """Print the table in Markdown."""
+    torch.set_num_threads(1)
+    loaded = load_recipe(recipe, overrides or [])
+    data = arm_data(prepare(loaded))
+    arms = [Arm(loaded, data, name) for name in ("baseline", "kv", PLAIN)]
+    reading: list[float] = []
+    batches = _batches(loaded, data)
+    for _ in range(steps):
+        started = time.process_time()
+        batch = next(batches)
+        reading.append(time.process_time() - started)
+        for arm in arms:
+            arm.step(batch)
+    first = statistics.median(arms[0].seconds[1:])
+    typer.echo("| what | milliseconds | over cross-entropy alone |\n| --- | ---: | ---: |")
+    for arm in arms:
+        seconds = statistics.median(arm.seconds[1:])
+        typer.echo(f"| step, {arm.name} | {seconds * 1e3:.0f} | {seconds / first:.2f} |")
+    waited, step = statistics.median(reading[1:]), statistics.median(arms[1].seconds[1:])
+    typer.echo(f"| reading a batch | {waited * 1e3:.0f} | {waited / (waited + step):.1%} of a step with KV |")
+
+
+def _batches(recipe: Recipe, data: ArmData) -> Iterator[dict[str, Any]]:
+    loader = DataLoader(
+        data.train_set("kv", recipe.seed),
+        batch_size=recipe.training.batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=data.collator,
+    )
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+if __name__ == "__main__":
+    typer.run(main)
