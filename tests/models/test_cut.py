@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 from kvgraft.cli import app
 from kvgraft.distill.arms import build_arm
 from kvgraft.errors import AlignmentError, KVGraftError, ModelError
+from kvgraft.evaluate.run import EvaluationSettings, evaluate
 from kvgraft.models.capture import capture
 from kvgraft.models.cut import chosen_layers, cut_config, cut_model, origin_layers
 from kvgraft.models.loading import load_config, load_model
 from kvgraft.plan import make_plan
 from kvgraft.prepare import layer_map_of, make_student, prepare
 from kvgraft.recipe import Recipe, StudentRecipe
-from kvgraft.run import arm_data, evaluate, run
+from kvgraft.run import arm_data, run
 from tests.models.test_capture import CONFIGS, VOCABULARY, model_of
 
 TOKENS = torch.arange(20).reshape(2, 10) * 7 % VOCABULARY
@@ -167,8 +168,8 @@ def test_a_run_of_a_cut_student(cut_recipe: Callable[..., Recipe], tmp_path: Pat
     recipe = cut_recipe([0, 3], arms=["kv"], projector={"init_method": "identity"})
     trained = run(recipe, tmp_path / "run")
     assert trained.teachers[0].layer_map == [(0, 0), (1, 3)]
-    measured = evaluate(tmp_path / "run").arms[0]
-    for name, value in measured.last.items():
+    measured = evaluate(tmp_path / "run", EvaluationSettings(only=["quality"])).arms[0]
+    for name, value in measured.quality.items():
         assert value == pytest.approx(trained.arms[0].last[name], rel=1e-5)
 
 

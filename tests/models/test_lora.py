@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from kvgraft.distill.arms import build_arm
 from kvgraft.errors import ModelError
+from kvgraft.evaluate.run import EvaluationSettings, evaluate
 from kvgraft.models.capture import capture
 from kvgraft.models.loading import load_model, load_weights
 from kvgraft.models.lora import add_lora, save_student
@@ -17,7 +18,7 @@ from kvgraft.plan import make_plan
 from kvgraft.prepare import prepare
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe, StudentRecipe
-from kvgraft.run import arm_data, evaluate, run
+from kvgraft.run import arm_data, run
 from tests.models.test_capture import VOCABULARY, model_of
 
 TOKENS = torch.arange(12).reshape(1, 12) * 7 % VOCABULARY
@@ -83,8 +84,8 @@ def test_a_run_trains_adapters_and_projector_and_nothing_else(
     assert all("lora_" in name for name in weights)
     assert all(bool(tensor.abs().sum() > 0) for tensor in weights.values())
 
-    measured = evaluate(tmp_path / "run").arms[0]
-    assert measured.last["loss"] == pytest.approx(trained.last["loss"], rel=1e-5)
+    measured = evaluate(tmp_path / "run", EvaluationSettings(only=["quality"])).arms[0]
+    assert measured.quality["loss"] == pytest.approx(trained.last["loss"], rel=1e-5)
     # transformers finds the adapters and what they belong to by itself.
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = torch.arange(8)[None]

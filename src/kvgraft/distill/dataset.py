@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -155,10 +156,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in DataLoader(self.dataset, batch_size=self.batch_size, collate_fn=self.collator):
-            moved = {name: part.to(self.device) for name, part in batch.items() if name != "teacher_kv"}
-            if "teacher_kv" in batch:
-                moved["teacher_kv"] = {name: kv.to(self.device) for name, kv in batch["teacher_kv"].items()}
-            yield moved
+            yield send_to_device(batch, self.device)
 
 
 def _pad(rows: list[Tensor], value: int) -> Tensor:
