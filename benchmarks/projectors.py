@@ -43,6 +43,11 @@ VARIANTS: dict[str, list[str]] = {
         "projector.init_method=xavier",
         "projector.skip=false",
     ],
+    "one layer: a thin bottleneck for each layer, no dropout": [
+        *ONE,
+        "projector.mlp_ratio=0.165",
+        "projector.dropout=0",
+    ],
     "one layer: trunk in one group, ratio 1.0": [*ONE, "projector.sharing=trunk", "projector.mlp_ratio=1.0"],
     "one layer: trunk in one group, ratio 2.0": [*ONE, "projector.sharing=trunk"],
     "one layer: grouped, a quarter of the adapters": [
