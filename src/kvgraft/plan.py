@@ -22,6 +22,7 @@ from kvgraft.models.lora import add_lora
 from kvgraft.prepare import existing_tokenizer, layer_map_of, load_examples_of, load_student_config, teacher_max_length
 from kvgraft.projector.sizing import FLOAT32_BYTES, TRAINING_COPIES, advise, auto_mlp_ratio
 from kvgraft.recipe import Recipe, TeacherRecipe
+from kvgraft.store.format import stored_bytes_per_token
 
 # Texts whose teacher tokens are counted; the rest are estimated from their bytes.
 _COUNTED_TEXTS = 300
@@ -190,9 +191,8 @@ def _teacher_plan(
         raise RecipeError(f"teacher {teacher.name} cannot be planned without a student that works")
     layer_map = layer_map_of(recipe, student_config, config)
     distinct = len({teacher_layer for _, teacher_layer in layer_map})
-    bytes_per_token = KVGeometry(distinct, model.num_kv_heads, model.head_dim).bytes_per_token(
-        _BYTES[recipe.store.dtype]
-    )
+    geometry = KVGeometry(distinct, model.num_kv_heads, model.head_dim)
+    bytes_per_token = stored_bytes_per_token(geometry, recipe.store.dtype)
     tokens = _count_tokens(tokenizer, examples, teacher_max_length(recipe, config))
     ratio = recipe.projector.mlp_ratio
     ratio = auto_mlp_ratio(model.kv_dim) if ratio == "auto" else ratio
@@ -212,7 +212,7 @@ def _teacher_plan(
         per_layer=recipe.projector.sharing == "per_layer",
         skip=recipe.projector.skip,
         direction=direction,
-        bytes_per_number=_BYTES[recipe.store.dtype],
+        bytes_per_number=bytes_per_token / geometry.bytes_per_token(1),
     )
     return TeacherPlan(
         model=model,

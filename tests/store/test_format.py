@@ -56,7 +56,7 @@ def test_geometry_counts_the_layers_held() -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"dtype": "int8"}, "int8"),
+        ({"dtype": "int3"}, "int3"),
         ({"layers": ()}, "distinct"),
         ({"layers": (1, 1)}, "distinct"),
         ({"layers": (-1, 2)}, "distinct"),

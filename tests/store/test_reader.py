@@ -222,7 +222,7 @@ def test_a_manifest_from_a_later_version_or_damaged_is_refused(tmp_path: Path) -
         ({"identity": {**good["identity"], "format_version": 2}}, "format version 2; this kvgraft reads 1"),
         ({"samples": {KEYS[0]: {**good["samples"][KEYS[0]], "first_token": 1}}}, "lies outside shard"),
         ({"shards": {"../kv.safetensors": next(iter(good["shards"].values()))}}, "is damaged at shards"),
-        ({"identity": {**good["identity"], "dtype": "int8"}}, "is damaged at identity"),
+        ({"identity": {**good["identity"], "dtype": "int3"}}, "is damaged at identity"),
     ]:
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(StoreError, match=match):

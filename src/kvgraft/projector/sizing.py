@@ -107,7 +107,7 @@ def advise(
     skip: bool = False,
     direction: Literal["teacher_to_student", "student_to_teacher"] = "teacher_to_student",
     tokens_per_sample: int | None = None,
-    bytes_per_number: int = 2,
+    bytes_per_number: float = 2,
 ) -> SizingAdvice:
     """The guide's advice for one teacher, with its costs.
 
@@ -188,9 +188,9 @@ def _advised_dropout(teacher_parameters: int | None, num_samples: int | None) ->
 
 
 def _teacher_kv_bytes(
-    num_samples: int | None, tokens_per_sample: int | None, num_layers: int, width: int, bytes_per_number: int
+    num_samples: int | None, tokens_per_sample: int | None, num_layers: int, width: int, bytes_per_number: float
 ) -> tuple[int | None, str]:
-    per_token = 2 * num_layers * width * bytes_per_number
+    per_token = round(2 * num_layers * width * bytes_per_number)
     if num_samples is None or tokens_per_sample is None:
         return None, f"The teacher's KV takes {per_token:,} bytes a token on disk."
     total = per_token * num_samples * tokens_per_sample

@@ -22,7 +22,7 @@ from kvgraft.kv import KV
 from kvgraft.models.capture import capture
 from kvgraft.processes import from_main_process, process_state
 from kvgraft.progress import progress_bar
-from kvgraft.store.format import StoreIdentity, damage, read_manifest
+from kvgraft.store.format import StoreIdentity, damage, read_manifest, read_quantizer
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter, share_folder
 
@@ -74,7 +74,8 @@ def fill_store(
 ) -> tuple[KVStore, FillReport]:
     """The store of ``texts`` in ``folder``, made, continued, or opened as it is.
 
-    Where several processes run, all of them call this, and each runs the teacher over its share of the batches.
+    Where several processes run, all of them call this, and each runs the teacher over its share of the batches. A
+    quantised store is filled by the main process alone, since its scales come from the texts that it sees first.
 
     Args:
         folder: see :func:`store_folder`.
@@ -105,10 +106,11 @@ def fill_store(
         started = time.perf_counter()
         buckets = length_buckets([len(text.input_ids) for text in missing], token_budget)
         # Buckets come longest first, so that turns even the work out.
-        share = [[missing[index] for index in bucket] for bucket in buckets[state.process_index :: state.num_processes]]
-        if store is not None and state.num_processes == 1:
+        processes = 1 if identity.quantized else state.num_processes
+        share = [[missing[index] for index in bucket] for bucket in buckets[state.process_index :: processes]]
+        if store is not None and processes == 1:
             _add_share(store, model, share, teacher)
-        else:
+        elif processes > 1:
             with KVStoreWriter(share_folder(folder, state.process_index), identity, shard_bytes) as writer:
                 _add_share(writer, model, share, teacher)
         state.wait_for_everyone()
@@ -125,6 +127,8 @@ def _is_finished(folder: Path, identity: StoreIdentity, verify: bool) -> bool:
     """Whether ``folder`` holds the complete and sound store, so that the writer has nothing to do."""
     manifest = read_manifest(folder)
     if manifest is None or not manifest.complete or manifest.identity.difference(identity):
+        return False
+    if manifest.quantizer is not None and read_quantizer(folder, manifest) is None:
         return False
     return not any(damage(folder, name, shard, checksum=verify) for name, shard in manifest.shards.items())
 

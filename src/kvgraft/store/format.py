@@ -2,9 +2,12 @@
 
 A folder holds ``manifest.json`` and shards ``kv-00000.safetensors``. A shard has these tensors:
 
-* ``kv`` ``[tokens, layers, 2, kv_dim]``: keys (0) and values (1) of its samples, one contiguous run per sample;
+* ``kv`` ``[tokens, layers, 2, kv_dim]``: keys (0) and values (1) of its samples, one contiguous run per sample; in a
+  quantised store the last axis is the ``record_bytes`` of :mod:`kvgraft.store.quantize`;
 * ``spans`` ``[tokens, 2]`` int32: the bytes of the text that each token stands for;
 * ``count`` ``[1]`` int64, ``mean`` and ``m2`` ``[layers, 2, kv_dim]`` float64: moments of the tokens that count.
+
+A quantised store also has ``quantizer.safetensors``, by which all its shards were written.
 """
 
 from __future__ import annotations
@@ -25,15 +28,18 @@ from torch import Tensor
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
+from kvgraft.store.quantize import QUANTIZED_FORMATS, Quantizer
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+QUANTIZER_NAME = "quantizer.safetensors"
 SHARD_PATTERN = "kv-*.safetensors"
 TEMPORARY_SUFFIX = ".tmp"
 STORE_DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    **dict.fromkeys(QUANTIZED_FORMATS, torch.uint8),
 }
 _FIELD_LABELS = {
     "model": "the teacher",
@@ -62,7 +68,7 @@ class StoreIdentity:
         layers: teacher layers held, in the order of the layer axis; no repeats.
         num_kv_heads: key/value heads of a layer.
         head_dim: width of one head.
-        dtype: number format on disk: ``float16``, ``bfloat16`` or ``float32``.
+        dtype: number format on disk, one of :data:`STORE_DTYPES`.
         max_length: teacher tokens after which a text is cut.
         template: fingerprint or name of the chat template put around each text; empty for none.
         rotated: whether keys carry their rotary rotation; stores made by kvgraft hold keys without it.
@@ -93,6 +99,10 @@ class StoreIdentity:
         for name in ("num_kv_heads", "head_dim", "max_length"):
             if getattr(self, name) < 1:
                 raise StoreError(f"{name} of a KV store must be at least 1; got {getattr(self, name)}")
+        if self.quantized and self.geometry.kv_dim % 2:
+            raise StoreError(
+                f"a KV store of {self.dtype} needs an even KV width; got {self.geometry.kv_dim}. Choose another dtype"
+            )
 
     @property
     def geometry(self) -> KVGeometry:
@@ -101,8 +111,13 @@ class StoreIdentity:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The number format on disk as torch names it."""
+        """The number format on disk as torch names it; bytes where numbers are quantised."""
         return STORE_DTYPES[self.dtype]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether numbers are kept in a few bits, as :mod:`kvgraft.store.quantize` does it."""
+        return self.dtype in QUANTIZED_FORMATS
 
     def hash(self) -> str:
         """16 hexadecimal digits that name this identity's folder."""
@@ -148,12 +163,16 @@ ShardName = Annotated[str, StringConstraints(pattern=r"^kv-\d{5,}\.safetensors$"
 
 
 class Manifest(BaseModel):
-    """Contents of ``manifest.json``: shards by file name, samples by key; ``complete`` once nothing is left to add."""
+    """Contents of ``manifest.json``: shards by file name, samples by key; ``complete`` once nothing is left to add.
+
+    ``quantizer`` is the sha256 of ``quantizer.safetensors``, None before there is one.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     identity: StoreIdentity
     complete: bool = False
+    quantizer: str | None = None
     shards: dict[ShardName, ShardEntry] = {}
     samples: dict[str, SampleEntry] = {}
 
@@ -171,9 +190,17 @@ class Manifest(BaseModel):
         return Manifest(
             identity=self.identity,
             complete=self.complete and not lost,
+            quantizer=self.quantizer,
             shards={name: shard for name, shard in self.shards.items() if name not in lost},
             samples={key: sample for key, sample in self.samples.items() if sample.shard not in lost},
         )
+
+
+def stored_bytes_per_token(geometry: KVGeometry, dtype: str) -> int:
+    """Bytes that a store of ``dtype`` takes for the KV of one token."""
+    if dtype in QUANTIZED_FORMATS:
+        return 2 * geometry.num_layers * QUANTIZED_FORMATS[dtype].record_bytes(geometry.kv_dim)
+    return geometry.bytes_per_token(STORE_DTYPES[dtype].itemsize)
 
 
 def text_fingerprint(keys: Iterable[str]) -> str:
@@ -215,6 +242,17 @@ def read_manifest(folder: Path) -> Manifest | None:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest of ``folder`` in one step; a reader sees the old one or the new one, never a part."""
     write_atomically(folder / MANIFEST_NAME, [memoryview(manifest.model_dump_json(indent=1).encode())])
+
+
+def read_quantizer(folder: Path, manifest: Manifest) -> Quantizer | None:
+    """The quantizer that ``manifest`` names, or None where its file is missing or not the one named."""
+    path = folder / QUANTIZER_NAME
+    if manifest.quantizer is None or not path.is_file():
+        return None
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest.quantizer:
+        return None
+    return Quantizer.from_bytes(manifest.identity.dtype, content)
 
 
 def write_atomically(path: Path, chunks: Sequence[memoryview]) -> str:

@@ -17,14 +17,17 @@ from kvgraft.errors import StoreError
 from kvgraft.kv import KV
 from kvgraft.store.format import (
     MANIFEST_NAME,
+    QUANTIZER_NAME,
     Manifest,
     Moments,
     SampleEntry,
     StoreIdentity,
     damage,
     read_manifest,
+    read_quantizer,
     short_key,
 )
+from kvgraft.store.quantize import Quantizer
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class KVStore:
 
     folder: Path
     manifest: Manifest
+    quantizer: Quantizer | None = None
     # Open files per process: a forked worker opens its own and leaves its parent's alone.
     _handles: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -102,7 +106,13 @@ class KVStore:
                     f"shard {name} of the KV store in {folder} {reason}. "
                     f"Delete {name} and run the cache command again: only its {shard.samples} samples are redone."
                 )
-        return cls(folder, manifest)
+        quantizer = read_quantizer(folder, manifest)
+        if manifest.quantizer is not None and quantizer is None:
+            raise StoreError(
+                f"{QUANTIZER_NAME} of the KV store in {folder} is missing or damaged, and its shards cannot be read "
+                f"without it. Run the cache command again to make the store anew."
+            )
+        return cls(folder, manifest, quantizer)
 
     @property
     def identity(self) -> StoreIdentity:
@@ -126,8 +136,9 @@ class KVStore:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all shard files."""
-        return sum(shard.bytes for shard in self.manifest.shards.values())
+        """Bytes of all shard files, and of what a quantised store is decoded by."""
+        once = 0 if self.quantizer is None else (self.folder / QUANTIZER_NAME).stat().st_size
+        return once + sum(shard.bytes for shard in self.manifest.shards.values())
 
     @property
     def bytes_per_token(self) -> float:
@@ -148,9 +159,13 @@ class KVStore:
         wanted = self.identity.layers if layers is None else tuple(layers)
         index = self._layer_index(wanted)
         packed: Tensor = self._slice(entry, "kv")
-        # A copy even of float32: numbers handed out must not change or vanish with the file they came from.
-        chosen = packed[:, index].to(torch.float32, copy=True)
-        heads = chosen.reshape(*chosen.shape[:-1], self.identity.num_kv_heads, self.identity.head_dim).permute(
+        chosen = packed if wanted == self.identity.layers else packed[:, index]
+        if self.quantizer is not None:
+            numbers = self.quantizer.decode(chosen, index)
+        else:
+            # A copy even of float32: numbers handed out must not change or vanish with the file they came from.
+            numbers = chosen.to(torch.float32, copy=chosen is packed)
+        heads = numbers.reshape(*numbers.shape[:-1], self.identity.num_kv_heads, self.identity.head_dim).permute(
             2, 1, 3, 0, 4
         )
         kv = KV(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV
 from kvgraft.store.format import (
+    QUANTIZER_NAME,
     SHARD_PATTERN,
     TEMPORARY_SUFFIX,
     Manifest,
@@ -27,35 +27,21 @@ from kvgraft.store.format import (
     StoreIdentity,
     damage,
     read_manifest,
+    read_quantizer,
     short_key,
     write_atomically,
     write_manifest,
 )
 from kvgraft.store.lock import lock_folder, unlock_folder
+from kvgraft.store.quantize import Quantizer
+from kvgraft.store.shard import PendingSample, write_shard
 
 logger = logging.getLogger(__name__)
 
 # Where processes that fill one store together write, each in a folder of its own.
 SHARE_PATTERN = "share-*"
-_DTYPE_CODES = {
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A checked sample that waits for its shard; ``kv`` is ``[tokens, layers, 2, kv_dim]`` in the store's dtype."""
-
-    key: str
-    kv: Tensor
-    spans: Tensor
-    truncated_bytes: int
-    text_bytes: int
+# Tokens that a quantised store's scales and components come from: several times a head's width.
+CALIBRATION_TOKENS = 2048
 
 
 class KVStoreWriter:
@@ -65,6 +51,9 @@ class KVStoreWriter:
     dropped with a warning, so that :meth:`missing` names exactly what has to be done again. What several processes left
     in folders of their own (:func:`share_folder`) is taken over. Leaving the block writes
     what was added; only :meth:`finish` marks the store complete, which a reader asks for.
+
+    The scales of a quantised store come from the first texts that are added to it and stay with its folder, so that a
+    continued store gets the same numbers. Leaving the block before there were enough of these texts writes nothing.
 
     Args:
         folder: the store's folder; made if absent.
@@ -81,13 +70,14 @@ class KVStoreWriter:
         self.folder = Path(folder)
         self.identity = identity
         self._shard_bytes = shard_bytes
-        self._pending: dict[str, _Pending] = {}
+        self._pending: dict[str, PendingSample] = {}
         self._pending_bytes = 0
         self._moments = Moments.empty(identity.geometry)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = lock_folder(self.folder)
         try:
             self._manifest = _recover(self.folder, identity)
+            self._quantizer = read_quantizer(self.folder, self._manifest)
             self.adopt_shares()
         except BaseException:
             self.close()
@@ -100,7 +90,9 @@ class KVStoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None:
+            if self._pending and not self._ready:
+                logger.info("%d samples of %s were too few to choose its scales", len(self._pending), self.folder)
+            elif error is None:
                 self._flush()
             else:
                 self._flush_after(error)
@@ -142,6 +134,7 @@ class KVStoreWriter:
         if key in self:
             return
         packed = self._pack(key, kv)
+        stored = packed if self.identity.quantized else self._stored(key, packed)
         tokens = packed.shape[0]
         if spans.shape != (tokens, 2) or not np.issubdtype(spans.dtype, np.integer):
             raise StoreError(
@@ -157,11 +150,17 @@ class KVStoreWriter:
                 f"counted of sample {short_key(key)} must be [{tokens}] bool; "
                 f"got {list(counted.shape)} of {counted.dtype}"
             )
+        counted = torch.ones(tokens, dtype=torch.bool) if counted is None else counted.cpu()
+        moments = self._moments.merge(Moments.of(packed[counted] if self.identity.quantized else stored[counted]))
+        if self._quantizer is not None:
+            stored = self._stored(key, packed)
         span_tensor = torch.from_numpy(np.array(spans, dtype=np.int32))
-        self._pending[key] = _Pending(key, packed, span_tensor, truncated_bytes, text_bytes)
-        self._pending_bytes += packed.nbytes
-        self._moments = self._moments.merge(Moments.of(packed if counted is None else packed[counted.cpu()]))
-        if self._pending_bytes >= self._shard_bytes:
+        self._pending[key] = PendingSample(key, stored, counted, span_tensor, truncated_bytes, text_bytes)
+        self._pending_bytes += stored.nbytes
+        self._moments = moments
+        if not self._ready and sum(len(sample.kv) for sample in self._pending.values()) >= CALIBRATION_TOKENS:
+            self._calibrate()
+        if self._ready and self._pending_bytes >= self._shard_bytes:
             self._flush()
 
     def adopt_shares(self) -> None:
@@ -174,6 +173,8 @@ class KVStoreWriter:
 
     def finish(self) -> None:
         """Write what is left and mark the store complete; call it once every text was added."""
+        if self._pending and not self._ready:
+            self._calibrate()
         self._flush()
         if not self._manifest.complete:
             manifest = self._manifest.model_copy(update={"complete": True})
@@ -187,7 +188,7 @@ class KVStoreWriter:
             self._lock = None
 
     def _pack(self, key: str, kv: KV) -> Tensor:
-        """The checked numbers ``[tokens, layers, 2, kv_dim]`` in the store's dtype."""
+        """The checked numbers ``[tokens, layers, 2, kv_dim]``."""
         _require_fit(key, kv, self.identity)
         keys, values = kv.detach().flatten()
         packed = torch.stack([keys[0], values[0]], dim=2).transpose(0, 1).cpu()
@@ -197,15 +198,45 @@ class KVStoreWriter:
                 f"sample {short_key(key)} has NaN or Inf in {place}. "
                 "Run the teacher in float32 or bfloat16, or leave this text out."
             )
-        stored = packed.to(self.identity.torch_dtype).contiguous()
-        place = _first_not_finite(stored, kv.layers)
+        return packed
+
+    def _stored(self, key: str, packed: Tensor) -> Tensor:
+        """What :meth:`_pack` gave, in the store's dtype."""
+        dtype, layers = self.identity.dtype, self.identity.layers
+        if self._quantizer is not None:
+            stored = self._quantizer.encode(packed)
+            place = _first_not_finite(self._quantizer.halves(stored), layers)
+        else:
+            stored = packed.to(self.identity.torch_dtype).contiguous()
+            place = _first_not_finite(stored, layers)
         if place:
-            wider = "bfloat16 or float32" if self.identity.dtype == "float16" else "float32"
+            wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
             raise StoreError(
-                f"sample {short_key(key)} has a number beyond the range of {self.identity.dtype} in {place}. "
+                f"sample {short_key(key)} has a number beyond the range of {dtype} in {place}. "
                 f"Set the store's dtype to {wider}."
             )
         return stored
+
+    @property
+    def _ready(self) -> bool:
+        return self._quantizer is not None or not self.identity.quantized
+
+    def _calibrate(self) -> None:
+        """Choose the store's quantizer by the samples that wait, keep it on disk, and put it to them."""
+        samples = self._pending.values()
+        counted = torch.cat([sample.kv[sample.counted] for sample in samples])
+        tokens = counted if len(counted) else torch.cat([sample.kv for sample in samples])
+        self._quantizer = Quantizer.calibrate(self.identity.dtype, tokens, self.identity.head_dim)
+        try:
+            pending = {sample.key: replace(sample, kv=self._stored(sample.key, sample.kv)) for sample in samples}
+            digest = write_atomically(self.folder / QUANTIZER_NAME, [memoryview(self._quantizer.to_bytes())])
+            manifest = self._manifest.model_copy(update={"quantizer": digest})
+            write_manifest(self.folder, manifest)
+        except BaseException:
+            self._quantizer = None
+            raise
+        self._manifest, self._pending = manifest, pending
+        self._pending_bytes = sum(sample.kv.nbytes for sample in pending.values())
 
     def _flush(self) -> None:
         if not self._pending:
@@ -215,7 +246,7 @@ class KVStoreWriter:
         self._pending, self._pending_bytes = {}, 0
         self._moments = Moments.empty(self.identity.geometry)
         name = _next_shard_name(self._manifest.shards)
-        entry = _write_shard(self.folder / name, samples, moments)
+        entry = write_shard(self.folder / name, samples, moments)
         manifest = _with_shard(self._manifest, name, entry, samples)
         try:
             write_manifest(self.folder, manifest)
@@ -247,6 +278,11 @@ def _recover(folder: Path, identity: StoreIdentity) -> Manifest:
         )
     found = manifest or Manifest(identity=identity)
     bad = {name: reason for name, shard in found.shards.items() if (reason := damage(folder, name, shard))}
+    if found.quantizer is not None and read_quantizer(folder, found) is None:
+        # Without what they were written by, shards cannot be read.
+        bad = dict.fromkeys(found.shards, f"cannot be read without a sound {QUANTIZER_NAME}")
+        found = found.model_copy(update={"quantizer": None, "complete": False})
+        manifest = None
     kept = found.without(bad)
     if bad:
         lost = len(found.samples) - len(kept.samples)
@@ -290,7 +326,7 @@ def _next_shard_name(shards: Iterable[str]) -> str:
     return f"kv-{last + 1:05d}.safetensors"
 
 
-def _with_shard(manifest: Manifest, name: str, entry: ShardEntry, samples: list[_Pending]) -> Manifest:
+def _with_shard(manifest: Manifest, name: str, entry: ShardEntry, samples: list[PendingSample]) -> Manifest:
     entries = dict(manifest.samples)
     first = 0
     for sample in samples:
@@ -304,7 +340,7 @@ def _with_shard(manifest: Manifest, name: str, entry: ShardEntry, samples: list[
         )
         first += tokens
     shards = {**manifest.shards, name: entry}
-    return Manifest(identity=manifest.identity, complete=False, shards=shards, samples=entries)
+    return manifest.model_copy(update={"complete": False, "shards": shards, "samples": entries})
 
 
 def _with_shards_of(manifest: Manifest, folder: Path, other: Manifest, share: Path) -> Manifest:
@@ -322,43 +358,4 @@ def _with_shards_of(manifest: Manifest, folder: Path, other: Manifest, share: Pa
         if sample.shard in names:
             samples[key] = sample.model_copy(update={"shard": names[sample.shard]})
     complete = manifest.complete and not names
-    return Manifest(identity=manifest.identity, complete=complete, shards=shards, samples=samples)
-
-
-def _write_shard(path: Path, samples: list[_Pending], moments: Moments) -> ShardEntry:
-    chunks = _safetensors_chunks(
-        {
-            "count": [torch.tensor([moments.count])],
-            "mean": [moments.mean],
-            "m2": [moments.m2],
-            "spans": [sample.spans for sample in samples],
-            "kv": [sample.kv for sample in samples],
-        }
-    )
-    return ShardEntry(
-        sha256=write_atomically(path, chunks),
-        bytes=sum(chunk.nbytes for chunk in chunks),
-        tokens=sum(sample.kv.shape[0] for sample in samples),
-        samples=len(samples),
-    )
-
-
-def _safetensors_chunks(tensors: dict[str, list[Tensor]]) -> list[memoryview]:
-    """A safetensors file of the parts of each tensor joined along the first axis.
-
-    Done by hand because the library would first join and then serialize, holding every shard three times in memory,
-    and would report a full disk without its error number. Every tensor but the last must fill whole 8 bytes.
-    """
-    header: dict[str, object] = {}
-    data: list[memoryview] = []
-    offset = 0
-    for name, parts in tensors.items():
-        chunks = [part.contiguous().reshape(-1).view(torch.uint8).numpy().data for part in parts]
-        end = offset + sum(chunk.nbytes for chunk in chunks)
-        shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
-        header[name] = {"dtype": _DTYPE_CODES[parts[0].dtype], "shape": shape, "data_offsets": [offset, end]}
-        data += chunks
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return [memoryview(len(text).to_bytes(8, "little") + text), *data]
+    return manifest.model_copy(update={"complete": complete, "shards": shards, "samples": samples})

@@ -1,0 +1,229 @@
+"""Teachers' KV in one byte or half a byte a number.
+
+Every channel is centred and scaled by its mean and deviation over the first tokens of a store, one pair for each layer,
+keys or values, and channel. Of each token, a group of channels shares one step, so that nothing is clipped whatever a
+later text brings, and the first tokens of a text, whose norms are unlike the rest, cost the others nothing. With one
+byte, the channels with the heaviest tails stay in float16: they would set the step of their group. (Scales by channel:
+KIVI, arXiv 2402.02750; outliers kept: LLM.int8, arXiv 2208.07339; steps of small groups, themselves in 8 bits: QLoRA,
+arXiv 2305.14314.)
+
+The channels of a head go together, and much of what can be predicted lies in directions of little spread, which an
+error of half a step in every channel would drown. Formats whose codes are coarse therefore code the principal
+components of each head, each on a scale of its own.
+
+A token's record in one layer's keys or values is ``record_bytes`` long: a float16 unit, the float16 numbers of the kept
+channels, for each group its step as a share of the unit, then the codes. All records of a store are equally long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+_HALF_BYTES = 2
+_LEAST_LOADING = 1e-6
+_LEAST_UNIT = torch.finfo(torch.half).smallest_normal
+# A group's step is a signed byte: its size counts eighths of an octave below the unit, from 1 on.
+_SHARES_PER_OCTAVE, _SMALLEST_SHARE = 8, 127
+_SIZES = torch.tensor([0.0, *(2 ** (-power / _SHARES_PER_OCTAVE) for power in range(_SMALLEST_SHARE))])
+_SHARES = torch.cat([_SIZES, _SIZES[:1], -_SIZES[1:].flip(0)])
+
+
+@dataclass(frozen=True)
+class QuantizedFormat:
+    """How numbers become codes.
+
+    Attributes:
+        bits: bits of a code, 8 or 4.
+        lowest, highest: the range of codes. The largest number of a group has the code ``lowest``, its sign being that
+            of the step.
+        group: most channels that share a step.
+        least_deviation: what spreads less than this share of its layer is coded as if it spread so much: constant
+            channels exist, and one that wakes up must not set the step of its group alone.
+        channels_per_exact: one channel in so many stays in float16; None for none.
+        components: the principal components of each head are coded and not its channels.
+        floating: codes are float8 (e4m3) and not whole numbers.
+    """
+
+    bits: int
+    lowest: int
+    highest: int
+    group: int
+    least_deviation: float
+    channels_per_exact: int | None = None
+    components: bool = False
+    floating: bool = False
+
+    def groups(self, kv_dim: int) -> int:
+        """Groups of ``kv_dim`` channels, all of one size."""
+        size = next(size for size in range(min(self.group, kv_dim), 0, -1) if kv_dim % size == 0)
+        return kv_dim // size
+
+    def exact_channels(self, kv_dim: int) -> int:
+        """Channels of ``kv_dim`` that stay in float16."""
+        return kv_dim // self.channels_per_exact if self.channels_per_exact else 0
+
+    def code_bytes(self, kv_dim: int) -> int:
+        """Bytes of the codes of ``kv_dim`` channels."""
+        return kv_dim * self.bits // 8
+
+    def record_bytes(self, kv_dim: int) -> int:
+        """Bytes of one token's keys (or values) in one layer."""
+        return _HALF_BYTES * (1 + self.exact_channels(kv_dim)) + self.groups(kv_dim) + self.code_bytes(kv_dim)
+
+
+QUANTIZED_FORMATS: dict[str, QuantizedFormat] = {
+    "int8": QuantizedFormat(bits=8, lowest=-128, highest=127, group=128, least_deviation=0.01, channels_per_exact=128),
+    "float8": QuantizedFormat(
+        bits=8, lowest=-448, highest=448, group=128, least_deviation=1e-4, components=True, floating=True
+    ),
+    "int4": QuantizedFormat(bits=4, lowest=-8, highest=7, group=16, least_deviation=1e-4, components=True),
+}
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One store's way from numbers to records and back.
+
+    Attributes:
+        dtype: a name of :data:`QUANTIZED_FORMATS`.
+        center: ``[layers, 2, kv_dim]`` float32, subtracted from each channel.
+        deviation: likewise, divides each channel, or each component.
+        exact: ``[layers, 2, kept]`` int64, the channels that stay in float16.
+        components: ``[layers, 2, heads, head_dim, head_dim]`` float32, orthonormal columns; no heads where channels
+            are coded as they are.
+    """
+
+    dtype: str
+    center: Tensor
+    deviation: Tensor
+    exact: Tensor
+    components: Tensor
+
+    @classmethod
+    def calibrate(cls, dtype: str, tokens: Tensor, head_dim: int) -> Quantizer:
+        """The quantizer that suits ``tokens [tokens, layers, 2, kv_dim]`` of any float dtype, at least one."""
+        scheme = QUANTIZED_FORMATS[dtype]
+        numbers = tokens.double()
+        center = numbers.mean(0)
+        numbers = numbers - center
+        components = numbers.new_zeros(*center.shape[:2], 0, head_dim, head_dim)
+        if scheme.components:
+            heads = _split(numbers, tokens.shape[-1] // head_dim)
+            _, components = torch.linalg.eigh(torch.einsum("tlkhi,tlkhj->lkhij", heads, heads))
+            # Without what rounding leaves there, a channel that is constant comes back constant.
+            components = components.where(components.abs() > _LEAST_LOADING, 0.0)
+            numbers = torch.einsum("tlkhi,lkhij->tlkhj", heads, components).flatten(-2)
+        deviation = numbers.square().mean(0).sqrt()
+        floor = scheme.least_deviation * deviation.square().mean(-1, keepdim=True).sqrt()
+        # One token, or equal ones, have no spread at all; any will do.
+        deviation = torch.where(floor > 0, deviation.maximum(floor), torch.ones_like(deviation))
+        tails = (numbers / deviation).abs().amax(0)
+        # Sorted: the same channels give the same bytes.
+        exact = tails.topk(scheme.exact_channels(tokens.shape[-1]), dim=-1).indices.sort(-1).values
+        return cls(dtype, center.float(), deviation.float(), exact, components.float().contiguous())
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Records ``[tokens, layers, 2, record_bytes]`` uint8 of ``tokens [tokens, layers, 2, kv_dim]``.
+
+        What is too large becomes infinite in :meth:`halves`; the caller looks for it.
+        """
+        scheme, kv_dim = QUANTIZED_FORMATS[self.dtype], tokens.shape[-1]
+        numbers = tokens.float()
+        index = self.exact.expand(len(tokens), -1, -1, -1)
+        exact = numbers.gather(-1, index).half()
+        standard = numbers - self.center
+        if scheme.components:
+            standard = _turn(standard, self.components)
+        standard = standard.div_(self.deviation).scatter_(-1, index, 0.0)
+        grouped = _split(standard, scheme.groups(kv_dim))
+        unit, share = _steps(grouped, scheme)
+        codes = grouped.div_((_SHARES[share.long()] * unit.float())[..., None]).flatten(-2)
+        return torch.cat([_bytes(unit), _bytes(exact), share, _pack(codes, scheme)], -1)
+
+    def decode(self, records: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        """Float32 numbers ``[tokens, layers, 2, kv_dim]`` of ``records [tokens, layers, 2, record_bytes]``.
+
+        ``layers`` are the entries of the quantizer's layer axis that the records belong to; default all.
+        """
+        scheme, kv_dim = QUANTIZED_FORMATS[self.dtype], self.center.shape[-1]
+        chosen = slice(None) if layers is None else list(layers)
+        groups, kept = scheme.groups(kv_dim), scheme.exact_channels(kv_dim)
+        _, share, codes = records.split([_HALF_BYTES * (1 + kept), groups, scheme.code_bytes(kv_dim)], -1)
+        half = self.halves(records).float()
+        numbers = _unpack(codes, scheme)
+        _split(numbers, groups).mul_((_SHARES[share.long()] * half[..., :1])[..., None])
+        numbers.mul_(self.deviation[chosen])
+        if scheme.components:
+            numbers = _turn(numbers, self.components[chosen].transpose(-1, -2))
+        numbers.add_(self.center[chosen])
+        return numbers.scatter_(-1, self.exact[chosen].expand(len(records), -1, -1, -1), half[..., 1:])
+
+    def halves(self, records: Tensor) -> Tensor:
+        """The float16 part of ``records``, ``[tokens, layers, 2, 1 + kept]``; infinite where a number was too large."""
+        count = 1 + self.exact.shape[-1]
+        return records[..., : _HALF_BYTES * count].contiguous().view(torch.half)
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file of this quantizer."""
+        return save({name: getattr(self, name) for name in _tensor_names()})
+
+    @classmethod
+    def from_bytes(cls, dtype: str, content: bytes) -> Quantizer:
+        """The inverse of :meth:`to_bytes`."""
+        tensors = load(content)
+        return cls(dtype, *(tensors[name] for name in _tensor_names()))
+
+
+def _tensor_names() -> list[str]:
+    return [field.name for field in fields(Quantizer) if field.name != "dtype"]
+
+
+def _split(numbers: Tensor, parts: int) -> Tensor:
+    """A view ``[..., parts, width / parts]`` of ``numbers [..., width]``."""
+    return numbers.view(*numbers.shape[:-1], parts, numbers.shape[-1] // parts)
+
+
+def _turn(numbers: Tensor, matrices: Tensor) -> Tensor:
+    """``numbers [tokens, layers, 2, kv_dim]`` times ``matrices [layers, 2, heads, head_dim, head_dim]`` by head."""
+    heads = _split(numbers, matrices.shape[2]).movedim(0, -2)
+    return (heads @ matrices).movedim(-2, 0).flatten(-2)
+
+
+def _steps(grouped: Tensor, scheme: QuantizedFormat) -> tuple[Tensor, Tensor]:
+    """Unit ``[..., 1]`` float16 and each group's share ``[..., groups]`` uint8 of ``grouped [..., groups, size]``."""
+    peak = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    step = peak / scheme.lowest
+    unit = step.abs().amax(-1, keepdim=True).half().clamp_min_(_LEAST_UNIT)
+    below = (unit.float() / step.abs()).log2_().mul_(_SHARES_PER_OCTAVE)
+    # Too small a step clips the largest number. With 16 codes that costs no more than rounding does and a larger step
+    # costs all the others; with more codes it is the other way round.
+    below = below.round_() if scheme.bits == 4 else below.floor_()
+    size = below.clamp_(0, _SMALLEST_SHARE - 1).add_(1)
+    return unit, torch.where(step < 0, -size, size).to(torch.int8).view(torch.uint8)
+
+
+def _bytes(halves: Tensor) -> Tensor:
+    return halves.contiguous().view(torch.uint8)
+
+
+def _pack(codes: Tensor, scheme: QuantizedFormat) -> Tensor:
+    if scheme.floating:
+        return codes.clamp_(scheme.lowest, scheme.highest).to(torch.float8_e4m3fn).view(torch.uint8)
+    whole = codes.round_().clamp_(scheme.lowest, scheme.highest).to(torch.int8)
+    if scheme.bits == 8:
+        return whole.view(torch.uint8)
+    first, second = (whole - scheme.lowest).view(torch.uint8).chunk(2, -1)
+    return first | second << 4
+
+
+def _unpack(codes: Tensor, scheme: QuantizedFormat) -> Tensor:
+    if scheme.floating:
+        return codes.view(torch.float8_e4m3fn).float()
+    if scheme.bits == 8:
+        return codes.view(torch.int8).float()
+    return torch.cat([codes & 15, codes >> 4], -1).float().add_(scheme.lowest)
