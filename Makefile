@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MODELS := $(VENV)/.models
 OLDEST := .venv-oldest
 
-.PHONY: help setup models browser demo test checkstyle test-oldest clean
+.PHONY: help setup models browser demo test bench checkstyle test-oldest clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,6 +34,9 @@ demo: setup ## the main job on its embedded defaults, in a run folder of its own
 
 test: models ## all tests
 	$(BIN)/pytest
+
+bench: models ## speed and size: tables, and benchmarks.json; give the machine nothing else to do
+	$(BIN)/python benchmarks/run.py --output benchmarks.json
 
 checkstyle: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvgraft.align.predictions import vocabulary_size
+from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.errors import StoreError
@@ -21,7 +22,7 @@ VOCABULARY = vocabulary_size(TOKENIZER)
 
 
 def encoded() -> list[EncodedText]:
-    return encode_for_teacher(TEXTS, TOKENIZER, 64)
+    return encode_for_teacher([Example(text) for text in TEXTS], TOKENIZER, 64)
 
 
 def identity(top_k: int = 8, temperature: float = 1.0) -> LogitIdentity:

