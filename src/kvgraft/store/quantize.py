@@ -153,7 +153,8 @@ class Quantizer:
         scheme, kv_dim = QUANTIZED_FORMATS[self.dtype], self.center.shape[-1]
         chosen = slice(None) if layers is None else list(layers)
         groups, kept = scheme.groups(kv_dim), scheme.exact_channels(kv_dim)
-        _, share, codes = records.split([_HALF_BYTES * (1 + kept), groups, scheme.code_bytes(kv_dim)], -1)
+        widths = [_HALF_BYTES * (1 + kept), groups, scheme.code_bytes(kv_dim)]
+        _, share, codes = torch.split(records, widths, -1)
         half = self.halves(records).float()
         numbers = _unpack(codes, scheme)
         _split(numbers, groups).mul_((_SHARES[share.long()] * half[..., :1])[..., None])
