@@ -9,8 +9,11 @@ import json
 import logging
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,10 +25,20 @@ import typer
 
 logger = logging.getLogger(__name__)
 
+
+def script(name: str, *arguments: str) -> dict[str, object]:
+    """Run a benchmark beside this one that prints its table; memory is measured best in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
+    return {"table": subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()}
+
+
 # By name what measures it: a dict whose ``table`` is Markdown. Add a line for a new benchmark.
 BENCHMARKS: dict[str, Callable[[], dict[str, object]]] = {
     "capture": capture_speed.measure,
     "store": store_speed.measure,
+    "fused loss": partial(script, "fused_loss.py"),
+    "training step": partial(script, "training_step.py", "recipes/quickstart.yaml"),
+    "logit distillation": partial(script, "logit_distillation.py", "--tokens", "1024"),
 }
 
 
