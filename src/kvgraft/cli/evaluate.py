@@ -41,9 +41,9 @@ def evaluate(
     Quick look: kvgraft evaluate RUN --only gsm8k --problems 20
     """
     from kvgraft.evaluate.gsm8k import AnswerSettings
-    from kvgraft.evaluate.run import EVALUATION_FOLDER, EvaluationSettings
+    from kvgraft.evaluate.run import EvaluationSettings
     from kvgraft.evaluate.run import evaluate as evaluate_run
-    from kvgraft.report.evaluation import evaluation_tables
+    from kvgraft.report.evaluation import EVALUATION_FOLDER, evaluation_tables
 
     settings = EvaluationSettings(
         only=only or (),

@@ -22,14 +22,13 @@ from kvgraft.models.loading import load_model, load_tokenizer
 from kvgraft.prepare import load_examples_of, prepare
 from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, load_recipe
-from kvgraft.report.evaluation import ArmEvaluation, EvaluationReport, write_evaluation
+from kvgraft.report.evaluation import EVALUATION_FOLDER, ArmEvaluation, EvaluationReport, write_evaluation
 from kvgraft.report.results import RunResult
 from kvgraft.run import RECIPE_FILE, RESULT_FILE, arm_data
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("quality", "similarity", "gsm8k", "tasks")
-EVALUATION_FOLDER = "evaluation"
 # Training texts that least squares is fitted on.
 _FITTED_TEXTS = 128
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
+from kvgraft.errors import ReportError
 from kvgraft.evaluate.gsm8k import AnswerSample, ProblemScore
 from kvgraft.evaluate.similarity import KINDS, LayerSimilarity
 
+EVALUATION_FOLDER = "evaluation"
 SIMILARITY_PICTURE, SAMPLES_FILE = "similarity.png", "samples.jsonl"
+# Name of a part, and of its file; the field of an arm that holds it.
+_PARTS = {"quality": "quality", "similarity": "similarity", "gsm8k": "problems", "tasks": "tasks"}
 # Column of a similarity, and the most it can be where that is known.
 _MEASURES = {
     "projector_r2": "R2, projector",
@@ -58,6 +63,64 @@ class EvaluationReport(BaseModel):
     arms: list[ArmEvaluation]
 
 
+Content = TypeVar("Content")
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+class SavedPart(BaseModel, Generic[Content]):
+    """One file of an evaluation: of which run, what was asked, and what it gave for each arm."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    asked: dict[str, Any]
+    arms: dict[str, Content]
+
+
+@dataclass(frozen=True)
+class SavedEvaluation:
+    """What :func:`write_evaluation` left in a folder; a part that it does not hold is None or empty."""
+
+    quality: SavedPart[dict[str, float]] | None
+    similarity: SavedPart[dict[str, list[LayerSimilarity]]] | None
+    problems: SavedPart[ProblemScore] | None
+    tasks: SavedPart[dict[str, dict[str, float]]] | None
+    samples: list[AnswerSample]
+
+
+def read_evaluation(folder: Path) -> SavedEvaluation:
+    """Load what :func:`write_evaluation` saved in ``folder``; nothing where there is no such folder.
+
+    Raises:
+        ReportError: a file that is not what it writes.
+    """
+    samples = folder / SAMPLES_FILE
+    lines = samples.read_text(encoding="utf-8").split("\n") if samples.is_file() else []
+    return SavedEvaluation(
+        quality=_read_part(folder, "quality", SavedPart[dict[str, float]]),
+        similarity=_read_part(folder, "similarity", SavedPart[dict[str, list[LayerSimilarity]]]),
+        problems=_read_part(folder, "gsm8k", SavedPart[ProblemScore]),
+        tasks=_read_part(folder, "tasks", SavedPart[dict[str, dict[str, float]]]),
+        samples=[_parse(AnswerSample, line, samples) for line in lines if line.strip()],
+    )
+
+
+def _read_part(folder: Path, part: str, kind: type[Parsed]) -> Parsed | None:
+    path = folder / f"{part}.json"
+    return _parse(kind, path.read_text(encoding="utf-8"), path) if path.is_file() else None
+
+
+def _parse(kind: type[Parsed], text: str, path: Path) -> Parsed:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "its start"
+        raise ReportError(
+            f"{path} is not what `kvgraft evaluate` writes: {first['msg']} at {place}; evaluate again or remove it"
+        ) from error
+
+
 def evaluation_tables(report: EvaluationReport) -> list[Table]:
     """One table for each part that was measured."""
     tables = []
@@ -91,12 +154,7 @@ def write_evaluation(report: EvaluationReport, samples: Sequence[AnswerSample], 
     ``quality.json``, ``similarity.json`` and ``similarity.png``, ``gsm8k.json`` and ``samples.jsonl``, ``tasks.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for part, field in (
-        ("quality", "quality"),
-        ("similarity", "similarity"),
-        ("gsm8k", "problems"),
-        ("tasks", "tasks"),
-    ):
+    for part, field in _PARTS.items():
         found = {arm.arm: arm.model_dump(mode="json")[field] for arm in report.arms if getattr(arm, field)}
         if found:
             content = {"name": report.name, "asked": report.asked.get(part, {}), "arms": found}

@@ -3,8 +3,13 @@
 import json
 from pathlib import Path
 
+from scipy.stats import binomtest
+
+from kvgraft.evaluate.gsm8k import AnswerSample, ProblemScore
+from kvgraft.evaluate.similarity import KINDS, LayerSimilarity
 from kvgraft.recipe import Recipe
 from kvgraft.report.environment import Environment, Hardware
+from kvgraft.report.evaluation import ArmEvaluation, EvaluationReport, write_evaluation
 from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
 
 ARMS = ("baseline", "kv", "mismatched")
@@ -86,3 +91,68 @@ def _arm(index: int, arm: str, seed: int, steps: tuple[int, ...]) -> ArmResult:
             metrics |= {"kv_loss": 1 / (1 + step), "keys_r2/big": 0.5, "values_r2/big": 0.4}
         evaluations.append(Evaluation(step=step, metrics=metrics))
     return ArmResult(arm=arm, steps=steps[-1], seconds=3.0, evaluations=evaluations)
+
+
+def make_evaluation(
+    folder: Path, answers: dict[str, str], *, prompt: str = "Question", teacher: str = "big", problems: int = 1
+) -> None:
+    """What ``kvgraft evaluate`` leaves where every arm gives its answer to all ``problems``, whose result is 4."""
+    samples, arms = [], []
+    for index, (arm, answer) in enumerate(answers.items()):
+        correct = answer == "#### 4"
+        samples += [
+            AnswerSample(
+                arm=arm,
+                prompt=f"{prompt} {problem}",
+                answer="#### 4",
+                prediction=answer,
+                expected_number="4",
+                predicted_number="4" if correct else None,
+                correct=correct,
+            )
+            for problem in range(problems)
+        ]
+        right = problems * correct
+        interval = binomtest(right, problems).proportion_ci(method="wilson")
+        score = ProblemScore(
+            problems=problems,
+            correct=right,
+            interval=(interval.low, interval.high),
+            answered=right,
+            empty=0,
+            without_room=0,
+            tokens=100,
+            seconds=2.0,
+        )
+        arms.append(
+            ArmEvaluation(
+                arm=arm,
+                quality={"loss": 3 - index / 2},
+                similarity={teacher: _similarity(with_projector=index > 0)},
+                problems=score,
+                tasks={"made": {"acc": index / 2}},
+            )
+        )
+    asked = {"gsm8k": {"data": "word_problems", "problems": problems, "shots": 2, "calculator": False}}
+    asked["gsm8k"] |= {"max_new_tokens": None, "batch_size": 16}
+    report = EvaluationReport(name="made", held_out_texts=2, asked=asked, arms=arms)
+    write_evaluation(report, samples, folder / "evaluation")
+
+
+def _similarity(with_projector: bool) -> list[LayerSimilarity]:
+    return [
+        LayerSimilarity(
+            kind=kind,
+            student_layer=student,
+            teacher_layer=teacher,
+            projector_r2=float(student) if with_projector else None,
+            projector_cosine=float(student) if with_projector else None,
+            least_squares_r2=0.5,
+            least_squares_cosine=0.7,
+            cka=0.3,
+            student_effective_rank=4.0,
+            teacher_effective_rank=9.0,
+        )
+        for kind in KINDS
+        for student, teacher in ((0, 0), (1, 3))
+    ]

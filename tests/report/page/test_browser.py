@@ -1,6 +1,5 @@
 """The page as a reader meets it, in headless Chromium (Debian's packages; `make browser` installs them)."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from kvgraft.models.loading import load_tokenizer
 from kvgraft.report.page import page_of_runs, write_page
-from tests.report.page.made_runs import RECIPE, held_out_loss, make_run
+from tests.report.page.made_runs import RECIPE, held_out_loss, make_evaluation, make_run
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FLAGS = (
@@ -62,12 +61,7 @@ def page(tiny_teacher: Path, tiny_student: Path, tmp_path_factory: pytest.TempPa
     recipe = {**RECIPE, "teachers": [{"name": HTML, "model": str(tiny_teacher)}]}
     runs = [make_run(folder / str(seed), seed, teacher=HTML, recipe=recipe) for seed in range(3)]
     load_tokenizer(str(tiny_student)).save_pretrained(runs[0] / "baseline" / "student")
-    sample = {"prompt": HTML, "reference": "#### 4 " + "very" * 100, "answers": {"baseline": "", "kv": HTML}}
-    held = {"command": "kvgraft evaluate", "samples": [sample] * 4}
-    (runs[0] / "samples.json").write_text(json.dumps(held), encoding="utf-8")
-    measure = {"name": "keys R²", "layers": [0, 1, 2], "values": {"kv": [0.1, 0.5, 0.9], "mismatched": [0, None, 0]}}
-    held = {"command": "kvgraft evaluate", "measures": [measure]}
-    (runs[0] / "layers.json").write_text(json.dumps(held), encoding="utf-8")
+    make_evaluation(runs[0], {"baseline": "", "kv": HTML + "very" * 100}, prompt=HTML, teacher=HTML, problems=4)
     write_page(page_of_runs(runs), folder / "report.html")
     return folder / "report.html"
 
@@ -139,8 +133,8 @@ def test_opens_without_errors_and_draws_every_chart(opened: Callable[..., Chrome
     # Blue is the first arm beside the baseline, grey the baseline, in every chart of a page.
     for colour in ((0x0F, 0x86, 0xC9), (0x7D, 0x84, 0x8C)):
         assert browser.execute_script(COUNT_PIXELS, figures[0], *colour) > 20
-    heat_map = next(figure for figure in figures if "keys R²" in figure.text)
-    assert browser.execute_script(COUNT_PIXELS, heat_map, 0xFD, 0xE7, 0x24) > 500  # the top of viridis: 0.9
+    heat_map = next(figure for figure in figures if "through the saved projector" in figure.text)
+    assert browser.execute_script(COUNT_PIXELS, heat_map, 0xFD, 0xE7, 0x24) > 500  # the top of viridis: 1
     assert browser.execute_script("return window.hacked") is None
 
 

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from kvgraft.cli import app
 from kvgraft.errors import KVGraftError, ReportError
 from kvgraft.recipe import Recipe
 from kvgraft.report.page import default_place, page_of_runs, render_page, write_page
-from kvgraft.report.page.data import CurveFigure, PageData, TableFigure
+from kvgraft.report.page.data import CurveFigure, HeatMapFigure, PageData, SamplesFigure, TableFigure
 from kvgraft.run import run
-from tests.report.page.made_runs import RECIPE, held_out_loss, make_run
+from tests.report.page.made_runs import RECIPE, held_out_loss, make_evaluation, make_run
 
 
 def figures(page: PageData, kind: type) -> list:
@@ -25,7 +26,7 @@ def figures(page: PageData, kind: type) -> list:
 
 def test_headline_is_the_mean_over_seeds_with_its_deviation(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(seed), seed) for seed in (2, 0, 1)]
-    page = page_of_runs(runs, strips=False)
+    page = page_of_runs(runs, with_strips=False)
     table = figures(page, TableFigure)[0]
     headings = [column.english for column in table.columns]
     kv = dict(zip(headings, table.rows[1], strict=True))
@@ -39,7 +40,7 @@ def test_headline_is_the_mean_over_seeds_with_its_deviation(tmp_path: Path) -> N
 
 
 def test_curves_have_every_arm_and_seed(tmp_path: Path) -> None:
-    page = page_of_runs([make_run(tmp_path / str(seed), seed) for seed in (0, 1)], strips=False)
+    page = page_of_runs([make_run(tmp_path / str(seed), seed) for seed in (0, 1)], with_strips=False)
     by_title = {getattr(f.title, "english", f.title): f for f in figures(page, CurveFigure)}
     loss = by_title["Held-out loss (cross-entropy, nats per token)"]
     assert {(curve.arm, curve.seed) for curve in loss.curves} == {
@@ -54,7 +55,7 @@ def test_curves_have_every_arm_and_seed(tmp_path: Path) -> None:
 
 def test_an_arm_that_some_seeds_lack_is_marked(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", 0), make_run(tmp_path / "b", 1, arms=("baseline", "kv"))]
-    table = figures(page_of_runs(runs, strips=False), TableFigure)[0]
+    table = figures(page_of_runs(runs, with_strips=False), TableFigure)[0]
     assert table.rows[2][0].values == {"arm": "mismatched", "some": "1", "all": "2"}
 
 
@@ -63,12 +64,40 @@ def test_html_in_names_and_texts_is_escaped(tmp_path: Path) -> None:
     recipe = {**RECIPE, "teachers": [{"name": evil, "model": "some/big"}]}
     folder = make_run(tmp_path / "run", teacher=evil, arms=("baseline", evil), recipe=recipe)
     (folder / "experiment.yaml").write_text(f"notes: '{evil}'", encoding="utf-8")
-    sample = {"prompt": evil, "reference": evil, "answers": {"baseline": "", evil: evil}}
-    (folder / "samples.json").write_text(json.dumps({"command": evil, "samples": [sample]}), encoding="utf-8")
-    html = render_page(page_of_runs([folder], strips=False))
+    make_evaluation(folder, {"baseline": "", evil: evil}, prompt=evil, teacher=evil)
+    html = render_page(page_of_runs([folder], with_strips=False))
     assert "hacked" in html
     assert evil not in html
     assert "(empty)" in html
+
+
+def test_what_evaluate_wrote_is_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", seed=3)
+    empty = page_of_runs([folder], with_strips=False)
+    assert not figures(empty, HeatMapFigure)
+    assert "No answers yet: kvgraft evaluate" in render_page(empty)
+    make_evaluation(folder, {"baseline": "no number", "kv": "#### 4"}, problems=30)
+    page = page_of_runs([folder], with_strips=False)
+    table, quality, tasks = next(section for section in page.sections if section.name == "evaluation").figures
+    assert table.title.values == {"data": "word_problems", "shots": "2", "seed": "3"}
+    interval = binomtest(30, 30).proportion_ci(method="wilson")
+    assert table.rows[1][1:3] == ["100.0% (30/30)", f"{interval.low:.1%} – 100.0%"]  # noqa: RUF001
+    assert table.rows[0][1] == "0.0% (0/30)"
+    assert table.command.endswith("--only gsm8k --problems 30 --shots 2 --batch-size 16")
+    assert quality.rows == [["baseline", "3.000"], ["kv", "2.500"]]
+    assert (tasks.columns[1], tasks.rows[1][1]) == ("made: acc", "0.500")
+    maps = {figure.title.english: figure for figure in figures(page, HeatMapFigure)}
+    assert len(maps) == 7
+    # The baseline trained no projector.
+    projector = maps["R² of the run's own comparison, through the saved projector"]
+    assert (projector.rows, projector.columns) == (["kv: keys", "kv: values"], ["0←0", "1←3"])
+    assert projector.values == [[0.0, 1.0], [0.0, 1.0]]
+    assert len(maps["Linear CKA of the student's and the teacher's KV"].rows) == 4
+    (samples,) = figures(page, SamplesFigure)
+    assert len(samples.samples) == 20
+    assert samples.note.values["all"] == "30"
+    assert samples.samples[0].answers == {"baseline ✗": "no number", "kv ✓": "#### 4"}
+    assert samples.samples[0].reference == "#### 4"
 
 
 def test_missing_metrics_are_said_on_the_page_and_the_rest_is_shown(
@@ -76,7 +105,7 @@ def test_missing_metrics_are_said_on_the_page_and_the_rest_is_shown(
 ) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "metrics.jsonl").unlink()
-    page = page_of_runs([folder], strips=False)
+    page = page_of_runs([folder], with_strips=False)
     assert "no training curves" in caplog.text
     assert page.notices[0].values["file"] == "metrics.jsonl"
     assert figures(page, CurveFigure)
@@ -88,7 +117,7 @@ def test_a_text_that_cannot_be_found_is_said_on_the_page(tmp_path: Path) -> None
 
 
 def test_nothing_is_loaded_from_a_network(tmp_path: Path) -> None:
-    html = render_page(page_of_runs([make_run(tmp_path / "run")], strips=False))
+    html = render_page(page_of_runs([make_run(tmp_path / "run")], with_strips=False))
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"'](?!data:)", html)
 
 
@@ -110,7 +139,8 @@ def broken(folder: Path, what: str) -> None:
     elif what == "bad metrics":
         (folder / "metrics.jsonl").write_text("{nonsense}\n")
     elif what == "bad samples":
-        (folder / "samples.json").write_text('{"samples": []}')
+        make_evaluation(folder, {"baseline": ""})
+        (folder / "evaluation" / "samples.jsonl").write_text('{"arm": "kv"}\n')
 
 
 @pytest.mark.parametrize(
@@ -122,23 +152,23 @@ def broken(folder: Path, what: str) -> None:
         ("no JSON", r"result\.json is not what kvgraft writes"),
         ("no arms", "no arm at all"),
         ("bad metrics", r"metrics\.jsonl holds a line that is no JSON"),
-        ("bad samples", r"samples\.json cannot be shown: Field required at command"),
+        ("bad samples", r"samples\.jsonl is not what `kvgraft evaluate` writes: Field required at prompt"),
     ],
 )
 def test_what_cannot_be_shown_is_named(tmp_path: Path, what: str, message: str) -> None:
     folder = make_run(tmp_path / "run")
     broken(folder, what)
     with pytest.raises(KVGraftError, match=message):
-        page_of_runs([folder], strips=False)
+        page_of_runs([folder], with_strips=False)
 
 
 def test_runs_that_are_no_seeds_of_one_recipe_are_refused(tmp_path: Path) -> None:
     first = make_run(tmp_path / "first")
     with pytest.raises(ReportError, match="both of seed 0"):
-        page_of_runs([first, make_run(tmp_path / "second")], strips=False)
+        page_of_runs([first, make_run(tmp_path / "second")], with_strips=False)
     other = make_run(tmp_path / "other", seed=1, recipe={**RECIPE, "data": {"max_length": 7}})
     with pytest.raises(ReportError, match=r"different recipes .*differ in data"):
-        page_of_runs([first, other], strips=False)
+        page_of_runs([first, other], with_strips=False)
 
 
 def test_where_the_page_goes(tmp_path: Path) -> None:
@@ -163,6 +193,6 @@ def test_twenty_arms_five_seeds_and_a_thousand_steps(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(seed), seed, arms, tuple(range(1, 1001))) for seed in range(5)]
     # Processor time: what else the machine does is not ours.
     started = time.process_time()
-    write_page(page_of_runs(runs, strips=False), tmp_path / "report.html")
+    write_page(page_of_runs(runs, with_strips=False), tmp_path / "report.html")
     assert time.process_time() - started < 10
     assert (tmp_path / "report.html").stat().st_size < 5_000_000

@@ -149,7 +149,8 @@ def heat_map_item(shown: HeatMapFigure) -> Mapping[str, Any]:
         if value is not None
     ]
     columns, rows, values = (list(part) for part in zip(*cells, strict=True)) if cells else ([], [], [])
-    colours = LinearColorMapper(palette=Viridis256, low=min(values, default=0), high=max(values, default=1))
+    low, high = shown.span or (min(values, default=0), max(values, default=1))
+    colours = LinearColorMapper(palette=Viridis256, low=low, high=high)
     plot = _plot(
         x_range=list(shown.columns),
         y_range=list(reversed(shown.rows)),

@@ -83,12 +83,16 @@ class LayerMapFigure(Figure):
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMapFigure(Figure):
-    """``values[row][column]``, None where nothing was measured."""
+    """``values[row][column]``, None where nothing was measured.
+
+    ``span`` is what the colours reach over; default from the lowest value to the highest.
+    """
 
     kind: ClassVar[str] = "heat_map"
     rows: Sequence[str]
     columns: Sequence[str]
     values: Sequence[Sequence[float | None]]
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

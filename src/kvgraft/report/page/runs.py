@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import logging
-import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvgraft.errors import ReportError
-from kvgraft.report.page.data import (
-    CountsFigure,
-    Figure,
-    HeatMapFigure,
-    LayerMapFigure,
-    PageData,
-    Phrase,
-    SamplesFigure,
-    SampleText,
-    Section,
-    TableFigure,
-    TextFigure,
-    Tile,
-    Words,
-)
-from kvgraft.report.page.files import LAYERS_FILE, SAMPLES_FILE, LayersFile, SamplesFile, read_page_file
+from kvgraft.report.page.commands import again_command, evaluate_command, report_command
+from kvgraft.report.page.data import PageData, Phrase, Section, TableFigure, TextFigure, Tile, Words
+from kvgraft.report.page.evaluation import evaluation_figures
 from kvgraft.report.page.measures import (
     arm_names,
     detail_table,
@@ -33,8 +19,8 @@ from kvgraft.report.page.measures import (
     values_of,
 )
 from kvgraft.report.page.metrics import main_curves, other_curves, share_curves
-from kvgraft.report.page.strip import alignment_strip
-from kvgraft.report.results import RunResult, TeacherResult
+from kvgraft.report.page.teachers import alignment_counts, layer_maps, strips
+from kvgraft.report.results import RunResult
 from kvgraft.report.run_folder import LOG_FILE, METRICS_FILE, RECIPE_FILE, RunFolder, read_seeds
 from kvgraft.report.tables import size_text
 
@@ -42,27 +28,24 @@ logger = logging.getLogger(__name__)
 
 PAGE_FILE = "report.html"
 _TILES = 4
-_DROPPED = {
-    "special": Phrase("stand for no text (such as end-of-text)"),
-    "beyond_teacher": Phrase("lie beyond the teacher's last token"),
-    "no_match": Phrase("overlap no teacher token"),
-}
+_STORED = Phrase("not run: all KV was stored")
 
 
-def page_of_runs(folders: Sequence[Path], strips: bool = True) -> PageData:
+def page_of_runs(folders: Sequence[Path], with_strips: bool = True) -> PageData:
     """Everything that finished runs of one recipe hold.
 
     Args:
         folders: one for each seed.
-        strips: whether to load the tokenizers and show a text in both.
+        with_strips: whether to load the tokenizers and show a text in both.
 
     Raises:
-        ReportError: as :func:`kvgraft.report.run_folder.read_seeds`.
+        ReportError: as :func:`kvgraft.report.run_folder.read_seeds`, or a file of an evaluation that cannot be read.
     """
     runs = read_seeds(folders)
     first = runs[0]
-    train, report = _again(runs), _report_command(run.path for run in runs)
+    train, report = again_command(runs), report_command(run.path for run in runs)
     results = [run.result for run in runs]
+    evaluation = evaluation_figures(runs)
     held_out, others = main_curves(runs, train), other_curves(runs, train)
     sections = [
         Section("results", Phrase("Results"), [headline_table(results, train)], [detail_table(results, train)]),
@@ -73,11 +56,22 @@ def page_of_runs(folders: Sequence[Path], strips: bool = True) -> PageData:
             share_curves(runs, train),
             missing=Phrase("No arm of this run has a second loss part whose share was measured."),
         ),
-        Section("layers", Phrase("Layers"), [*_layer_maps(first, train), *_heat_maps(runs)]),
+        Section("evaluation", Phrase("Evaluation"), evaluation.tables),
+        Section("layers", Phrase("Layers"), [*layer_maps(first.result.teachers, train), *evaluation.heat_maps]),
         Section(
-            "tokens", Phrase("Tokens"), [*_alignment_counts(first, train), *(_strips(first, report) if strips else [])]
+            "tokens",
+            Phrase("Tokens"),
+            [
+                *alignment_counts(first.result.teachers, first.result.train_tokens, train),
+                *(strips(first, report) if with_strips else []),
+            ],
         ),
-        Section("samples", Phrase("What the students write"), _samples(runs), missing=_NO_SAMPLES),
+        Section(
+            "samples",
+            Phrase("What the students write"),
+            evaluation.samples,
+            missing=Phrase("No answers yet: {command} writes them.", {"command": evaluate_command(first.path)}),
+        ),
         Section("setup", Phrase("What was run, and where"), [_setup(runs, train)], [_costs(run) for run in runs]),
         Section(
             "log",
@@ -96,10 +90,6 @@ def page_of_runs(folders: Sequence[Path], strips: bool = True) -> PageData:
     )
 
 
-_STORED = Phrase("not run: all KV was stored")
-_NO_SAMPLES = Phrase("This run holds no generations ({file}).", {"file": SAMPLES_FILE})
-
-
 def default_place(folders: Sequence[Path]) -> Path:
     """Where the page of ``folders`` goes: into a single run, or beside several.
 
@@ -114,24 +104,6 @@ def default_place(folders: Sequence[Path]) -> Path:
             f"the runs lie in different folders ({', '.join(map(str, sorted(parents)))}): give --output FILE"
         )
     return folders[0].parent / PAGE_FILE
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
-
-
-def _report_command(folders: Iterable[Path]) -> str:
-    return f"kvgraft report {' '.join(map(_quoted, folders))}"
-
-
-def _again(runs: Sequence[RunFolder]) -> str:
-    """The commands that do ``runs`` again, each in a folder beside its own, and show them."""
-    copies = [Path(f"{run.path}-again") for run in runs]
-    trained = [
-        f"kvgraft train {_quoted(run.path / RECIPE_FILE)} --output {_quoted(copy)}"
-        for run, copy in zip(runs, copies, strict=True)
-    ]
-    return "\n".join([*trained, _report_command(copies)])
 
 
 def _subtitle(runs: Sequence[RunFolder]) -> list[Words]:
@@ -177,81 +149,6 @@ def _notices(runs: Sequence[RunFolder]) -> list[Phrase]:
     return notices
 
 
-def _layer_maps(run: RunFolder, command: str) -> list[Figure]:
-    return [
-        LayerMapFigure(
-            title=Phrase("Layers of the student (below) and of {teacher} (above)", {"teacher": teacher.name}),
-            command=command,
-            pairs=teacher.layer_map,
-        )
-        for teacher in run.result.teachers
-    ]
-
-
-def _heat_maps(runs: Sequence[RunFolder]) -> list[Figure]:
-    figures: list[Figure] = []
-    for run in runs:
-        held = read_page_file(run.path, LAYERS_FILE, LayersFile)
-        for measure in held.measures if held is not None else []:
-            title = Phrase("{measure} by layer, seed {seed}", {"measure": measure.name, "seed": str(run.seed)})
-            figures.append(
-                HeatMapFigure(
-                    title=title,
-                    command=held.command if held is not None else "",
-                    rows=list(measure.values),
-                    columns=[str(layer) for layer in measure.layers],
-                    values=list(measure.values.values()),
-                )
-            )
-    return figures
-
-
-def _alignment_counts(run: RunFolder, command: str) -> list[Figure]:
-    return [
-        CountsFigure(
-            title=Phrase(
-                "{share} of the student's text tokens have a teacher token ({teacher})",
-                {"share": f"{teacher.alignment_coverage:.2%}", "teacher": teacher.name},
-            ),
-            note=Phrase("All tokens of the training text, by whether and why not they are aligned."),
-            command=command,
-            parts=_count_parts(run.result.train_tokens, teacher),
-        )
-        for teacher in run.result.teachers
-    ]
-
-
-def _count_parts(tokens: int, teacher: TeacherResult) -> list[tuple[Phrase, int]]:
-    dropped = [
-        (_DROPPED.get(name, Phrase("{reason}", {"reason": name})), count)
-        for name, count in teacher.alignment_dropped.items()
-    ]
-    return [(Phrase("have a teacher token"), tokens - sum(count for _, count in dropped)), *dropped]
-
-
-def _strips(run: RunFolder, command: str) -> list[Figure]:
-    figures: list[Figure] = []
-    for teacher in run.recipe.teachers:
-        try:
-            figures.append(alignment_strip(run.path, run.recipe, teacher, command))
-        except ReportError as error:
-            logger.warning("%s", error)
-            title = Phrase("One text, two tokenizations: the student and {teacher}", {"teacher": teacher.name})
-            figures.append(TextFigure(title=title, command=command, text=str(error)))
-    return figures
-
-
-def _samples(runs: Sequence[RunFolder]) -> list[Figure]:
-    figures: list[Figure] = []
-    for run in runs:
-        held = read_page_file(run.path, SAMPLES_FILE, SamplesFile)
-        if held is not None:
-            samples = [SampleText(sample.prompt, sample.reference, sample.answers) for sample in held.samples]
-            title = Phrase("Answers of every arm, seed {seed}", {"seed": str(run.seed)})
-            figures.append(SamplesFigure(title=title, command=held.command, samples=samples))
-    return figures
-
-
 def _machine(result: RunResult) -> str:
     if result.environment is None:
         return ""
@@ -293,12 +190,12 @@ def _costs(run: RunFolder) -> TableFigure:
         ]
     rows += [[Phrase("time: {phase}", {"phase": phase}), f"{time:,.1f} s"] for phase, time in result.seconds.items()]
     title = Phrase("Costs, seed {seed}", {"seed": str(run.seed)})
-    return TableFigure(title=title, command=_again([run]), columns=[], rows=rows)
+    return TableFigure(title=title, command=again_command([run]), columns=[], rows=rows)
 
 
 def _file(run: RunFolder, name: str, text: str) -> TextFigure:
     title = Phrase("{file}, seed {seed}", {"file": name, "seed": str(run.seed)})
-    return TextFigure(title=title, command=_again([run]), text=text)
+    return TextFigure(title=title, command=again_command([run]), text=text)
 
 
 def _recipe(run: RunFolder) -> TextFigure:

@@ -87,7 +87,18 @@ CHINESE = {
     "No arm of this run has a second loss part whose share was measured.": "本次运行没有测量第二个损失部分的占比。",
     # Layers and tokens.
     "Layers of the student (below) and of {teacher} (above)": "学生的层（下）与 {teacher} 的层（上）",
-    "{measure} by layer, seed {seed}": "各层的 {measure}，种子 {seed}",
+    "Linear CKA of the student's and the teacher's KV": "学生与教师 KV 的线性 CKA",
+    "R² of the teacher's KV from the student's, by least squares": "由学生 KV 经最小二乘预测教师 KV 的 R²",
+    "Cosine of the teacher's KV and what least squares makes of the student's": (
+        "教师 KV 与由学生 KV 经最小二乘所得预测的余弦"
+    ),
+    "R² of the run's own comparison, through the saved projector": "本次运行自身比较的 R²（经已保存的投影器）",
+    "Cosine of the run's own comparison, through the saved projector": "本次运行自身比较的余弦（经已保存的投影器）",
+    "Effective rank of the student's KV": "学生 KV 的有效秩",
+    "Effective rank of the teacher's KV": "教师 KV 的有效秩",
+    "Student layer ← teacher layer ({teacher}), held-out text, seed {seed}.": (
+        "学生层 ← 教师层（{teacher}），留出文本，种子 {seed}。"
+    ),
     "{share} of the student's text tokens have a teacher token ({teacher})": (
         "学生的文本词元中有 {share} 与教师词元对齐（{teacher}）"
     ),
@@ -106,9 +117,24 @@ CHINESE = {
         "第一条训练文本的前 {tokens} 个学生词元。每个方框是一个词元，上下对应的部分字节相同。"
         "指向学生词元或用方向键移动，即可看到它所学习的教师词元（策略：{policy}）。"
     ),
+    # Evaluation.
+    "Evaluation": "评测",
+    "Saved students on held-out text, seed {seed}": "已保存的学生在留出文本上的表现，种子 {seed}",
+    "Tasks of lm-eval, seed {seed}": "lm-eval 任务，种子 {seed}",
+    "Exact match on {data}, {shots} solved problems before each, seed {seed}": (
+        "{data} 上的完全匹配率，每题前有 {shots} 道例题，种子 {seed}"
+    ),
+    "Sums are worked out for the student (calculator).": "算式由计算器代学生求值。",
+    "exact match": "完全匹配",
+    "95 % interval (Wilson)": "95 % 区间（Wilson）",
+    "with a final number": "给出最终数字",
+    "empty answers": "空回答",
+    "without room for an answer": "无回答空间",
+    "tokens per second": "每秒词元数",
     # Samples, setting and log.
-    "This run holds no generations ({file}).": "本次运行没有生成样例（{file}）。",
+    "No answers yet: {command} writes them.": "尚无回答：运行 {command} 即可生成。",
     "Answers of every arm, seed {seed}": "各实验组的回答，种子 {seed}",
+    "{shown} of {all} problems; all answers are in {file}.": "显示 {all} 题中的 {shown} 题；全部回答见 {file}。",
     "prompt": "提示",
     "expected": "参考答案",
     "(empty)": "（空）",
