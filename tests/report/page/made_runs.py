@@ -28,14 +28,15 @@ def make_run(
     steps: tuple[int, ...] = tuple(range(0, 110, 10)),
     teacher: str = "big",
     recipe: dict | None = None,
+    first_arm: int = 0,
 ) -> Path:
-    """What ``kvgraft train`` leaves, as far as a page reads it."""
+    """What ``kvgraft train`` leaves, as far as a page reads it; ``first_arm`` is the index of the first of ``arms``."""
     folder.mkdir(parents=True)
     fields = {**(recipe or RECIPE), "seed": seed}
     (folder / "recipe.yaml").write_text(Recipe.model_validate(fields).to_yaml(), encoding="utf-8")
     (folder / "experiment.yaml").write_text("experiment:\n  name: made\n", encoding="utf-8")
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        for index, arm in enumerate(arms):
+        for index, arm in enumerate(arms, first_arm):
             for step in steps:
                 loss = held_out_loss(index, seed, step)
                 record = {"arm": arm, "step": step, "loss": loss, "ce_loss": loss - 0.2, "grad_norm": 1.0 + index}
@@ -67,7 +68,7 @@ def make_run(
                 alignment_dropped={"special": 10, "no_match": 10},
             )
         ],
-        arms=[_arm(index, arm, seed, steps) for index, arm in enumerate(arms)],
+        arms=[_arm(index, arm, seed, steps) for index, arm in enumerate(arms, first_arm)],
         seconds={"train baseline": 3.0},
         versions={"kvgraft": "0.1.0"},
         environment=Environment(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kvgraft.cli import app
 from kvgraft.errors import KVGraftError, ReportError
 from kvgraft.recipe import Recipe
-from kvgraft.report.page import default_place, page_of_runs, render_page, write_page
+from kvgraft.report.page import page_of_runs, render_page, write_page
 from kvgraft.report.page.data import CurveFigure, HeatMapFigure, PageData, SamplesFigure, TableFigure
 from kvgraft.run import run
 from tests.report.page.made_runs import RECIPE, held_out_loss, make_evaluation, make_run
@@ -169,13 +169,6 @@ def test_runs_that_are_no_seeds_of_one_recipe_are_refused(tmp_path: Path) -> Non
     other = make_run(tmp_path / "other", seed=1, recipe={**RECIPE, "data": {"max_length": 7}})
     with pytest.raises(ReportError, match=r"different recipes .*differ in data"):
         page_of_runs([first, other], with_strips=False)
-
-
-def test_where_the_page_goes(tmp_path: Path) -> None:
-    assert default_place([tmp_path / "run"]) == tmp_path / "run" / "report.html"
-    assert default_place([tmp_path / "a", tmp_path / "b"]) == tmp_path / "report.html"
-    with pytest.raises(ReportError, match="--output FILE"):
-        default_place([tmp_path / "a", tmp_path / "x" / "b"])
 
 
 def test_the_command_shows_a_real_run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from kvgraft.report.page.data import Phrase, TableFigure, Words
-from kvgraft.report.results import ArmResult, RunResult
+from kvgraft.report.page.seeds import SeedMeasurements
+from kvgraft.report.results import ArmResult
 
 Value = Callable[[ArmResult, ArmResult | None], float | None]
 
@@ -59,7 +60,7 @@ DETAILS = (
 )
 
 
-def headline_table(results: Sequence[RunResult], command: str) -> TableFigure:
+def headline_table(results: Sequence[SeedMeasurements], command: str) -> TableFigure:
     """What a reader asks first of every arm."""
     columns, rows = _columns(results, HEADLINE)
     columns.append(Phrase("steps to the baseline's final loss"))
@@ -74,7 +75,7 @@ def headline_table(results: Sequence[RunResult], command: str) -> TableFigure:
     )
 
 
-def detail_table(results: Sequence[RunResult], command: str) -> TableFigure:
+def detail_table(results: Sequence[SeedMeasurements], command: str) -> TableFigure:
     """What tells why an arm ended where it did."""
     columns, rows = _columns(results, DETAILS)
     return TableFigure(
@@ -86,13 +87,13 @@ def detail_table(results: Sequence[RunResult], command: str) -> TableFigure:
     )
 
 
-def arm_names(results: Sequence[RunResult]) -> list[str]:
-    """Arms of all runs, in the order in which they first come."""
+def arm_names(results: Sequence[SeedMeasurements]) -> list[str]:
+    """Arms of all seeds, in the order in which they first come."""
     return list(dict.fromkeys(arm.arm for result in results for arm in result.arms))
 
 
-def values_of(results: Sequence[RunResult], arm: str, value: Value) -> list[float]:
-    """``value`` of ``arm`` in every run that has it."""
+def values_of(results: Sequence[SeedMeasurements], arm: str, value: Value) -> list[float]:
+    """``value`` of ``arm`` with every seed that has it."""
     pairs = [(found, result.arm("baseline")) for result in results if (found := result.arm(arm)) is not None]
     values = [value(found, baseline) for found, baseline in pairs]
     return [number for number in values if number is not None]
@@ -106,7 +107,7 @@ def spread_text(values: Sequence[float], form: str) -> str:
     return f"{mean(values):{form}}{deviation}"
 
 
-def _columns(results: Sequence[RunResult], measures: Sequence[Measure]) -> tuple[list[Words], list[list[Words]]]:
+def _columns(results: Sequence[SeedMeasurements], measures: Sequence[Measure]) -> tuple[list[Words], list[list[Words]]]:
     """Headings and one row for each arm; measures that no arm has are left out."""
     arms = arm_names(results)
     found = [(measure, [values_of(results, arm, measure.value) for arm in arms]) for measure in measures]
@@ -121,7 +122,7 @@ def _columns(results: Sequence[RunResult], measures: Sequence[Measure]) -> tuple
     return [Phrase("arm"), *(measure.title for measure, _ in shown)], rows
 
 
-def _spread_note(results: Sequence[RunResult]) -> Phrase:
+def _spread_note(results: Sequence[SeedMeasurements]) -> Phrase:
     if len(results) == 1:
         return Phrase(
             "One seed: how far another seed would land is unknown, so small differences between arms prove nothing."
@@ -129,7 +130,7 @@ def _spread_note(results: Sequence[RunResult]) -> Phrase:
     return Phrase("Mean over seeds; in brackets the standard deviation between them. Differences are within a seed.")
 
 
-def _steps_to_baseline(results: Sequence[RunResult], arm: str) -> Words:
+def _steps_to_baseline(results: Sequence[SeedMeasurements], arm: str) -> Words:
     reached = []
     for result in results:
         found, baseline = result.arm(arm), result.arm("baseline")

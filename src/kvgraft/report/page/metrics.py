@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvgraft.report.page.data import Curve, CurveFigure, Phrase
-from kvgraft.report.run_folder import RunFolder
+from kvgraft.report.page.seeds import SeedMeasurements
 
 SHARE_PREFIX, HELD_OUT_PREFIX = "gradient_share/", "eval_"
 _TITLES = {
@@ -29,22 +29,22 @@ _FIRST = ("eval_loss", "eval_kv_loss", "ce_loss", "kv_loss")
 _LEFT_OUT = {"step", "epoch", "loss", "learning_rate", "eval_perplexity"}
 
 
-def main_curves(runs: Sequence[RunFolder], command: str) -> list[CurveFigure]:
+def main_curves(runs: Sequence[SeedMeasurements], command: str) -> list[CurveFigure]:
     """Losses on held-out and on training text."""
     return _figures(runs, _FIRST, command)
 
 
-def other_curves(runs: Sequence[RunFolder], command: str) -> list[CurveFigure]:
+def other_curves(runs: Sequence[SeedMeasurements], command: str) -> list[CurveFigure]:
     """Everything else that was logged, known quantities first."""
     names = _metric_names(runs, lambda name: name not in _LEFT_OUT and name not in _FIRST)
     # A loss of one teacher is the whole of it where there is one teacher.
-    single = len(runs[0].recipe.teachers) == 1
+    single = len({name.partition("kv_loss/")[2] for name in names if "kv_loss/" in name}) == 1
     names = [name for name in names if not (single and "kv_loss/" in name)]
     known = [name for name in names if name in _TITLES or name.partition("/")[0] in _TITLES_BY_TEACHER]
     return _figures(runs, [*known, *(name for name in names if name not in known)], command)
 
 
-def share_curves(runs: Sequence[RunFolder], command: str) -> list[CurveFigure]:
+def share_curves(runs: Sequence[SeedMeasurements], command: str) -> list[CurveFigure]:
     """The share that each loss part beside cross-entropy has in the student's gradient."""
     names = _metric_names(runs, lambda name: True, shares=True)
     return [
@@ -60,18 +60,18 @@ def share_curves(runs: Sequence[RunFolder], command: str) -> list[CurveFigure]:
     ]
 
 
-def _metric_names(runs: Sequence[RunFolder], wanted: Callable[[str], bool], shares: bool = False) -> list[str]:
+def _metric_names(runs: Sequence[SeedMeasurements], wanted: Callable[[str], bool], shares: bool = False) -> list[str]:
     names = dict.fromkeys(
         name
         for run in runs
-        for record in run.metrics
+        for record in run.events
         for name, value in record.items()
         if isinstance(value, (int, float)) and name.startswith(SHARE_PREFIX) == shares
     )
     return [name for name in names if wanted(name)]
 
 
-def _figures(runs: Sequence[RunFolder], names: Sequence[str], command: str) -> list[CurveFigure]:
+def _figures(runs: Sequence[SeedMeasurements], names: Sequence[str], command: str) -> list[CurveFigure]:
     figures = []
     for name in names:
         curves = _curves(runs, name)
@@ -87,7 +87,7 @@ def _title(name: str) -> Phrase | str:
     return _TITLES.get(name, name)
 
 
-def _curves(runs: Sequence[RunFolder], metric: str) -> list[Curve]:
+def _curves(runs: Sequence[SeedMeasurements], metric: str) -> list[Curve]:
     """One curve for each run and arm that has ``metric``; after a resume the later record of a step counts."""
     curves = []
     for run in runs:
@@ -100,17 +100,17 @@ def _curves(runs: Sequence[RunFolder], metric: str) -> list[Curve]:
     return curves
 
 
-def _points(run: RunFolder, metric: str) -> list[tuple[str, int, float]]:
+def _points(run: SeedMeasurements, metric: str) -> list[tuple[str, int, float]]:
     if metric.startswith(HELD_OUT_PREFIX):
         name = metric.removeprefix(HELD_OUT_PREFIX)
         return [
             (arm.arm, point.step, point.metrics[name])
-            for arm in run.result.arms
+            for arm in run.arms
             for point in arm.evaluations
             if name in point.metrics
         ]
     return [
         (record["arm"], int(record["step"]), float(record[metric]))
-        for record in run.metrics
+        for record in run.events
         if metric in record and "arm" in record and "step" in record
     ]

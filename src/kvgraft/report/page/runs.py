@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvgraft.errors import ReportError
 from kvgraft.report.page.commands import again_command, evaluate_command, report_command
 from kvgraft.report.page.data import PageData, Phrase, Section, TableFigure, TextFigure, Tile, Words
 from kvgraft.report.page.evaluation import evaluation_figures
@@ -19,14 +18,14 @@ from kvgraft.report.page.measures import (
     values_of,
 )
 from kvgraft.report.page.metrics import main_curves, other_curves, share_curves
+from kvgraft.report.page.seeds import SeedMeasurements, measurements_of
+from kvgraft.report.page.setting import setting_table
 from kvgraft.report.page.teachers import alignment_counts, layer_maps, strips
-from kvgraft.report.results import RunResult
 from kvgraft.report.run_folder import LOG_FILE, METRICS_FILE, RECIPE_FILE, RunFolder, read_seeds
 from kvgraft.report.tables import size_text
 
 logger = logging.getLogger(__name__)
 
-PAGE_FILE = "report.html"
 _TILES = 4
 _STORED = Phrase("not run: all KV was stored")
 
@@ -44,16 +43,16 @@ def page_of_runs(folders: Sequence[Path], with_strips: bool = True) -> PageData:
     runs = read_seeds(folders)
     first = runs[0]
     train, report = again_command(runs), report_command(run.path for run in runs)
-    results = [run.result for run in runs]
+    measured = [measurements_of(run) for run in runs]
     evaluation = evaluation_figures(runs)
-    held_out, others = main_curves(runs, train), other_curves(runs, train)
+    held_out, others = main_curves(measured, train), other_curves(measured, train)
     sections = [
-        Section("results", Phrase("Results"), [headline_table(results, train)], [detail_table(results, train)]),
+        Section("results", Phrase("Results"), [headline_table(measured, train)], [detail_table(measured, train)]),
         Section("curves", Phrase("Curves"), held_out, others),
         Section(
             "gradients",
             Phrase("What moves the student"),
-            share_curves(runs, train),
+            share_curves(measured, train),
             missing=Phrase("No arm of this run has a second loss part whose share was measured."),
         ),
         Section("evaluation", Phrase("Evaluation"), evaluation.tables),
@@ -72,7 +71,7 @@ def page_of_runs(folders: Sequence[Path], with_strips: bool = True) -> PageData:
             evaluation.samples,
             missing=Phrase("No answers yet: {command} writes them.", {"command": evaluate_command(first.path)}),
         ),
-        Section("setup", Phrase("What was run, and where"), [_setup(runs, train)], [_costs(run) for run in runs]),
+        Section("setup", Phrase("What was run, and where"), [_setting(runs, train)], [_costs(run) for run in runs]),
         Section(
             "log",
             Phrase("Experiment log"),
@@ -83,27 +82,11 @@ def page_of_runs(folders: Sequence[Path], with_strips: bool = True) -> PageData:
     return PageData(
         title=first.result.name,
         subtitle=_subtitle(runs),
-        arms=arm_names(results),
+        arms=arm_names(measured),
         sections=[section for section in sections if section.figures or section.missing],
-        tiles=_tiles(runs),
+        tiles=_tiles(measured),
         notices=_notices(runs),
     )
-
-
-def default_place(folders: Sequence[Path]) -> Path:
-    """Where the page of ``folders`` goes: into a single run, or beside several.
-
-    Raises:
-        ReportError: several that do not lie in one folder.
-    """
-    if len(folders) == 1:
-        return folders[0] / PAGE_FILE
-    parents = {folder.resolve().parent for folder in folders}
-    if len(parents) > 1:
-        raise ReportError(
-            f"the runs lie in different folders ({', '.join(map(str, sorted(parents)))}): give --output FILE"
-        )
-    return folders[0].parent / PAGE_FILE
 
 
 def _subtitle(runs: Sequence[RunFolder]) -> list[Words]:
@@ -116,14 +99,13 @@ def _subtitle(runs: Sequence[RunFolder]) -> list[Words]:
     return [*words, *dict.fromkeys(run.result.date for run in runs)]
 
 
-def _tiles(runs: Sequence[RunFolder]) -> list[Tile]:
+def _tiles(measured: Sequence[SeedMeasurements]) -> list[Tile]:
     """Where the arms ended against the baseline, the best first; the first arms' losses where there is no baseline."""
-    results = [run.result for run in runs]
-    differences = {arm: values_of(results, arm, difference_to_baseline) for arm in arm_names(results)}
+    differences = {arm: values_of(measured, arm, difference_to_baseline) for arm in arm_names(measured)}
     against = sorted((sum(values) / len(values), arm) for arm, values in differences.items() if values)
     tiles = []
-    for arm in [arm for _, arm in against] or arm_names(results):
-        losses = values_of(results, arm, lambda found, baseline: found.last["loss"])
+    for arm in [arm for _, arm in against] or arm_names(measured):
+        losses = values_of(measured, arm, lambda found, baseline: found.last["loss"])
         end = Phrase("held-out loss {loss}", {"loss": spread_text(losses, ".3f")})
         if differences[arm]:
             label = Phrase("{arm} against the baseline", {"arm": arm})
@@ -149,30 +131,17 @@ def _notices(runs: Sequence[RunFolder]) -> list[Phrase]:
     return notices
 
 
-def _machine(result: RunResult) -> str:
-    if result.environment is None:
-        return ""
-    hardware = result.environment.hardware
-    parts = [hardware.processor, f"{hardware.cpus} CPUs", f"{hardware.memory_gb:g} GB", *hardware.accelerators]
-    return ", ".join([*parts, hardware.platform])
-
-
-def _setup(runs: Sequence[RunFolder], command: str) -> TableFigure:
-    recipe, result = runs[0].recipe, runs[0].result
-    rows: list[list[Words]] = [
-        [Phrase("teacher"), ", ".join(f"{teacher.name} ({teacher.model})" for teacher in result.teachers)],
-        [Phrase("student"), f"{result.student} ({result.student_parameters:,})"],
-        [Phrase("text"), recipe.data.train],
-        [Phrase("training texts / tokens"), f"{result.train_texts:,} / {result.train_tokens:,}"],
-        [Phrase("objective"), f"{recipe.kv_loss.objective}, {recipe.kv_loss.form}, x {recipe.kv_loss.weight:g}"],
-        [Phrase("projector"), f"mlp_ratio {recipe.projector.mlp_ratio}, {recipe.projector.sharing}"],
-        [Phrase("steps x batch"), f"{recipe.training.steps:,} x {recipe.training.batch_size}"],
-    ]
-    for machine in dict.fromkeys(_machine(run.result) for run in runs):
-        rows.append([Phrase("machine"), machine or Phrase("not recorded by this run")])
-    versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
-    rows.append([Phrase("versions"), versions])
-    return TableFigure(title=Phrase("Setting"), command=command, columns=[], rows=rows)
+def _setting(runs: Sequence[RunFolder], command: str) -> TableFigure:
+    result = runs[0].result
+    return setting_table(
+        runs[0].recipe,
+        teachers=result.teachers,
+        student=f"{result.student} ({result.student_parameters:,})",
+        text=f"{result.train_texts:,} / {result.train_tokens:,}",
+        environments=[run.result.environment for run in runs],
+        versions=result.versions,
+        command=command,
+    )
 
 
 def _costs(run: RunFolder) -> TableFigure:

@@ -61,6 +61,44 @@ CHINESE = {
     "Mean over seeds; in brackets the standard deviation between them. Differences are within a seed.": (
         "各种子的平均值；括号内为种子间标准差。差值在同一种子内计算。"
     ),
+    # Comparisons.
+    "{count} arms": "{count} 个实验组",
+    "{arm} against {against}": "{arm} 与 {against} 之差",
+    "Every arm against {against}": "各实验组与 {against} 的比较",
+    "Losses are held-out cross-entropy, mean over the seeds, in brackets the standard deviation between them. "
+    "Differences are within a seed; interval and p: paired t-test, p corrected for the number of arms (Holm). "
+    "Effect size: mean over deviation of the differences (Hedges). All of it is about this text: seeds say "
+    "nothing of others.": (
+        "损失为留出集交叉熵，取各种子的平均值，括号内为种子间标准差。差值在同一种子内计算；区间与 p 值来自配对 t 检验，"
+        "p 值按实验组数校正（Holm）。效应量：差值的平均值除以其标准差（Hedges）。"
+        "以上只针对这份文本，种子不能说明其他文本。"
+    ),
+    "verdict": "结论",
+    "difference to {against}": "与 {against} 之差",
+    "95 % interval": "95 % 区间",
+    "effect size": "效应量",
+    "p, corrected": "p（已校正）",
+    "steps to {against}'s final loss": "达到 {against} 最终损失的步数",
+    "seconds to {against}'s final loss": "达到 {against} 最终损失的秒数",
+    "what the others are compared with": "其他组的比较对象",
+    "not tested": "未检验",
+    "no difference shown": "未显示差异",
+    "worse": "更差",
+    "better": "更好",
+    "not from the teacher's knowledge": "并非来自教师的知识",
+    "not told from its control": "与对照组无法区分",
+    "none": "无",
+    "not recorded": "未记录",
+    "The arms, and the verdicts in full": "各实验组及完整结论",
+    "Held-out loss of each seed": "各种子的留出集损失",
+    "lowest on the way": "过程中的最低值",
+    "Shares of the gradient, mean over training and seeds": "梯度占比（训练过程与种子的平均值）",
+    "Notes": "备注",
+    "Notes on the arms and from people": "关于实验组的备注与人工备注",
+    "What each run noticed": "各次运行注意到的情况",
+    "{some} of {all} runs do not lie beside the comparison as they were compared: their training curves "
+    "are missing.": "{all} 次运行中有 {some} 次的文件夹不在比较结果旁或已改动：缺少其训练曲线。",
+    "The command of each run": "每次运行的命令",
     # Curves.
     "step": "步",
     "whole range": "完整范围",
