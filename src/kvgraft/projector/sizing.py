@@ -134,8 +134,9 @@ def advise(
         teacher_kv_dim=teacher_kv_dim,
         student_kv_dim=student_kv_dim,
         tokens_per_sample=tokens_per_sample,
-        bytes_per_number=bytes_per_number,
     )
+    if not bytes_per_number > 0:
+        raise ProjectorError(f"bytes_per_number must be above 0; got {bytes_per_number!r}")
     preset, ratio_reason = _advised_preset(teacher_parameters, teacher_d_model)
     dropout, dropout_reasons = _advised_dropout(teacher_parameters, num_samples)
     teacher_width, student_width = teacher_kv_dim or teacher_d_model, student_kv_dim or student_d_model
