@@ -117,7 +117,7 @@ class Step:
             objective="student_to_teacher",
             student_layers=self.student.layers,
             scale=self.scale,
-        )
+        )[0]
 
     def gradient_bytes(self) -> int:
         """Bytes of one copy of all gradients."""

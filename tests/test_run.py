@@ -163,7 +163,7 @@ def test_other_objectives_run(
 
 def test_two_teachers(tiny_recipe: Callable[..., Recipe], tiny_teacher: Path, tmp_path: Path) -> None:
     teachers = [
-        {"name": "first.1", "model": str(tiny_teacher), "weight": 3.0},
+        {"name": "first.1", "model": str(tiny_teacher)},
         {"name": "second/2", "model": str(tiny_teacher), "dtype": "bfloat16"},
     ]
     result = run(tiny_recipe(arms=["kv"], teachers=teachers, alignment={"layers": [[1, 3]]}), tmp_path / "run")

@@ -10,10 +10,13 @@ import torch
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from kvgraft.align.evidence import EVIDENCE_METHODS
+from kvgraft.align.layers import map_layers
 from kvgraft.data.chat import encode_text, require_template
 from kvgraft.data.datasets import Example
 from kvgraft.distill.build import build_projector
 from kvgraft.distill.objectives import projector_direction
+from kvgraft.distill.relations import require_relation_heads
 from kvgraft.errors import KVGraftError, RecipeError
 from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
@@ -156,7 +159,7 @@ def _student_problems(
     layers = recipe.kv_loss.layer_weights
     if (
         layers is not None
-        and recipe.alignment.layers in ("auto", "ratio", "origin")
+        and recipe.alignment.layers in ("auto", "ratio", "origin", *EVIDENCE_METHODS)
         and len(layers) != kv_geometry(config).num_layers
     ):
         problems.append(
@@ -189,7 +192,11 @@ def _teacher_plan(
     model = _model_plan(teacher.name, config, teacher.dtype)
     if student is None or student_config is None:
         raise RecipeError(f"teacher {teacher.name} cannot be planned without a student that works")
-    layer_map = layer_map_of(recipe, student_config, config)
+    if recipe.alignment_of(teacher).layers in EVIDENCE_METHODS:
+        # Which layers follows from their KV; how many does not.
+        layer_map = map_layers("ratio", student.num_layers, model.num_layers)
+    else:
+        layer_map = layer_map_of(recipe, teacher, student_config, config)
     distinct = len({teacher_layer for _, teacher_layer in layer_map})
     geometry = KVGeometry(distinct, model.num_kv_heads, model.head_dim)
     bytes_per_token = stored_bytes_per_token(geometry, recipe.store.dtype)
@@ -197,10 +204,16 @@ def _teacher_plan(
     ratio = recipe.projector.mlp_ratio
     ratio = auto_mlp_ratio(model.kv_dim) if ratio == "auto" else ratio
     direction = projector_direction(recipe.kv_loss.objective)
-    with torch.device("meta"):
+    adapter = 0
+    if recipe.kv_loss.objective == "relational":
+        require_relation_heads(recipe.kv_loss.relation_heads, student.kv_dim, model.kv_dim)
+    else:
         teacher_config = {"d_model": model.hidden_size, "num_layers": len(layer_map), "kv_dim": model.kv_dim}
-        projector = build_projector(recipe, recipe.kv_loss.objective, student.kv_dim, {teacher.name: teacher_config})
-    adapter = projector.count_parameters() // 2
+        with torch.device("meta"):
+            projector = build_projector(
+                recipe, recipe.kv_loss.objective, student.kv_dim, {teacher.name: teacher_config}
+            )
+        adapter = projector.count_parameters() // 2
     advice = advise(
         model.parameters,
         model.hidden_size,
@@ -225,8 +238,14 @@ def _teacher_plan(
         kv_bytes=tokens * bytes_per_token,
         advised_mlp_ratio=advice.mlp_ratio,
         advised_dropout=advice.dropout,
-        reasons=advice.reasons,
+        reasons=[*advice.reasons, *_layers_reason(recipe.alignment_of(teacher).layers)],
     )
+
+
+def _layers_reason(layers: object) -> list[str]:
+    if layers not in EVIDENCE_METHODS:
+        return []
+    return [f"alignment.layers {layers}: the layers are found before capture; those above stand for their number."]
 
 
 def _model_plan(name: str, config: PretrainedConfig, dtype: str) -> ModelPlan:

@@ -12,12 +12,14 @@ from functools import lru_cache
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvgraft.align.evidence import EVIDENCE_METHODS, LayerEvidence, evidence_path
 from kvgraft.align.layers import map_layers
 from kvgraft.data.batching import EncodedExample, encode_example
 from kvgraft.data.chat import template_fingerprint
 from kvgraft.data.datasets import Example, load_train_and_held_out
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
+from kvgraft.distill.objectives import projector_direction
 from kvgraft.errors import DataError, RecipeError
 from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
@@ -29,6 +31,7 @@ from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, StoreRecipe, StudentRecipe, TeacherRecipe
 from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
 from kvgraft.store.format import StoreIdentity, text_fingerprint
+from kvgraft.store.likelihoods import TokenLikelihoods, fill_likelihoods
 from kvgraft.store.reader import KVStore
 
 logger = logging.getLogger(__name__)
@@ -75,6 +78,7 @@ class PreparedTeacher:
     held_out: TeacherSource
     report: FillReport
     alignment: AlignmentCounts
+    evidence: LayerEvidence | None = None
 
     @property
     def store(self) -> KVStore:
@@ -107,7 +111,12 @@ def prepare(recipe: Recipe) -> Prepared:
     with phases.timed("read text"):
         texts = read_texts(recipe)
     config = load_student_config(recipe, texts.tokenizer)
-    teachers = [_prepare_teacher(recipe, teacher, texts, config, phases) for teacher in recipe.teachers]
+    models = []
+    for teacher in recipe.teachers:
+        with phases.timed(f"identify {teacher.name}"):
+            models.append(identify(teacher))
+            _require_long_context(recipe, models[-1], texts)
+    teachers = [_prepare_teacher(recipe, model, texts, config, phases) for model in models]
     return Prepared(recipe, texts, config, teachers, phases)
 
 
@@ -202,6 +211,11 @@ class IdentifiedModel:
         """Layers and heads of the model."""
         return kv_geometry(self.config)
 
+    @property
+    def context(self) -> int | None:
+        """Most tokens that the model reads, where its config says."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
 
 def identify(model: TeacherRecipe) -> IdentifiedModel:
     """Config, tokenizer and fingerprints of ``model``; ``load`` gives the model itself, once."""
@@ -253,36 +267,110 @@ def store_kv(
 
 
 def _prepare_teacher(
-    recipe: Recipe, teacher: TeacherRecipe, texts: Texts, student: PretrainedConfig, phases: Phases
+    recipe: Recipe, model: IdentifiedModel, texts: Texts, student: PretrainedConfig, phases: Phases
 ) -> PreparedTeacher:
-    with phases.timed(f"identify {teacher.name}"):
-        model = identify(teacher)
-        layer_map = layer_map_of(recipe, student, model.config)
-        layers = tuple(sorted({teacher_layer for _, teacher_layer in layer_map}))
-        max_length = teacher_max_length(recipe, model.config)
+    teacher, alignment = model.recipe, recipe.alignment_of(model.recipe)
+    max_length = teacher_max_length(recipe, model.config)
+    evidence = None
+    if alignment.layers in EVIDENCE_METHODS:
+        with phases.timed(f"find layers of {teacher.name}"), process_state().main_process_first():
+            evidence = _find_layers(recipe, model, texts, max_length)
+        layer_map = evidence.layer_map
+    else:
+        layer_map = layer_map_of(recipe, teacher, student, model.config)
+    layers = tuple(sorted({teacher_layer for _, teacher_layer in layer_map}))
 
     def source_of(examples: list[Example], part: str) -> tuple[TeacherSource, FillReport]:
         with phases.timed(f"capture {teacher.name} ({part} text)"):
             store, report = store_kv(model, examples, layers, max_length, recipe.store)
+            # Held-out text measures each teacher by itself and needs no weights.
+            wanted = recipe.kv_loss.combine == "confidence" and examples is texts.train_examples
+            likelihoods = _store_likelihoods(model, examples, store, recipe.store) if wanted else None
         teacher_layers = [teacher_layer for _, teacher_layer in layer_map]
-        alignment = recipe.alignment
-        return TeacherSource(teacher.name, store, teacher_layers, alignment.tokens, alignment.skip_first_tokens), report
+        skipped = alignment.skip_first_tokens
+        return TeacherSource(teacher.name, store, teacher_layers, alignment.tokens, skipped, likelihoods), report
 
     train, report = source_of(texts.train_examples, "training")
     held_out, _ = source_of(texts.held_out_examples, "held-out")
     with phases.timed(f"align {teacher.name}"):
-        alignment = train.counts(texts.train)
-    require_coverage(teacher.name, alignment)
-    return PreparedTeacher(teacher, model.config, layer_map, train, held_out, report, alignment)
+        counts = train.counts(texts.train)
+    require_coverage(teacher.name, counts)
+    return PreparedTeacher(teacher, model.config, layer_map, train, held_out, report, counts, evidence)
 
 
-def layer_map_of(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig) -> list[tuple[int, int]]:
-    """Pairs of student layer and teacher layer, by ``alignment.layers``."""
+def _find_layers(recipe: Recipe, model: IdentifiedModel, texts: Texts, max_length: int) -> LayerEvidence:
+    # Here and not above: fitting, whose least squares this uses, prepares its data with this module.
+    from kvgraft.layer_evidence import CALIBRATION_TOKENS, find_layers
+
+    student, alignment = recipe.student, recipe.alignment_of(model.recipe)
+    method = alignment.layers
+    direction = projector_direction(recipe.kv_loss.objective)
+    # More than enough: find_layers stops after so many tokens, and every text has one.
+    examples, own = texts.train_examples[:CALIBRATION_TOKENS], texts.train[:CALIBRATION_TOKENS]
+    path = evidence_path(
+        recipe.store.path,
+        str(method),
+        loading.fingerprint(str(student.model or student.cut_from), student.revision),
+        [student.layers, student.every],
+        model.fingerprint,
+        loading.tokenizer_fingerprint(texts.tokenizer),
+        model.tokenizer_fingerprint,
+        [example.sample_key for example in own],
+        [recipe.data.max_length, max_length, alignment.tokens, alignment.skip_first_tokens, direction],
+    )
+    return find_layers(
+        path,
+        "cka" if method == "cka" else "predictive",
+        lambda: make_student(recipe, texts.tokenizer),
+        model.load,
+        own,
+        encode_for_teacher(examples, model.tokenizer, max_length),
+        alignment.tokens,
+        alignment.skip_first_tokens,
+        direction,
+    )
+
+
+def _store_likelihoods(
+    model: IdentifiedModel, examples: list[Example], store: KVStore, settings: StoreRecipe
+) -> TokenLikelihoods:
+    """How likely ``model`` finds the tokens of ``store``, filled where it is not yet known."""
+    encoded = encode_for_teacher(examples, model.tokenizer, store.identity.max_length)
+    with process_state().main_process_first():
+        return fill_likelihoods(
+            store.folder, model.recipe.name, model.load, encoded, token_budget=settings.token_budget
+        )
+
+
+def _require_long_context(recipe: Recipe, model: IdentifiedModel, texts: Texts) -> None:
+    """Raise RecipeError where ``model`` cannot read as far into a text as the student does, and may not be cut."""
+    context = model.context
+    if model.recipe.long_texts == "cut" or context is None or context > teacher_max_length(recipe, model.config):
+        return
+    examples = [*texts.train_examples, *texts.held_out_examples]
+    read_by_teacher = encode_for_teacher(examples, model.tokenizer, context)
+    cut = [
+        own.sample_key
+        for own, other in zip([*texts.train, *texts.held_out], read_by_teacher, strict=True)
+        if other.truncated_bytes > own.truncated_bytes
+    ]
+    if cut:
+        raise RecipeError(
+            f"teacher {model.recipe.name} reads {context} tokens, less than the student does of {len(cut)} of "
+            f"{len(examples)} texts (data.max_length {recipe.data.max_length}); lower data.max_length, or set "
+            f"long_texts: cut for this teacher, which then answers for the part of a text that it can read"
+        )
+
+
+def layer_map_of(
+    recipe: Recipe, teacher: TeacherRecipe, student_config: PretrainedConfig, teacher_config: PretrainedConfig
+) -> list[tuple[int, int]]:
+    """Pairs of student layer and layer of ``teacher``, by its ``alignment.layers``."""
     return map_layers(
-        recipe.alignment.layers,
-        kv_geometry(student).num_layers,
-        kv_geometry(teacher).num_layers,
-        origin_layers(student, teacher),
+        recipe.alignment_of(teacher).layers,
+        kv_geometry(student_config).num_layers,
+        kv_geometry(teacher_config).num_layers,
+        origin_layers(student_config, teacher_config),
     )
 
 

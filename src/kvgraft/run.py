@@ -26,6 +26,7 @@ from kvgraft.processes import process_state
 from kvgraft.projector.settings import teacher_config_from
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.environment import describe_environment
+from kvgraft.report.layers import layers_markdown, save_layer_maps
 from kvgraft.report.log import write_experiment_log
 from kvgraft.report.plots import save_curves
 from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
@@ -76,9 +77,10 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
 def write_report(recipe: Recipe, result: RunResult, folder: Path) -> None:
     """Log, tables and picture of a run."""
     result.write(folder / RESULT_FILE)
-    (folder / "results.md").write_text(markdown(result), encoding="utf-8")
+    (folder / "results.md").write_text(markdown(result) + layers_markdown(result), encoding="utf-8")
     write_experiment_log(folder / "experiment.yaml", recipe, result)
     save_curves([result], folder / "curves.png")
+    save_layer_maps(result, folder)
     lines = [(folder / arm.arm / "metrics.jsonl").read_text(encoding="utf-8") for arm in result.arms]
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -136,8 +138,10 @@ def _describe(prepared: Prepared) -> RunResult:
                 bytes_per_token=teacher.store.bytes_per_token,
                 truncated_texts=teacher.report.truncated_texts,
                 alignment_coverage=teacher.alignment.coverage,
+                alignment_mean_span=teacher.alignment.mean_span,
                 alignment_dropped=dict(teacher.alignment.dropped),
                 store_fingerprint=teacher.store.identity.hash(),
+                layer_evidence=teacher.evidence,
             )
             for teacher in prepared.teachers
         ],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvgraft.distill import model as distillation
 from kvgraft.distill.fused import can_fuse, fused_kv_loss
-from kvgraft.distill.losses import KVScale, kv_regression_loss
+from kvgraft.distill.losses import KVScale, kv_regression_loss, kv_token_errors
 from kvgraft.distill.objectives import OBJECTIVES, projector_direction
 from kvgraft.errors import ProjectorError
 from kvgraft.kv import KV
@@ -55,6 +55,9 @@ class Case:
         self.scale = KVScale.from_tokens(moved, moved.mask)
 
     def fused(self, **options: Any) -> Tensor:
+        return self.both(**options)[0]
+
+    def both(self, **options: Any) -> tuple[Tensor, Tensor]:
         return fused_kv_loss(
             self.projector,
             "t",
@@ -129,6 +132,26 @@ OPTIONS: list[dict[str, Any]] = [
 def test_every_form_and_weight(options: dict[str, Any], objective: str) -> None:
     case = Case(make(objective), objective, **options)
     assert_equal(case.gradients(case.fused), case.gradients(case.plain))
+
+
+@pytest.mark.parametrize("rows", [TILE_TOKENS, 100 * TILE_TOKENS])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_token_weights_multiply_each_tokens_error(objective: str, rows: int) -> None:
+    case = Case(make(objective), objective)
+    mask = case.teacher.mask
+    weights = torch.rand(mask.shape, generator=torch.Generator().manual_seed(5))
+
+    def plain() -> Tensor:
+        student = case.student.select_layers(STUDENT_LAYERS)
+        comparisons = OBJECTIVES[objective](case.projector, "t", student, case.teacher)
+        errors = sum(kv_token_errors(c.predicted, c.target, mask, scale=case.scale) for c in comparisons)
+        return (weights[mask] * errors).sum() / mask.sum()
+
+    found = case.gradients(lambda: case.fused(piece_rows=rows, token_weights=weights))
+    assert_equal(found, case.gradients(plain))
+    unweighted = case.both(piece_rows=rows, token_weights=weights)[1]
+    assert not unweighted.requires_grad
+    torch.testing.assert_close(unweighted, case.plain().detach(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("same_scale", [True, False])
@@ -268,10 +291,10 @@ def test_a_training_step_is_that_of_the_plain_way(
 ) -> None:
     recipe = tiny_recipe(
         teachers=[
-            {"name": "org/teacher-1.0", "model": str(tiny_teacher), "weight": 2.0},
-            {"name": "second", "model": str(tiny_student)},
+            {"name": "org/teacher-1.0", "model": str(tiny_teacher), "weight": 0.75},
+            {"name": "second", "model": str(tiny_student), "weight": 0.25},
         ],
-        kv_loss={"objective": objective, "schedule": "linear_decay"},
+        kv_loss={"objective": objective, "combine": "weights", "schedule": "linear_decay"},
         training={"steps": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 1e9},
     )
     fused, trainer = gradients(recipe, tmp_path / "fused")

@@ -16,7 +16,7 @@ from kvgraft.recipe import Recipe
 from kvgraft.run import arm_data
 from tests.distill.gradients import gradients
 
-OBJECTIVES = ("student_to_teacher", "teacher_to_student", "shared", "alternating")
+OBJECTIVES = ("student_to_teacher", "teacher_to_student", "shared", "alternating", "relational")
 
 
 def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

@@ -103,7 +103,11 @@ def test_command_writes_a_student_that_knows_its_origin(
     assert "3 of 4 layers" in result.output
     assert AutoTokenizer.from_pretrained(output)("Tom has").input_ids
     recipe = cut_recipe([0, 1, 3])
-    assert layer_map_of(recipe, load_config(str(output)), load_config(str(tiny_teacher))) == [(0, 0), (1, 1), (2, 3)]
+    assert layer_map_of(recipe, recipe.teachers[0], load_config(str(output)), load_config(str(tiny_teacher))) == [
+        (0, 0),
+        (1, 1),
+        (2, 3),
+    ]
     made = make_student(recipe, AutoTokenizer.from_pretrained(output))
     written = load_model(str(output))
     assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in written.state_dict().items())
@@ -118,14 +122,19 @@ def test_origin_is_the_default_and_must_be_known_when_asked_for(
     teacher, other = load_config(str(tiny_teacher)), load_config(str(tiny_student))
     student = cut_config(teacher, [0, 1, 2])
     recipe = cut_recipe([0, 1, 2])
+    named = recipe.teachers[0]
     ratio = cut_recipe([0, 1, 2], alignment={"layers": "ratio"})
     origin = cut_recipe([0, 1, 2], alignment={"layers": "origin"})
-    assert layer_map_of(recipe, student, teacher) == layer_map_of(origin, student, teacher) == [(0, 0), (1, 1), (2, 2)]
-    assert layer_map_of(ratio, student, teacher) == [(0, 0), (1, 2), (2, 3)]
+    assert (
+        layer_map_of(recipe, named, student, teacher)
+        == layer_map_of(origin, named, student, teacher)
+        == [(0, 0), (1, 1), (2, 2)]
+    )
+    assert layer_map_of(ratio, named, student, teacher) == [(0, 0), (1, 2), (2, 3)]
     # A student of another teacher, or one that was not cut, is spread evenly.
-    assert layer_map_of(recipe, other, teacher) == [(0, 0), (1, 2), (2, 3)]
+    assert layer_map_of(recipe, named, other, teacher) == [(0, 0), (1, 2), (2, 3)]
     with pytest.raises(AlignmentError, match="needs a student cut from the teacher"):
-        layer_map_of(origin, other, teacher)
+        layer_map_of(origin, named, other, teacher)
 
 
 def test_identity_adapters_compare_kv_directly_at_step_0(cut_recipe: Callable[..., Recipe]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvgraft.align.evidence import EVIDENCE_METHODS
 from kvgraft.errors import AlignmentError
 
 
@@ -46,6 +47,11 @@ def map_layers(
     if spec == "last":
         count = min(num_student_layers, num_teacher_layers)
         return [(num_student_layers - back, num_teacher_layers - back) for back in range(count, 0, -1)]
+    if spec in EVIDENCE_METHODS:
+        raise AlignmentError(
+            f"the layer mapping {spec!r} follows from both models' KV, which `kvgraft train` and `kvgraft cache` "
+            "compare; here use 'ratio', 'last' or a list of [student, teacher] pairs, such as those of a run's results"
+        )
     if isinstance(spec, str):
         raise AlignmentError(
             f"unknown layer mapping {spec!r}; use 'ratio', 'last', 'origin', 'auto' or a list of [student, teacher] "

@@ -16,6 +16,7 @@ def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
     from kvgraft.prepare_logits import prepare_logits
     from kvgraft.processes import process_state
     from kvgraft.recipe import load_recipe
+    from kvgraft.report.tables import dropped_text
 
     loaded = load_recipe(recipe, overrides)
     require_workable(loaded)
@@ -26,6 +27,11 @@ def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
         console.print(
             f"{teacher.recipe.name}: KV of {teacher.store.num_tokens:,} tokens, "
             f"{teacher.store.total_bytes / 1e6:,.1f} MB, {done}: {teacher.store.folder}",
+            soft_wrap=True,
+        )
+        console.print(
+            f"  {teacher.alignment.coverage:.2%} of the student's tokens have one of this teacher's, "
+            f"{teacher.alignment.mean_span:.2f} on average; without: {dropped_text(teacher.alignment.dropped)}",
             soft_wrap=True,
         )
     logits = prepare_logits(prepared) if loaded.logit_loss.source == "store" else None

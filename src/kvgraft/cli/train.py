@@ -22,6 +22,7 @@ def train(
     from kvgraft.errors import TrainingInterruptedError
     from kvgraft.processes import process_state
     from kvgraft.recipe import load_recipe
+    from kvgraft.report.layers import layer_tables
     from kvgraft.report.tables import cost_table, result_table
     from kvgraft.run import run
 
@@ -32,5 +33,5 @@ def train(
     except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
         raise stopped_exit("train", stopped, recipe, overrides, folder) from stopped
     if process_state().is_main_process:
-        console.print(result_table(result), cost_table(result), sep="\n")
+        console.print(result_table(result), cost_table(result), *layer_tables(result), sep="\n")
         console.print(f"everything is in {folder}: results.md, curves.png, experiment.yaml, students", soft_wrap=True)

@@ -65,6 +65,7 @@ KNOWN_ARMS = {
         ComparisonArm("l1", "absolute error", overrides=("kv_loss.form=l1",)),
         ComparisonArm("smooth_l1", "smooth absolute error", overrides=("kv_loss.form=smooth_l1",)),
         ComparisonArm("cosine", "cosine", overrides=("kv_loss.form=cosine",)),
+        ComparisonArm("relational", "relations between tokens", overrides=("kv_loss.objective=relational",)),
         ComparisonArm("falling_weight", "a weight that falls to zero", overrides=("kv_loss.schedule=linear_decay",)),
     )
 }

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvgraft.data.chat import encode_text
 from kvgraft.data.datasets import Example
-from kvgraft.data.spans import Spans
+from kvgraft.data.spans import EncodedText, Spans
 
 IGNORED = -100
 
@@ -90,6 +92,17 @@ def _said_by_assistant(example: Example, spans: Spans) -> NDArray[np.bool_]:
     ends = np.flatnonzero(said[:-1] & ~text[1:]) + 1
     said[ends] = True
     return said
+
+
+def pad_texts(texts: Sequence[EncodedText]) -> tuple[Tensor, Tensor]:
+    """Token ids of ``texts``, padded on the right with 0, and their mask: both ``[texts, longest]`` int64."""
+    lengths = [len(text.input_ids) for text in texts]
+    input_ids = torch.zeros(len(texts), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, text in enumerate(texts):
+        input_ids[row, : lengths[row]] = torch.tensor(text.input_ids)
+        mask[row, : lengths[row]] = 1
+    return input_ids, mask
 
 
 def length_buckets(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

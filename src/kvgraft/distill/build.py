@@ -15,6 +15,7 @@ from kvgraft.distill.logit_part import LogitPart
 from kvgraft.distill.losses import KVScale
 from kvgraft.distill.model import DistillationModel
 from kvgraft.distill.objectives import projector_direction
+from kvgraft.distill.relations import require_relation_heads
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture, kv_geometry
 from kvgraft.projector.closed_form import LeastSquares
@@ -73,9 +74,10 @@ def build_distillation(
 
     The target of ``student_to_teacher`` is the teacher's KV, whose centre and spread its store knows. The other
     objectives move the student's KV: they are scaled by what it is before training, once, so that the scale neither
-    follows a student that shrinks nor depends on how a batch is split.
+    follows a student that shrinks nor depends on how a batch is split. ``relational`` takes both scales and no
+    projector.
     """
-    teacher_weights = {teacher.name: teacher.weight for teacher in recipe.teachers}
+    teacher_weights = {teacher.name: 1.0 if teacher.weight is None else teacher.weight for teacher in recipe.teachers}
     if not layer_maps:
         return DistillationModel(student, loss=loss, teacher_weights=teacher_weights, logits=logits)
     if loss.objective in _HARMFUL_OBJECTIVES:
@@ -84,7 +86,21 @@ def build_distillation(
             "1.1 to 1.4 nats worse than no KV at all (docs/results.md). student_to_teacher is what helps.",
             loss.objective,
         )
-    projector = build_projector(recipe, loss.objective, kv_geometry(student.config).kv_dim, teacher_configs)
+    student_width = kv_geometry(student.config).kv_dim
+    if loss.objective == "relational":
+        for source in train.sources:
+            require_relation_heads(loss.relation_heads, student_width, source.store.identity.geometry.kv_dim)
+        pairs = _initial_kv(student, layer_maps, train, collator)
+        return DistillationModel(
+            student,
+            layer_maps=dict(layer_maps),
+            scales={source.name: _stored_scale(source) for source in train.sources},
+            student_scales={name: KVScale.from_tokens(*_joined(pairs, name)) for name in layer_maps},
+            loss=loss,
+            teacher_weights=teacher_weights,
+            logits=logits,
+        )
+    projector = build_projector(recipe, loss.objective, student_width, teacher_configs)
     _freeze_what_no_loss_reaches(projector, loss)
     if loss.objective == "student_to_teacher":
         scales = {source.name: _stored_scale(source) for source in train.sources}

@@ -11,22 +11,32 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from kvgraft.align.likelihood import move_log_likelihood
 from kvgraft.align.tokens import AlignmentPolicy, TokenAlignment, align_tokens, gather_aligned
 from kvgraft.data.batching import IGNORED, EncodedExample
 from kvgraft.data.spans import EncodedText
 from kvgraft.distill.logit_sources import LogitSource, collate_targets
 from kvgraft.errors import AlignmentError
 from kvgraft.kv import KV, stack_kv
+from kvgraft.store.likelihoods import TokenLikelihoods
 from kvgraft.store.reader import KVStore
+
+_UNKNOWN = float("nan")
 
 
 @dataclass(frozen=True)
 class AlignmentCounts:
-    """How much of the student's text a teacher answers for."""
+    """How much of the student's text a teacher answers for.
+
+    ``coverage`` is the share of the student's text tokens that have a teacher token, ``mean_span`` how many teacher
+    tokens those have on average, ``dropped`` the student tokens without one, by reason (:class:`TokenAlignment`).
+    """
 
     coverage: float
+    mean_span: float
     dropped: Mapping[str, int]
 
 
@@ -40,6 +50,7 @@ class TeacherSource:
         teacher_layers: the teacher layer for each compared student layer.
         policy: token alignment (``cover``, ``causal`` or ``mean``).
         skip_first_tokens: student tokens at the start of each text that take no part.
+        likelihoods: how likely the teacher finds each token, where that is asked for.
     """
 
     name: str
@@ -47,6 +58,7 @@ class TeacherSource:
     teacher_layers: Sequence[int]
     policy: AlignmentPolicy = "cover"
     skip_first_tokens: int = 2
+    likelihoods: TokenLikelihoods | None = None
     _alignments: dict[str, TokenAlignment] = field(default_factory=dict, repr=False)
 
     def alignment(self, example: EncodedExample | EncodedText) -> TokenAlignment:
@@ -64,16 +76,24 @@ class TeacherSource:
         mask[:, : self.skip_first_tokens] = False
         return replace(kv, mask=mask)
 
+    def log_likelihood(self, example: EncodedExample | EncodedText) -> Tensor | None:
+        """The teacher's log-likelihood of what each student token covers: ``[student tokens]``, NaN where unknown."""
+        if self.likelihoods is None:
+            return None
+        key = example.sample_key
+        return move_log_likelihood(self.likelihoods.read(key), self.store.read_tokens(key).spans, example.spans)
+
     def counts(self, examples: Sequence[EncodedExample | EncodedText]) -> AlignmentCounts:
         """Coverage and reasons for dropped tokens over all texts."""
-        covered, text_tokens = 0, 0
+        covered, chosen, text_tokens = 0, 0, 0
         dropped: Counter[str] = Counter()
         for example in examples:
             alignment = self.alignment(example)
             covered += int(alignment.aligned.sum())
+            chosen += len(alignment.pairs()[0])
             text_tokens += len(alignment.ranges) - alignment.dropped["special"]
             dropped.update(alignment.dropped)
-        return AlignmentCounts(covered / max(text_tokens, 1), dict(dropped))
+        return AlignmentCounts(covered / max(text_tokens, 1), chosen / max(covered, 1), dict(dropped))
 
 
 class DistillationDataset(Dataset[dict[str, Any]]):
@@ -112,12 +132,21 @@ class DistillationDataset(Dataset[dict[str, Any]]):
         example = self.examples[index]
         partner = self.examples[self.partner[index]]
         labels = torch.tensor(example.labels)
-        teacher_kv = {}
+        teacher_kv, likelihoods = {}, {}
         for source in self.sources:
             kv = _fit_length(source.aligned(partner), len(labels))
             # What the labels ignore takes no part in any loss.
             teacher_kv[source.name] = replace(kv, mask=kv.mask & (labels != IGNORED))
-        sample = {"input_ids": torch.tensor(example.input_ids), "labels": labels, "teacher_kv": teacher_kv}
+            log_likelihood = source.log_likelihood(partner)
+            if log_likelihood is not None:
+                missing = len(labels) - len(log_likelihood)
+                likelihoods[source.name] = functional.pad(log_likelihood, (0, missing), value=_UNKNOWN)
+        sample = {
+            "input_ids": torch.tensor(example.input_ids),
+            "labels": labels,
+            "teacher_kv": teacher_kv,
+            "teacher_log_likelihood": likelihoods,
+        }
         if self.logit_sources:
             sample["teacher_logits"] = {source.name: source.targets(example) for source in self.logit_sources}
         return sample
@@ -140,6 +169,11 @@ class DistillationCollator:
             batch["teacher_kv"] = {
                 name: stack_kv([sample["teacher_kv"][name] for sample in samples]) for name in teachers
             }
+        told = samples[0]["teacher_log_likelihood"]
+        if told:
+            batch["teacher_log_likelihood"] = {
+                name: _pad([sample["teacher_log_likelihood"][name] for sample in samples], _UNKNOWN) for name in told
+            }
         if "teacher_logits" in samples[0]:
             batch["teacher_logits"] = collate_targets([sample["teacher_logits"] for sample in samples])
         return batch
@@ -159,7 +193,7 @@ class Batches:
             yield send_to_device(batch, self.device)
 
 
-def _pad(rows: list[Tensor], value: int) -> Tensor:
+def _pad(rows: list[Tensor], value: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
@@ -191,8 +225,8 @@ def _fit_length(kv: KV, tokens: int) -> KV:
     pad_kv = (0, 0, 0, missing)
     return replace(
         kv,
-        keys=torch.nn.functional.pad(kv.keys, pad_kv),
-        values=torch.nn.functional.pad(kv.values, pad_kv),
-        positions=torch.nn.functional.pad(kv.positions, (0, missing)),
-        mask=torch.nn.functional.pad(kv.mask, (0, missing)),
+        keys=functional.pad(kv.keys, pad_kv),
+        values=functional.pad(kv.values, pad_kv),
+        positions=functional.pad(kv.positions, (0, missing)),
+        mask=functional.pad(kv.mask, (0, missing)),
     )

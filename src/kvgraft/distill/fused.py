@@ -60,8 +60,11 @@ def fused_kv_loss(
     layer_weights: Sequence[float] | None = None,
     num_tokens: Tensor | int | None = None,
     piece_rows: int | None = None,
-) -> Tensor:
-    """The KV loss of ``objective`` over the true tokens of ``teacher_kv.mask``: a scalar.
+    token_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The KV loss of ``objective`` over the true tokens of ``teacher_kv.mask``: a scalar, and it without weights.
+
+    The second is what the loss would be if every token weighed 1, without gradient.
 
     Dropout comes from a seed for the keys and one for the values, which ``torch.manual_seed`` settles, and from the
     place of a token (:mod:`kvgraft.projector.dropout`): it does not depend on how the work is cut.
@@ -74,6 +77,7 @@ def fused_kv_loss(
         student_layers: the student layer (its index in the model) for each layer of ``teacher_kv``.
         piece_rows: tokens times layers that are worked on at once, default by the device; rounded to whole tiles of
             dropout.
+        token_weights: ``[batch, tokens]``, what each token's error is multiplied by; default 1.
 
     The other arguments are those of :func:`kvgraft.distill.losses.kv_regression_loss`.
     """
@@ -84,7 +88,7 @@ def fused_kv_loss(
     own_layers = list(range(len(student_layers)))
     standard = projector.standard("output", teacher)
     scale = KVScale(scale.mean.to(mask.device), scale.deviation.to(mask.device))
-    losses = []
+    losses, unweighted = [], []
     for kind, weight in enumerate((keys_weight, values_weight)):
         if weight == 0:
             continue
@@ -105,20 +109,21 @@ def fused_kv_loss(
             output_units=_output_units(scale, standard, kind),
             form=form,
             weights=shares * weight / ((keys_weight + values_weight) * count.clamp_min(1)),
+            token_weights=token_weights,
             seed=draw_seed(),
             piece_rows=piece_rows or (_CPU_ROWS if mask.device.type == "cpu" else _DEVICE_ROWS),
         )
         moved = [source.tensor, *adapter.parameters()]
         if objective == "teacher_to_student":
             moved = [tensor.detach() for tensor in moved]
-        losses.append(
-            _FusedLoss.apply(  # type: ignore[no-untyped-call]
-                work, torch.is_grad_enabled(), target.tensor, *moved
-            )
+        weighted, plain = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+            work, torch.is_grad_enabled(), target.tensor, *moved
         )
-    loss = torch.stack(losses).sum()
+        losses.append(weighted)
+        unweighted.append(plain)
+    loss, own = torch.stack(losses).sum(), torch.stack(unweighted).sum()
     # Alternating counts one distance twice, each time with the other side held still: its gradient is that of once.
-    return loss + loss.detach() if objective == "alternating" else loss
+    return (loss + loss.detach(), 2 * own) if objective == "alternating" else (loss, own)
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,8 @@ class _Work:
     """One kind's loss: ``source`` through ``adapter`` against ``target``.
 
     Both are compared less ``centre [layers, width]`` and over ``deviation [layers]``. ``output_units`` are shift and
-    factor that bring the adapter's output there. ``weights [layers]`` is what a token's error in a layer counts.
+    factor that bring the adapter's output there. ``weights [layers]`` is what a token's error in a layer counts, and
+    ``token_weights [batch, tokens]`` what it is multiplied by.
     """
 
     adapter: ElasticBottleneck
@@ -186,15 +192,19 @@ class _Work:
     output_units: tuple[Tensor, Tensor] | None
     form: LossForm
     weights: Tensor
+    token_weights: Tensor | None
     seed: int
     piece_rows: int
 
-    def loss_and_gradients(self, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss, and its gradients by target, source and the adapter's parameters where ``wanted``."""
+    def loss_and_gradients(self, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """The loss, it without token weights, and its gradients where ``wanted``.
+
+        ``wanted`` and the gradients go by target, source and the adapter's parameters.
+        """
         parameters = list(self.adapter.parameters())
         inputs = [self.target.tensor, self.source.tensor, *parameters]
         gradients = [torch.zeros_like(tensor) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
-        loss = self.weights.new_zeros(())
+        loss, unweighted = self.weights.new_zeros(()), self.weights.new_zeros(())
         blocks = list(self._blocks())
         for layers in self._layer_runs():
             slices = [self._slice(parameter, layers) for parameter in parameters]
@@ -207,8 +217,10 @@ class _Work:
                 source = self.source.rows(layers, block, parameters[0].dtype).requires_grad_(wanted[1])
                 moved = [leaf for leaf in [target, source, *leaves] if leaf.requires_grad]
                 with torch.set_grad_enabled(bool(moved)):
-                    piece = self._piece_loss(target, source, leaves, layers, block)
+                    errors = self._piece_errors(target, source, leaves, layers, block)
+                    piece = errors.sum() if self.token_weights is None else (errors * self._of_tokens(block)).sum()
                 loss += piece.detach()
+                unweighted += errors.detach().sum()
                 found = iter(torch.autograd.grad(piece, moved) if moved else ())
                 for side, total in zip((self.target, self.source), gradients[:2], strict=True):
                     if total is not None:
@@ -216,9 +228,14 @@ class _Work:
                 for part, total in zip(slices, gradients[2:], strict=True):
                     if total is not None:
                         total[part].add_(next(found))
-        return loss, gradients
+        return loss, unweighted, gradients
 
-    def _piece_loss(
+    def _of_tokens(self, block: _Block) -> Tensor:
+        """Weights ``[real rows]`` of a piece's tokens."""
+        assert self.token_weights is not None
+        return self.token_weights[block.texts, block.tokens].flatten().index_select(0, block.real)
+
+    def _piece_errors(
         self, target: Tensor, source: Tensor, leaves: Sequence[Tensor], layers: range, block: _Block
     ) -> Tensor:
         names = [name for name, _ in self.adapter.named_parameters()]
@@ -229,7 +246,7 @@ class _Work:
             shift, factor = (part[chosen] for part in self.output_units)
             output = torch.addcmul(shift, output, factor)
         error = FORMS[self.form](output, self._scaled_target(target, chosen))
-        return (error * self.weights[chosen, None]).sum()
+        return error * self.weights[chosen, None]
 
     def _scaled_target(self, target: Tensor, layers: slice) -> Tensor:
         centre, deviation = self.centre[layers, None], self.deviation[layers, None, None]
@@ -292,15 +309,16 @@ class _Work:
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, work: _Work, with_gradients: bool, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, work: _Work, with_gradients: bool, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[2:]]
-        loss, gradients = work.loss_and_gradients(wanted)
+        loss, unweighted, gradients = work.loss_and_gradients(wanted)
         ctx.save_for_backward(*gradients)
-        return loss
+        ctx.mark_non_differentiable(unweighted)
+        return loss, unweighted
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, arriving: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: the trainer asks for the gradient of one loss more than once.
         scaled = [None if gradient is None else gradient * arriving for gradient in ctx.saved_tensors]
         return (None, None, *scaled)

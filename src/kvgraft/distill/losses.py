@@ -57,6 +57,38 @@ class KVScale:
         return cls.from_moments(mean, variance)
 
 
+def kv_token_errors(
+    predicted: KVPair,
+    target: KVPair,
+    mask: Tensor,
+    *,
+    scale: KVScale | None = None,
+    form: LossForm = "mse",
+    keys_weight: float = 1.0,
+    values_weight: float = 1.0,
+    layer_weights: Sequence[float] | None = None,
+) -> Tensor:
+    """Error of each real token, in the order of ``mask``'s true entries: ``[real tokens]``, float32.
+
+    Means over layers and over keys and values. The arguments are those of :func:`kv_regression_loss`.
+    """
+    predicted_parts, target_parts = _as_tensors(predicted, "predicted"), _as_tensors(target, "target")
+    _require_same_shape(predicted_parts, target_parts, mask)
+    scale = scale or KVScale.from_tokens(target_parts, mask)
+    layers = normalised_layer_weights(layer_weights, predicted_parts[0].shape[1], predicted_parts[0].device)
+    total = predicted_parts[0].new_zeros(int(mask.sum()), dtype=torch.float32)
+    for index, weight in enumerate((keys_weight, values_weight)):
+        if weight == 0:
+            continue
+        centre, deviation = scale.mean[index], scale.deviation[index][:, None]
+        error = FORMS[form](
+            (_real_tokens(predicted_parts[index], mask) - centre) / deviation,
+            (_real_tokens(target_parts[index], mask) - centre) / deviation,
+        )
+        total = total + weight * (error * layers).sum(-1)
+    return total / (keys_weight + values_weight)
+
+
 def kv_regression_loss(
     predicted: KVPair,
     target: KVPair,
@@ -82,24 +114,23 @@ def kv_regression_loss(
         num_tokens: what to divide by; default the number of true entries of ``mask``. Give the count of the whole
             batch when it is split over accumulation steps or processes.
     """
-    predicted_parts, target_parts = _as_tensors(predicted, "predicted"), _as_tensors(target, "target")
-    _require_same_shape(predicted_parts, target_parts, mask)
-    if num_tokens is None:
-        num_tokens = mask.sum()
-    scale = scale or KVScale.from_tokens(target_parts, mask)
-    weights = normalised_layer_weights(layer_weights, predicted_parts[0].shape[1], predicted_parts[0].device)
-    total = predicted_parts[0].new_zeros((), dtype=torch.float32)
-    for index, weight in enumerate((keys_weight, values_weight)):
-        if weight == 0:
-            continue
-        centre, deviation = scale.mean[index], scale.deviation[index][:, None]
-        error = FORMS[form](
-            (_real_tokens(predicted_parts[index], mask) - centre) / deviation,
-            (_real_tokens(target_parts[index], mask) - centre) / deviation,
-        )
-        total = total + weight * (error * weights).sum()
-    weight_sum = keys_weight + values_weight
-    return total / (weight_sum * torch.as_tensor(num_tokens, device=total.device).clamp_min(1))
+    errors = kv_token_errors(
+        predicted,
+        target,
+        mask,
+        scale=scale,
+        form=form,
+        keys_weight=keys_weight,
+        values_weight=values_weight,
+        layer_weights=layer_weights,
+    )
+    return mean_error(errors, num_tokens)
+
+
+def mean_error(errors: Tensor, num_tokens: Tensor | int | None = None) -> Tensor:
+    """Sum of ``errors [real tokens]`` over ``num_tokens``, by default their own number; 0 where there is none."""
+    count = len(errors) if num_tokens is None else num_tokens
+    return errors.sum() / torch.as_tensor(count, device=errors.device).clamp_min(1)
 
 
 def compute_kv_loss(

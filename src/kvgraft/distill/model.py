@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvgraft.distill.fused import can_fuse, fused_kv_loss
+from kvgraft.distill.fusion import TeacherFusion, count_answered
 from kvgraft.distill.logit_part import LogitPart
 from kvgraft.distill.logit_sources import LogitTargets
-from kvgraft.distill.losses import KVScale, kv_regression_loss
+from kvgraft.distill.losses import KVScale, kv_token_errors, mean_error
 from kvgraft.distill.objectives import OBJECTIVES, Comparison
+from kvgraft.distill.relations import relation_errors
 from kvgraft.kv import KV
 from kvgraft.models.capture import record_kv
 from kvgraft.models.head import record_hidden
@@ -28,11 +30,12 @@ class DistillationModel(nn.Module):
 
     Args:
         student: a causal language model of transformers.
-        projector: adapters for every teacher, or None for cross-entropy alone.
+        projector: adapters for every teacher; None for cross-entropy alone and for the relational objective.
         layer_maps: for each teacher, the pairs of (student layer, teacher layer) that are compared.
         scales: for each teacher, centre and spread of the target.
+        student_scales: for each teacher, centre and spread of the compared student layers; the relational objective's.
         loss: the recipe's ``kv_loss`` section.
-        teacher_weights: relative weight of each teacher.
+        teacher_weights: weight of each teacher, for the logit loss and for ``loss.combine: weights``; default 1.
         logits: the logit part of the loss; None for none.
     """
 
@@ -46,17 +49,22 @@ class DistillationModel(nn.Module):
         loss: KVLossRecipe | None = None,
         teacher_weights: Mapping[str, float] | None = None,
         logits: LogitPart | None = None,
+        student_scales: Mapping[str, KVScale] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.projector = projector
         self.layer_maps = dict(layer_maps or {})
         self.scales = dict(scales or {})
+        self.student_scales = dict(student_scales or {})
         self.loss = loss or KVLossRecipe()
         names = [*self.layer_maps, *(logits.teachers if logits is not None else ())]
         self.teacher_weights = dict(teacher_weights or dict.fromkeys(names, 1.0))
         self.logits = logits
-        self.kv_weight = self.loss.weight if projector is not None else 0.0
+        self.fusion = (
+            TeacherFusion(list(self.layer_maps), self.loss.combine, self.teacher_weights) if self.layer_maps else None
+        )
+        self.kv_weight = self.loss.weight if self.layer_maps else 0.0
         self.logit_weight = logits.loss.weight if logits is not None else 0.0
 
     @property
@@ -78,6 +86,8 @@ class DistillationModel(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         num_kv_tokens: Mapping[str, Tensor | int] | None = None,
         num_logit_targets: Mapping[str, Tensor | int] | None = None,
+        teacher_log_likelihood: Mapping[str, Tensor] | None = None,
+        num_taught_tokens: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Loss and its parts for ``input_ids [batch, tokens]``.
 
@@ -88,20 +98,29 @@ class DistillationModel(nn.Module):
             num_items_in_batch: labelled tokens in the whole batch; default those of this call.
             num_kv_tokens: for each teacher, aligned tokens in the whole batch; default those of this call.
             num_logit_targets: for each teacher, compared predictions in the whole batch; default those of this call.
+            teacher_log_likelihood: for each teacher ``[batch, tokens]``, for ``loss.combine: confidence``.
+            num_taught_tokens: tokens in the whole batch that any teacher answers for; default those of this call.
 
         Returns:
-            ``loss``, ``ce_loss``, and with teachers ``kv_loss`` and ``logit_loss`` and each teacher's
-            ``kv_loss/<teacher>`` and ``logit_loss/<teacher>`` (unweighted).
+            ``loss``, ``ce_loss``, and with teachers ``kv_loss`` and ``logit_loss`` (of all together), each teacher's
+            ``kv_loss/<teacher>`` and ``logit_loss/<teacher>`` (its own, unweighted), where several teach
+            ``teacher_share/<teacher>``, and ``kv_penalty`` where ``loss.combine`` is ``learned``.
         """
-        if not self.layer_maps and self.logits is None:
+        if self.fusion is None and self.logits is None:
             ce_loss = self._cross_entropy(input_ids, attention_mask, labels, num_items_in_batch)
             return {"loss": ce_loss, "ce_loss": ce_loss}
         with record_hidden(self.student) as hidden:
             ce_loss, student_kv = self.student_pass(input_ids, attention_mask, labels, num_items_in_batch)
         outputs = {"ce_loss": ce_loss}
-        if self.layer_maps:
-            kv_parts = self._kv_losses(student_kv, teacher_kv or {}, num_kv_tokens or {})
-            outputs |= self._over_teachers("kv_loss", kv_parts, ce_loss)
+        if self.fusion is not None:
+            outputs |= self._kv_losses(
+                self.fusion,
+                student_kv,
+                teacher_kv or {},
+                num_kv_tokens or {},
+                teacher_log_likelihood,
+                num_taught_tokens,
+            )
         if self.logits is not None:
             logit_parts = self.logits.losses(
                 self.student, hidden.states, input_ids, teacher_logits or {}, num_logit_targets or {}
@@ -112,7 +131,8 @@ class DistillationModel(nn.Module):
     def weighted(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The whole loss, from its parts and the present weights."""
         loss = parts["ce_loss"]
-        for name, weight in (("kv_loss", self.kv_weight), ("logit_loss", self.logit_weight)):
+        weights = {"kv_loss": self.kv_weight, "kv_penalty": self.kv_weight, "logit_loss": self.logit_weight}
+        for name, weight in weights.items():
             if name in parts:
                 loss = loss + weight * parts[name]
         return loss
@@ -133,11 +153,34 @@ class DistillationModel(nn.Module):
             ce_loss = self._cross_entropy(input_ids, attention_mask, labels, num_items_in_batch)
         return ce_loss, recorder.kv(attention_mask)
 
-    def comparison_loss(
-        self, comparison: Comparison, teacher: str, mask: Tensor, num_tokens: Tensor | int | None = None
-    ) -> Tensor:
-        """The recipe's KV loss of one comparison, over the true tokens of ``mask``."""
-        return kv_regression_loss(
+    def token_errors(self, student_kv: KV, teacher: str, target: KV) -> Tensor:
+        """Error of each token that ``target`` answers for, as the recipe's KV loss measures it: ``[real tokens]``."""
+        if self.loss.objective == "relational":
+            return relation_errors(
+                self.compared(student_kv, teacher),
+                target,
+                self.student_scales[teacher],
+                self.scales[teacher],
+                relation_heads=self.loss.relation_heads,
+                keys_weight=self.loss.keys_weight,
+                values_weight=self.loss.values_weight,
+                layer_weights=self.loss.layer_weights,
+            )
+        return torch.stack(
+            [
+                self.comparison_errors(comparison, teacher, target.mask)
+                for comparison in self.compare(student_kv, teacher, target)
+            ]
+        ).sum(0)
+
+    def compare(self, student_kv: KV, teacher: str, target: KV) -> list[Comparison]:
+        """What the objective holds against what."""
+        assert self.projector is not None
+        return OBJECTIVES[self.loss.objective](self.projector, teacher, self.compared(student_kv, teacher), target)
+
+    def comparison_errors(self, comparison: Comparison, teacher: str, mask: Tensor) -> Tensor:
+        """Errors of one comparison over the true tokens of ``mask``: ``[real tokens]``."""
+        return kv_token_errors(
             comparison.predicted,
             comparison.target,
             mask,
@@ -146,7 +189,6 @@ class DistillationModel(nn.Module):
             keys_weight=self.loss.keys_weight,
             values_weight=self.loss.values_weight,
             layer_weights=self.loss.layer_weights,
-            num_tokens=num_tokens,
         )
 
     def compared(self, student_kv: KV, teacher: str) -> KV:
@@ -168,30 +210,38 @@ class DistillationModel(nn.Module):
         return output.loss
 
     def _kv_losses(
-        self, student_kv: KV, teacher_kv: Mapping[str, KV], num_kv_tokens: Mapping[str, Tensor | int]
+        self,
+        fusion: TeacherFusion,
+        student_kv: KV,
+        teacher_kv: Mapping[str, KV],
+        num_kv_tokens: Mapping[str, Tensor | int],
+        log_likelihoods: Mapping[str, Tensor] | None,
+        num_taught_tokens: Tensor | int | None,
     ) -> dict[str, Tensor]:
-        assert self.projector is not None
-        losses = {}
+        masks = {name: target.mask for name, target in teacher_kv.items()}
+        num_taught = count_answered(masks) if num_taught_tokens is None else num_taught_tokens
+        weights = fusion.token_weights(masks, log_likelihoods)
+        losses, outputs = {}, {}
         for name, target in teacher_kv.items():
-            scale, num_tokens = self.scales.get(name), num_kv_tokens.get(name)
-            if scale is not None and can_fuse(self.projector, name):
-                losses[name] = self._fused_loss(student_kv, target, name, scale, num_tokens)
-            else:
-                losses[name] = self.plain_kv_loss(student_kv, target, name, num_tokens)
-        return losses
+            losses[name], own = self._teacher_loss(student_kv, target, name, weights[name], num_taught)
+            count = num_kv_tokens.get(name, target.mask.sum())
+            # Both were divided by the tokens that any teacher answers for.
+            outputs[f"kv_loss/{name}"] = own * (_at_least_one(num_taught, own) / _at_least_one(count, own))
+        fused = fusion.combined(losses, weights, num_taught)
+        if len(losses) > 1:
+            outputs |= {f"teacher_share/{name}": share for name, share in fused.shares.items()}
+        if fusion.log_errors is not None:
+            outputs["kv_penalty"] = fused.penalty
+        return {"kv_loss": fused.loss, **outputs}
 
-    def plain_kv_loss(self, student_kv: KV, target: KV, teacher: str, num_tokens: Tensor | int | None = None) -> Tensor:
-        """The KV loss of one teacher with all aligned KV held: for what :func:`can_fuse` refuses, and to check it."""
-        assert self.projector is not None
-        compare = OBJECTIVES[self.loss.objective]
-        comparisons = compare(self.projector, teacher, self.compared(student_kv, teacher), target)
-        parts = [self.comparison_loss(comparison, teacher, target.mask, num_tokens) for comparison in comparisons]
-        return torch.stack(parts).sum()
-
-    def _fused_loss(
-        self, student_kv: KV, target: KV, teacher: str, scale: KVScale, num_tokens: Tensor | int | None
-    ) -> Tensor:
-        assert self.projector is not None
+    def _teacher_loss(
+        self, student_kv: KV, target: KV, teacher: str, token_weights: Tensor, num_tokens: Tensor | int
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of one teacher by ``token_weights``, and without them and without gradient, both over ``num_tokens``."""
+        if self.projector is None or teacher not in self.scales or not can_fuse(self.projector, teacher):
+            errors = self.token_errors(student_kv, teacher, target)
+            weighted = mean_error(token_weights[target.mask] * errors, num_tokens)
+            return weighted, mean_error(errors.detach(), num_tokens)
         return fused_kv_loss(
             self.projector,
             teacher,
@@ -199,10 +249,15 @@ class DistillationModel(nn.Module):
             target,
             objective=self.loss.objective,
             student_layers=[student for student, _ in self.layer_maps[teacher]],
-            scale=scale,
+            scale=self.scales[teacher],
             form=self.loss.form,
             keys_weight=self.loss.keys_weight,
             values_weight=self.loss.values_weight,
             layer_weights=self.loss.layer_weights,
             num_tokens=num_tokens,
+            token_weights=token_weights,
         )
+
+
+def _at_least_one(count: Tensor | int, like: Tensor) -> Tensor:
+    return torch.as_tensor(count, device=like.device).clamp_min(1)

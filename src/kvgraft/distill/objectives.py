@@ -1,4 +1,4 @@
-"""What is held against what: the four ways in which a student's KV and a teacher's can meet (SPEC R6)."""
+"""What is held against what: the four ways in which a projector lets a student's KV and a teacher's meet (SPEC R6)."""
 
 from __future__ import annotations
 

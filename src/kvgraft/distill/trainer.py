@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainingArguments
@@ -21,6 +22,7 @@ from kvgraft.projector.projector import KVDimensionProjector
 
 PROJECTOR_FOLDER = "projector"
 LOSS_WEIGHTS_FILE = "loss_weights.json"
+TEACHER_WEIGHTS_FILE = "teacher_weights.safetensors"
 
 
 class KVTrainer(Trainer):
@@ -79,6 +81,7 @@ class KVTrainer(Trainer):
         self.measure_shares_every = measure_shares_every
         self._num_kv_tokens: dict[str, Tensor] = {}
         self._num_logit_targets: dict[str, Tensor] = {}
+        self._num_taught_tokens: Tensor | None = None
         self._part_sums: dict[str, Tensor] = {}
         self._parts_from_step = 0
         self._shares: dict[str, float] = {}
@@ -90,14 +93,14 @@ class KVTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW (or what ``args.optim`` names) with student and projector in groups of their own."""
+        """AdamW (or what ``args.optim`` names) with the student and what ties it to its teachers in groups apart."""
         if self.optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             decayed = set(self.get_decay_parameter_names(self.model))
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
             for name, parameter in (model or self.model).named_parameters():
                 if parameter.requires_grad:
-                    groups.setdefault((".projector." in f".{name}", name in decayed), []).append(parameter)
+                    groups.setdefault((".student." not in f".{name}", name in decayed), []).append(parameter)
             self.optimizer = optimizer_class(
                 [
                     {
@@ -116,11 +119,15 @@ class KVTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         """The micro-batches of one step; counts their aligned tokens over all processes beside the labelled ones."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._num_kv_tokens = {}
-        for name in self.distillation.layer_maps if samples else ():
+        self._num_kv_tokens, self._num_taught_tokens = {}, None
+        names = list(self.distillation.layer_maps) if samples else []
+        if names:
             # With two teachers one may be missing for some samples, so each has its own count.
-            count = sum(int(batch["teacher_kv"][name].mask.sum()) for batch in samples)
-            self._num_kv_tokens[name] = self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
+            masks = [torch.stack([batch["teacher_kv"][name].mask for name in names]) for batch in samples]
+            counts = [[mask[index].sum() for index in range(len(names))] + [mask.any(0).sum()] for mask in masks]
+            total = torch.tensor(counts, device=device).sum(0)
+            *own, self._num_taught_tokens = self.accelerator.reduce(total, reduction="sum")
+            self._num_kv_tokens = dict(zip(names, own, strict=True))
         self._num_logit_targets = {}
         for name in samples[0].get("teacher_logits", {}) if samples else ():
             count = sum(int(batch["teacher_logits"][name]["mask"].sum()) for batch in samples)
@@ -141,6 +148,7 @@ class KVTrainer(Trainer):
             num_items_in_batch=num_items_in_batch,
             num_kv_tokens=self._num_kv_tokens,
             num_logit_targets=self._num_logit_targets,
+            num_taught_tokens=self._num_taught_tokens,
         )
         self._measure_shares(outputs)
         if self.gradient_shares:
@@ -225,6 +233,9 @@ class KVTrainer(Trainer):
             model.projector.save_pretrained(
                 folder / PROJECTOR_FOLDER, state_dict=_strip_prefix(state_dict, "projector.")
             )
+        if model.fusion is not None and model.fusion.state_dict():
+            (folder / PROJECTOR_FOLDER).mkdir(parents=True, exist_ok=True)
+            save_file(model.fusion.state_dict(), folder / PROJECTOR_FOLDER / TEACHER_WEIGHTS_FILE)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if self.gradient_shares:
@@ -238,6 +249,8 @@ class KVTrainer(Trainer):
         if target.projector is not None:
             saved = KVDimensionProjector.from_pretrained(folder / PROJECTOR_FOLDER)
             target.projector.load_state_dict(saved.state_dict())
+        if target.fusion is not None and target.fusion.state_dict():
+            target.fusion.load_state_dict(load_file(folder / PROJECTOR_FOLDER / TEACHER_WEIGHTS_FILE))
         if self.gradient_shares:
             self.part_weights = json.loads((folder / LOSS_WEIGHTS_FILE).read_text(encoding="utf-8"))
 

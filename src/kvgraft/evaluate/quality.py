@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvgraft.distill.objectives import OBJECTIVES
 from kvgraft.evaluate.cka import effective_rank
 from kvgraft.kv import KV
 from kvgraft.models.head import record_hidden
@@ -26,13 +25,14 @@ class KVSimilarity:
 
     R2 is 1 where the target is met and 0 at its mean. ``variance_ratio`` is the predicted variance over the target's:
     it falls to 0 when a side shrinks away. ``dead_units`` is the share of the adapters' hidden units that give zero on
-    every token; None where the activation is not ReLU, which alone leaves such.
+    every token; None where the activation is not ReLU, which alone leaves such. Where relations are compared nothing is
+    predicted, and there is only a loss.
     """
 
     loss: float
-    keys_r2: list[float]
-    values_r2: list[float]
-    variance_ratio: float
+    keys_r2: list[float] | None = None
+    values_r2: list[float] | None = None
+    variance_ratio: float | None = None
     dead_units: float | None = None
 
 
@@ -78,9 +78,10 @@ class Quality:
             flat["bits_per_byte"] = self.bits_per_byte
         for name, similarity in self.teachers.items():
             flat[f"kv_loss/{name}"] = similarity.loss
-            flat[f"keys_r2/{name}"] = _mean(similarity.keys_r2)
-            flat[f"values_r2/{name}"] = _mean(similarity.values_r2)
-            flat[f"kv_variance_ratio/{name}"] = similarity.variance_ratio
+            if similarity.keys_r2 and similarity.values_r2 and similarity.variance_ratio is not None:
+                flat[f"keys_r2/{name}"] = _mean(similarity.keys_r2)
+                flat[f"values_r2/{name}"] = _mean(similarity.values_r2)
+                flat[f"kv_variance_ratio/{name}"] = similarity.variance_ratio
             if similarity.dead_units is not None:
                 flat[f"dead_units/{name}"] = similarity.dead_units
         if self.teachers:
@@ -168,12 +169,13 @@ class _SimilaritySums:
         self.sums: dict[str, list[Tensor | float]] = {"predicted": [0.0, 0.0], "target": [0.0, 0.0]}
 
     def add(self, model: DistillationModel, name: str, student_kv: KV, target: KV) -> None:
+        self.count += int(target.mask.sum())
+        if model.loss.objective == "relational":
+            self.loss_sum += float(model.token_errors(student_kv, name, target).sum())
+            return
         assert model.projector is not None
-        compare = OBJECTIVES[model.loss.objective]
-        comparison = compare(model.projector, name, model.compared(student_kv, name), target)[0]
-        count = int(target.mask.sum())
-        self.count += count
-        self.loss_sum += float(model.comparison_loss(comparison, name, target.mask)) * count
+        comparison = model.compare(student_kv, name, target)[0]
+        self.loss_sum += float(model.comparison_errors(comparison, name, target.mask).sum())
         sides = {
             side: torch.stack([part.transpose(1, 2)[target.mask].double() for part in pair])
             for side, pair in (("predicted", comparison.predicted), ("target", comparison.target))
@@ -196,8 +198,10 @@ class _SimilaritySums:
                 self.alive[kind] = alive | self.alive.get(kind, torch.zeros_like(alive))
 
     def result(self) -> KVSimilarity:
+        if not isinstance(self.residual, Tensor):
+            return KVSimilarity(self.loss_sum / self.count)
         predicted, target = self._spread("predicted"), self._spread("target")
-        r2 = 1 - torch.as_tensor(self.residual) / target
+        r2 = 1 - self.residual / target
         return KVSimilarity(
             loss=self.loss_sum / self.count,
             keys_r2=r2[0].tolist(),

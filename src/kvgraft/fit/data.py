@@ -236,7 +236,7 @@ def prepare_fit(recipe: Recipe) -> FitData:
         teacher = identify(recipe.teachers[0])
     with phases.timed("read text"):
         examples, held_out_examples = load_examples_of(recipe, student.tokenizer)
-    layer_map = layer_map_of(recipe, student.config, teacher.config)
+    layer_map = layer_map_of(recipe, teacher.recipe, student.config, teacher.config)
     train, held_out = (
         _pairs(recipe, student, teacher, layer_map, texts, phases) for texts in (examples, held_out_examples)
     )

@@ -54,6 +54,12 @@ def scan_layers(pairs: PairDataset, sources: int = 1, tokens: int = 4096, seed: 
     others = [index for index in range(len(pairs)) if index not in kept_out] or [0]
     fitting = pairs.subset(others).rows(tokens, seed)
     measuring = pairs.subset(kept_out).rows(max(tokens // 4, 1), seed)
+    return scan_rows(fitting, measuring, sources)
+
+
+@torch.no_grad()
+def scan_rows(fitting: KVRows, measuring: KVRows, sources: int = 1) -> Scan:
+    """:func:`scan_layers` for tokens at hand: least squares on ``fitting``, R2 on ``measuring``."""
     features = _Features(fitting)
     fitted, measured = (_Products(features(rows), _targets(rows, fitting)) for rows in (fitting, measuring))
     num_targets, num_sources = fitting.target.shape[1], fitting.source.shape[1]

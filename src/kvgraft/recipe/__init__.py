@@ -5,6 +5,7 @@ from kvgraft.recipe.recipe import Recipe
 from kvgraft.recipe.sections import (
     AlignmentRecipe,
     Arm,
+    Combination,
     ContinuationRecipe,
     DataRecipe,
     FitRecipe,
@@ -23,6 +24,7 @@ from kvgraft.recipe.sections import (
 __all__ = [
     "AlignmentRecipe",
     "Arm",
+    "Combination",
     "ContinuationRecipe",
     "DataRecipe",
     "FitRecipe",

@@ -7,6 +7,7 @@ import hashlib
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from kvgraft.align.evidence import EVIDENCE_METHODS
 from kvgraft.recipe.sections import (
     AlignmentRecipe,
     Arm,
@@ -24,6 +25,7 @@ from kvgraft.recipe.sections import (
 )
 
 _DEFAULT_ARMS: tuple[Arm, ...] = ("baseline", "kv")
+_WEIGHTS_TOLERANCE = 5e-3
 
 
 class Recipe(Section):
@@ -77,6 +79,38 @@ class Recipe(Section):
                 "their sum must be below 1"
             )
         return self
+
+    @model_validator(mode="after")
+    def _weights_go_with_combine(self) -> Recipe:
+        weights = {teacher.name: teacher.weight for teacher in self.teachers}
+        given = [weight for weight in weights.values() if weight is not None]
+        if self.kv_loss.combine != "weights":
+            if given:
+                raise ValueError(
+                    f"teachers have weights ({weights}) and kv_loss.combine is {self.kv_loss.combine}, which uses "
+                    "none; set kv_loss.combine to weights, or leave the weights out"
+                )
+        elif len(given) < len(weights) or abs(sum(given) - 1) > _WEIGHTS_TOLERANCE:
+            raise ValueError(
+                f"kv_loss.combine is weights: every teacher needs a `weight` and they must sum to 1; got {weights}, "
+                f"which sum to {sum(given):g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evidence_needs_a_trained_student(self) -> Recipe:
+        layers = {teacher.name: self.alignment_of(teacher).layers for teacher in self.teachers}
+        found = {name: method for name, method in layers.items() if method in EVIDENCE_METHODS}
+        if found and self.student.new is not None:
+            raise ValueError(
+                f"alignment.layers is {found} and the student is new: the KV of random weights says nothing about "
+                "which layers go together; use ratio, last or [student, teacher] pairs"
+            )
+        return self
+
+    def alignment_of(self, teacher: TeacherRecipe) -> AlignmentRecipe:
+        """The recipe's alignment with what ``teacher`` does otherwise."""
+        return self.alignment.model_copy(update=teacher.alignment.model_dump(exclude_none=True))
 
     def fingerprint(self) -> str:
         """Identity of the run: sha256 of every field that changes what an arm computes.

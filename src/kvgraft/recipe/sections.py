@@ -7,10 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Objective = Literal["student_to_teacher", "teacher_to_student", "alternating", "shared"]
+Objective = Literal["student_to_teacher", "teacher_to_student", "alternating", "shared", "relational"]
 Arm = Literal["baseline", "kv", "mismatched", "shared_objective", "logits", "kv_logits"]
 LogitForm = Literal["forward_kl", "reverse_kl", "jsd", "sorted_probability", "chunk_likelihood"]
 Schedule = Literal["constant", "linear_decay"]
+Combination = Literal["mean", "weights", "learned", "confidence"]
+TokenPolicy = Literal["cover", "causal", "mean"]
+LayerSpec = Literal["auto", "ratio", "last", "origin", "cka", "predictive"] | list[tuple[int, int]]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -20,11 +23,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class TeacherAlignmentRecipe(Section):
+    """What one teacher does otherwise than the recipe's ``alignment`` says; what is left out stays as it is there."""
+
+    tokens: TokenPolicy | None = None
+    layers: LayerSpec | None = None
+    skip_first_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
 class TeacherRecipe(Section):
     """A model whose KV is the target.
 
     ``model`` is a hub id, a local folder, a ``.gguf`` file, or ``package:MODULE/FILE`` for a file that an installed
-    Python package carries.
+    Python package carries. ``weight`` goes with ``kv_loss.combine: weights``. ``long_texts: cut`` lets a teacher whose
+    context is shorter than what the student reads of a text answer for the part that it can read.
     """
 
     name: str = Field(min_length=1)
@@ -32,7 +44,9 @@ class TeacherRecipe(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
-    weight: Weight = 1.0
+    weight: Weight | None = None
+    alignment: TeacherAlignmentRecipe = TeacherAlignmentRecipe()
+    long_texts: Literal["refuse", "cut"] = "refuse"
 
 
 class LoraRecipe(Section):
@@ -108,13 +122,13 @@ class DataRecipe(Section):
 class AlignmentRecipe(Section):
     """Which teacher token and layer answers for which of the student's.
 
-    ``layers: auto`` is ``origin`` (the layer that it was) for a student cut from the teacher, else ``ratio``.
-    ``skip_first_tokens`` leaves the first tokens of every text out of the KV loss: they act as attention sinks and
-    carry norms unlike the rest.
+    ``layers: auto`` is ``origin`` (the layer that it was) for a student cut from the teacher, else ``ratio``; ``cka``
+    and ``predictive`` are what both models' KV of the first training texts says. ``skip_first_tokens`` leaves the first
+    tokens of every text out of the KV loss: they act as attention sinks and carry norms unlike the rest.
     """
 
-    tokens: Literal["cover", "causal", "mean"] = "cover"
-    layers: Literal["auto", "ratio", "last", "origin"] | list[tuple[int, int]] = "auto"
+    tokens: TokenPolicy = "cover"
+    layers: LayerSpec = "auto"
     skip_first_tokens: Annotated[int, Field(ge=0)] = 2
 
 
@@ -209,11 +223,16 @@ class KVLossRecipe(Section):
 
     ``student_to_teacher`` (default) predicts the teacher's fixed KV from the student's; ``teacher_to_student`` pulls
     the student to a projector that was fitted once and frozen; ``alternating`` and ``shared`` train the projector and
-    the student on each other and are kept for comparison. A kind (keys or values) whose weight is 0 is left out.
+    the student on each other and are kept for comparison. ``relational`` needs no projector: tokens of the student
+    should stand to each other as the teacher's do, in each of ``relation_heads`` pieces of the KV width (``form`` then
+    means nothing). A kind (keys or values) whose weight is 0 is left out.
     ``gradient_share`` sets the weight again and again so that this part has that share of the student's gradient norm.
+    ``combine`` makes one loss of several teachers' (:mod:`kvgraft.distill.fusion`): ``mean``, ``weights`` (those of
+    the teachers), ``learned``, or ``confidence``, by how likely each teacher finds the text.
     """
 
     objective: Objective = "student_to_teacher"
+    combine: Combination = "mean"
     form: Literal["mse", "l1", "smooth_l1", "cosine"] = "mse"
     weight: Weight = 10.0
     gradient_share: Share | None = None
@@ -221,6 +240,7 @@ class KVLossRecipe(Section):
     keys_weight: Weight = 1.0
     values_weight: Weight = 1.0
     layer_weights: list[Weight] | None = None
+    relation_heads: Positive = 4
 
     @model_validator(mode="after")
     def _something_weighs(self) -> KVLossRecipe:

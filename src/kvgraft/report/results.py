@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from kvgraft.align.evidence import LayerEvidence
 from kvgraft.errors import ResultError
 from kvgraft.report.environment import Environment
 
@@ -132,8 +133,10 @@ class TeacherResult(Record):
     bytes_per_token: float
     truncated_texts: int
     alignment_coverage: float
+    alignment_mean_span: float | None = None
     alignment_dropped: dict[str, int]
     store_fingerprint: str = ""
+    layer_evidence: LayerEvidence | None = None
 
 
 class RunResult(SavedResult):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -137,6 +137,8 @@ def cost_rows(result: RunResult) -> list[tuple[str, str]]:
         speed = f"{teacher.tokens_per_second:,.0f}" if teacher.tokens_per_second else "not run: all KV was stored"
         rows += [
             (f"{teacher.name}: student tokens aligned", f"{teacher.alignment_coverage:.2%}"),
+            (f"{teacher.name}: teacher tokens to each", _number(teacher.alignment_mean_span)),
+            (f"{teacher.name}: student tokens without one", dropped_text(teacher.alignment_dropped)),
             (f"{teacher.name}: texts cut", f"{teacher.truncated_texts:,}"),
             (f"{teacher.name}: tokens per second", speed),
             (f"{teacher.name}: store bytes per token", f"{teacher.bytes_per_token:,.0f}"),
@@ -144,6 +146,11 @@ def cost_rows(result: RunResult) -> list[tuple[str, str]]:
         ]
     rows += [(f"time: {phase}", f"{seconds:,.1f} s") for phase, seconds in result.seconds.items()]
     return rows
+
+
+def dropped_text(dropped: Mapping[str, int]) -> str:
+    """Student tokens that no teacher token answers for, by reason."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count) or "none"
 
 
 def size_text(count: int) -> str:
@@ -162,6 +169,10 @@ def _steps(arm: ArmResult, loss: float) -> str:
 
 def _metric(metrics: dict[str, float], name: str) -> str:
     return f"{metrics[name]:.3f}" if name in metrics else "-"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _percent(value: float | None) -> str:

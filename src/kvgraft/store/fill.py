@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvgraft.data.batching import length_buckets
+from kvgraft.data.batching import length_buckets, pad_texts
 from kvgraft.data.chat import encode_text
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
@@ -152,11 +152,7 @@ def _add_share(
 
 def _add_batch(writer: KVStoreWriter, model: PreTrainedModel, batch: Sequence[EncodedText], teacher: str) -> None:
     lengths = [len(text.input_ids) for text in batch]
-    input_ids = torch.zeros(len(batch), max(lengths), dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, text in enumerate(batch):
-        input_ids[row, : lengths[row]] = torch.tensor(text.input_ids)
-        mask[row, : lengths[row]] = 1
+    input_ids, mask = pad_texts(batch)
     kv = capture(model, input_ids, mask, layers=writer.identity.layers).to("cpu")
     for row, text in enumerate(batch):
         sample = _one_text(kv, row, lengths[row]).require_finite(f"teacher {teacher}, text {text.sample_key[:12]}")
