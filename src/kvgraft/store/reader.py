@@ -159,7 +159,10 @@ class KVStore:
         wanted = self.identity.layers if layers is None else tuple(layers)
         index = self._layer_index(wanted)
         packed: Tensor = self._slice(entry, "kv")
-        chosen = packed if wanted == self.identity.layers else packed[:, index]
+        # index_select copies whole runs where indexing by a list would go number by number.
+        chosen = (
+            packed if wanted == self.identity.layers else packed.index_select(1, torch.tensor(index, dtype=torch.long))
+        )
         if self.quantizer is not None:
             numbers = self.quantizer.decode(chosen, index)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -313,6 +314,9 @@ def _require_fit(key: str, kv: KV, identity: StoreIdentity) -> None:
 
 
 def _first_not_finite(packed: Tensor, layers: tuple[int, ...]) -> str | None:
+    # One sum is much cheaper than a look at each number, and what is not finite makes it so.
+    if math.isfinite(float(packed.sum(dtype=torch.float32))):
+        return None
     finite = torch.isfinite(packed)
     if bool(finite.all()):
         return None
