@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from kvgraft.align.predictions import shared_vocabulary, vocabulary_size
 from kvgraft.data.batching import EncodedExample
 from kvgraft.data.datasets import Example
+from kvgraft.data.spans import EncodedText
 from kvgraft.distill.logit_part import LogitPart, LogitTeacher
 from kvgraft.distill.logit_sources import LogitSource, require_logit_coverage
 from kvgraft.errors import RecipeError
@@ -70,10 +71,12 @@ def prepare_logits(prepared: Prepared) -> PreparedLogits | None:
 
 
 def store_log_probs(
-    model: IdentifiedModel, examples: list[Example], max_length: int, recipe: Recipe, top_k: int
+    model: IdentifiedModel, encoded: list[EncodedText], max_length: int, recipe: Recipe, top_k: int
 ) -> LogitStore:
-    """The logit store of ``model`` over ``examples``, filled where it is not yet; ``top_k`` 0 for likelihoods alone."""
-    encoded = encode_for_teacher(examples, model.tokenizer, max_length)
+    """The logit store of ``model`` over texts as it reads them, filled where it is not yet.
+
+    ``top_k`` is 0 for likelihoods alone.
+    """
     settings = recipe.store
     identity = LogitIdentity(
         model=model.fingerprint,
@@ -103,7 +106,7 @@ def _source(recipe: Recipe, model: IdentifiedModel, examples: list[Example], sha
     encoded = encode_for_teacher(examples, model.tokenizer, max_length)
     chunks = recipe.logit_loss.form == "chunk_likelihood"
     top_k = 0 if chunks else recipe.logit_loss.top_k
-    store = None if online else store_log_probs(model, examples, max_length, recipe, top_k)
+    store = None if online else store_log_probs(model, encoded, max_length, recipe, top_k)
     return LogitSource(model.recipe.name, {text.sample_key: text for text in encoded}, shared, chunks, store)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvgraft.cli.shared import AsJson, Output, Overrides, Overwrite, RecipePath, Resume, app, console, stopped_exit
+from kvgraft.cli.shared import AsJson, Output, Overrides, Overwrite, RecipePath, Resume, app, console, resumable
 
 
 @app.command()
@@ -31,7 +31,6 @@ def fit(
     Objectives: regression (predict the KV), attention (the same, tokens counted by how much attention reads them),
     continuation (then train through the frozen student on what follows a prompt, for `kvgraft graft`).
     """
-    from kvgraft.errors import TrainingInterruptedError
     from kvgraft.fit.run import fit as fit_projector
     from kvgraft.recipe import load_recipe
     from kvgraft.report.fit import fit_table, suggested_layers_yaml
@@ -40,10 +39,8 @@ def fit(
         overrides = [*(overrides or []), f"fit.objective={objective}"]
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
-    try:
+    with resumable("fit", recipe, overrides, folder):
         report = fit_projector(loaded, folder, resume=resume, overwrite=overwrite)
-    except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
-        raise stopped_exit("fit", stopped, recipe, overrides, folder) from stopped
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
         return

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from kvgraft.cli.shared import AsJson, Output, Overrides, Overwrite, RecipePath, Resume, app, console, stopped_exit
+from kvgraft.cli.shared import AsJson, Output, Overrides, Overwrite, RecipePath, Resume, app, console, resumable
 
 
 @app.command()
@@ -23,17 +23,14 @@ def graft(
     Says how likely the answers of held-out problems are from that cache, from the student's own, from none, and from
     controls: another question's cache, the mean, zeros, tokens in another order.
     """
-    from kvgraft.errors import TrainingInterruptedError
     from kvgraft.graft.run import graft as measure_graft
     from kvgraft.recipe import load_recipe
     from kvgraft.report.graft import graft_table
 
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
-    try:
+    with resumable("graft", recipe, overrides, folder):
         report = measure_graft(loaded, folder, resume=resume, overwrite=overwrite)
-    except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
-        raise stopped_exit("graft", stopped, recipe, overrides, folder) from stopped
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
         return

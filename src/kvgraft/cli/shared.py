@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -50,13 +51,23 @@ def show(result: BaseModel, tables: Sequence[RenderableType], as_json: bool) -> 
         console.print(*tables, sep="\n")
 
 
-def stopped_exit(
+@contextmanager
+def resumable(command: str, recipe: Path, overrides: list[str] | None, folder: Path) -> Iterator[None]:
+    """Where the work inside is stopped, say how to go on with it and leave with exit code 130."""
+    from kvgraft.errors import TrainingInterruptedError
+
+    try:
+        yield
+    except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
+        _say_how_to_go_on(command, stopped, recipe, overrides, folder)
+        raise typer.Exit(130) from stopped
+
+
+def _say_how_to_go_on(
     command: str, stopped: BaseException, recipe: Path, overrides: list[str] | None, folder: Path
-) -> typer.Exit:
-    """Say that work was stopped and how to go on with it."""
+) -> None:
     changes = "".join(f" --set {change}" for change in overrides or [])
     console.print(f"{stopped or 'stopped'}", markup=False, soft_wrap=True)
     console.print(
         f"go on with: kvgraft {command} {recipe}{changes} --output {folder} --resume", markup=False, soft_wrap=True
     )
-    return typer.Exit(130)

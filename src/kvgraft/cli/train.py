@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvgraft.cli.shared import Output, Overrides, Overwrite, RecipePath, Resume, app, console, stopped_exit
+from kvgraft.cli.shared import Output, Overrides, Overwrite, RecipePath, Resume, app, console, resumable
 
 
 @app.command()
@@ -19,7 +19,6 @@ def train(
 
     Several processes: accelerate launch -m kvgraft train RECIPE
     """
-    from kvgraft.errors import TrainingInterruptedError
     from kvgraft.processes import process_state
     from kvgraft.recipe import load_recipe
     from kvgraft.report.layers import layer_tables
@@ -28,10 +27,8 @@ def train(
 
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
-    try:
+    with resumable("train", recipe, overrides, folder):
         result = run(loaded, folder, resume=resume, overwrite=overwrite)
-    except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
-        raise stopped_exit("train", stopped, recipe, overrides, folder) from stopped
     if process_state().is_main_process:
         console.print(result_table(result), cost_table(result), *layer_tables(result), sep="\n")
         console.print(f"everything is in {folder}: results.md, curves.png, experiment.yaml, students", soft_wrap=True)

@@ -73,7 +73,7 @@ def token_log_likelihood(hidden: Tensor, head: Head, token_ids: Tensor, chunk_to
     parameters = (hidden, head.weight) if head.bias is None else (hidden, head.weight, head.bias)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parameters)):
         chunks = range(0, hidden.shape[0], chunk_tokens)
-        found = [_log_likelihood(head, hidden[c : c + chunk_tokens], token_ids[c : c + chunk_tokens]) for c in chunks]
+        found = [head.log_likelihood(hidden[c : c + chunk_tokens], token_ids[c : c + chunk_tokens]) for c in chunks]
         return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
     found_with_gradient: Tensor = _TokenLogLikelihood.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, head, token_ids, chunk_tokens
@@ -113,11 +113,6 @@ def _log1mexp(value: Tensor) -> Tensor:
     return torch.log(-torch.expm1(value))
 
 
-def _log_likelihood(head: Head, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    logits = head.logits(hidden)
-    return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
-
-
 class _TokenLogLikelihood(torch.autograd.Function):
     """:func:`token_log_likelihood`; each chunk's graph is made again in backward and thrown away."""
 
@@ -155,7 +150,7 @@ class _TokenLogLikelihood(torch.autograd.Function):
                 assert chunk is not None
                 assert chunk_weight is not None
                 head = Head(chunk_weight, chunk_bias, ctx.head.scale, ctx.head.softcap)
-                found = _log_likelihood(head, chunk, token_ids[rows])
+                found = head.log_likelihood(chunk, token_ids[rows])
                 leaves = [tensor for index, tensor in enumerate(inputs) if index in wanted and tensor is not None]
                 parts = torch.autograd.grad(found, leaves, upstream[0][rows])
                 for index, part in zip(wanted, parts, strict=True):

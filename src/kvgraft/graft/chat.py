@@ -149,9 +149,8 @@ def _grafted_pieces(
 ) -> list[KV]:
     """Each text's projected KV, its first tokens the student's own."""
     teacher = identify(recipe.teachers[0])
-    context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None) or 2**20
     layers = tuple(range(teacher.geometry.num_layers))
-    store, _ = store_kv(teacher, [Example(text) for text in texts], layers, context, recipe.store)
+    store, _ = store_kv(teacher, [Example(text) for text in texts], layers, teacher.context or 2**20, recipe.store)
     pieces = []
     for text in texts:
         encoded = encode_with_spans(tokenizer, text)

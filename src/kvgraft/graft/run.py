@@ -17,7 +17,7 @@ from kvgraft.graft.questions import Questions
 from kvgraft.graft.worth import Measured, cache_worth, teacher_alone
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe
-from kvgraft.report.graft import GraftReport, write_graft
+from kvgraft.report.graft import CONTROL, GraftReport, write_graft
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ REPORT_FILE = "graft.json"
 _FITTED = {"least squares": LEAST_SQUARES_FOLDER, "projector": PROJECTOR_FOLDER}
 TRAINED = {
     "continuation": "trained on answers",
-    "own": "the same adapters on the student's own KV",
+    "own": CONTROL,
     "gated": "mixed into the student's own by gates",
     "both": "in front of the student's own",
 }

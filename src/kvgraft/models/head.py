@@ -51,6 +51,11 @@ class Head:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
+    def log_likelihood(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Log-probability ``[tokens]`` of ``token_ids [tokens]`` after ``hidden [tokens, hidden_size]``."""
+        logits = self.logits(hidden)
+        return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
+
     def cut(self, vocabulary: int) -> Head:
         """The head of the first ``vocabulary`` tokens: without the rows that pad an embedding matrix.
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 _DRAWS = 2000
 _LENGTH_PARTS = 3
-_CONTROL = "the same adapters on the student's own KV"
+CONTROL = "the same adapters on the student's own KV"
 _HEADER = ("cache at the question's tokens", "nats per answer token", "retention", "95 % interval")
 
 
@@ -119,7 +119,7 @@ def graft_table(report: GraftReport) -> Table:
 
 def comparison_rows(report: GraftReport) -> list[tuple[str, str, str]]:
     """Trained grafts against the student's own cache and against the control that has tuned the student."""
-    others = [name for name in ("own", _CONTROL) if name in report.nats]
+    others = [name for name in ("own", CONTROL) if name in report.nats]
     rows = []
     for name in report.parameters:
         for other in others:

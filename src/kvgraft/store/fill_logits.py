@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvgraft.data.batching import length_buckets
+from kvgraft.data.batching import length_buckets, pad_texts
 from kvgraft.data.spans import EncodedText
 from kvgraft.models.head import Head, head_of, hidden_states
 from kvgraft.progress import progress_bar
@@ -85,11 +85,8 @@ def log_probs_of_text(
 
 
 def _hidden_by_text(model: PreTrainedModel, batch: Sequence[EncodedText]) -> list[Tensor]:
-    rows = [torch.tensor(text.input_ids) for text in batch]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    hidden = hidden_states(model, input_ids, mask)
-    return [hidden[index, : len(row)] for index, row in enumerate(rows)]
+    hidden = hidden_states(model, *pad_texts(batch))
+    return [hidden[index, : len(text.input_ids)] for index, text in enumerate(batch)]
 
 
 def _finished(folder: Path, identity: LogitIdentity, verify: bool) -> bool:
