@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvgraft.cli import app
-from kvgraft.cli.compare import repeat_options
+from kvgraft.cli.shared import repeat_options
 from kvgraft.compare.comparison import Comparison
 from kvgraft.distill.callbacks import InterruptCallback
 from kvgraft.recipe import Recipe

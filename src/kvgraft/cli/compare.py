@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
-from kvgraft.cli.shared import AsJson, Overrides, RecipePath, app, console, show, whole_numbers
+from kvgraft.cli.shared import AsJson, Overrides, RecipePath, SeveralValues, app, console, show, whole_numbers
 from kvgraft.compare.arms import BASELINE, KNOWN_ARMS
 
 
-class _SeveralValues(TyperCommand):
-    """``--arms kv linear --seeds 0 1 2`` means what ``--arms kv --arms linear --seeds 0 --seeds 1 ...`` means."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, repeat_options(args, ("--arms", "--seeds")))
-
-
-def repeat_options(arguments: list[str], options: tuple[str, ...]) -> list[str]:
-    """``arguments`` with each of ``options`` repeated before every value that follows it."""
-    repeated: list[str] = []
-    option = ""
-    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
-        if argument in options:
-            if following.startswith("-"):
-                raise typer.BadParameter(f"{argument} is followed by no value")
-            option = argument
-        elif argument.startswith("-"):
-            option = ""
-            repeated.append(argument)
-        else:
-            repeated += [option, argument] if option else [argument]
-    return repeated
-
-
-@app.command(cls=_SeveralValues)
+@app.command(cls=SeveralValues)
 def compare(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from kvgraft.cli.shared import AsJson, Output, Overrides, Overwrite, RecipePath, Resume, app, console, resumable
+from kvgraft.cli.shared import (
+    AsJson,
+    Output,
+    Overrides,
+    Overwrite,
+    RecipePath,
+    Resume,
+    SeveralValues,
+    app,
+    console,
+    resumable,
+    whole_numbers,
+)
 
 
-@app.command()
+@app.command(cls=SeveralValues)
 def graft(
     recipe: RecipePath,
     overrides: Overrides = None,
+    seeds: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SEED ...", help="Several, such as 0 1 2: a run of each, and what they say together."),
+    ] = None,
     output: Output = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -22,17 +39,29 @@ def graft(
 
     Says how likely the answers of held-out problems are from that cache, from the student's own, from none, and from
     controls: another question's cache, the mean, zeros, tokens in another order.
+
+    What is trained on answers needs several seeds: kvgraft graft recipes/graft.yaml --seeds 0 1 2
     """
     from kvgraft.graft.run import graft as measure_graft
+    from kvgraft.graft.seeds import graft_over_seeds
     from kvgraft.recipe import load_recipe
-    from kvgraft.report.graft import graft_table
+    from kvgraft.report.graft import GraftReport, graft_table
+    from kvgraft.report.graft_seeds import GraftSeeds, graft_seeds_table
 
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
-    with resumable("graft", recipe, overrides, folder):
-        report = measure_graft(loaded, folder, resume=resume, overwrite=overwrite)
+    result: GraftReport | GraftSeeds
+    options = "" if seeds is None else f" --seeds {' '.join(seeds)}"
+    with resumable("graft", recipe, overrides, folder, options):
+        if seeds is None:
+            result = measure_graft(loaded, folder, resume=resume, overwrite=overwrite)
+            table, left = graft_table(result), "projector, graft.md, graft.json, fit.md"
+        else:
+            numbers = whole_numbers(" ".join(seeds))
+            result = graft_over_seeds(loaded, numbers, folder, resume=resume, overwrite=overwrite)
+            table, left = graft_seeds_table(result), "graft.md, and a run for each seed"
     if as_json:
-        typer.echo(report.model_dump_json(indent=2))
+        typer.echo(result.model_dump_json(indent=2))
         return
-    console.print(graft_table(report))
-    console.print(f"everything is in {folder}: projector, graft.md, graft.json, fit.md", soft_wrap=True)
+    console.print(table)
+    console.print(f"everything is in {folder}: {left}", soft_wrap=True)

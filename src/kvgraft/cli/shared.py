@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
+from typer.core import TyperCommand
 
 app = typer.Typer(
     help="Move knowledge between language models through their key/value caches.",
@@ -32,6 +33,30 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in th
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove what is in the folder first.")]
 
 
+class SeveralValues(TyperCommand):
+    """``--arms kv linear --seeds 0 1 2`` means what ``--arms kv --arms linear --seeds 0 --seeds 1 ...`` means."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, repeat_options(args, ("--arms", "--seeds")))
+
+
+def repeat_options(arguments: list[str], options: tuple[str, ...]) -> list[str]:
+    """``arguments`` with each of ``options`` repeated before every value that follows it."""
+    repeated: list[str] = []
+    option = ""
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        if argument in options:
+            if following.startswith("-"):
+                raise typer.BadParameter(f"{argument} is followed by no value")
+            option = argument
+        elif argument.startswith("-"):
+            option = ""
+            repeated.append(argument)
+        else:
+            repeated += [option, argument] if option else [argument]
+    return repeated
+
+
 def require_recipe_for(overrides: list[str] | None, recipe: Path | None) -> None:
     if overrides and recipe is None:
         raise typer.BadParameter(f"--set {overrides[0]} changes a field of RECIPE, and there is none")
@@ -52,22 +77,22 @@ def show(result: BaseModel, tables: Sequence[RenderableType], as_json: bool) -> 
 
 
 @contextmanager
-def resumable(command: str, recipe: Path, overrides: list[str] | None, folder: Path) -> Iterator[None]:
-    """Where the work inside is stopped, say how to go on with it and leave with exit code 130."""
+def resumable(
+    command: str, recipe: Path, overrides: list[str] | None, folder: Path, options: str = ""
+) -> Iterator[None]:
+    """Where the work inside is stopped, say how to go on with it and leave with exit code 130.
+
+    Args:
+        options: further ones of the command, with a blank before each.
+    """
     from kvgraft.errors import TrainingInterruptedError
 
     try:
         yield
     except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
-        _say_how_to_go_on(command, stopped, recipe, overrides, folder)
+        changes = "".join(f" --set {change}" for change in overrides or []) + options
+        console.print(f"{stopped or 'stopped'}", markup=False, soft_wrap=True)
+        console.print(
+            f"go on with: kvgraft {command} {recipe}{changes} --output {folder} --resume", markup=False, soft_wrap=True
+        )
         raise typer.Exit(130) from stopped
-
-
-def _say_how_to_go_on(
-    command: str, stopped: BaseException, recipe: Path, overrides: list[str] | None, folder: Path
-) -> None:
-    changes = "".join(f" --set {change}" for change in overrides or [])
-    console.print(f"{stopped or 'stopped'}", markup=False, soft_wrap=True)
-    console.print(
-        f"go on with: kvgraft {command} {recipe}{changes} --output {folder} --resume", markup=False, soft_wrap=True
-    )

@@ -81,9 +81,14 @@ class GraftReport(BaseModel):
         return found
 
     def _drawn(self, name: str) -> NDArray[np.float64]:
-        """Nats per token in draws of the questions, the same draws for every cache."""
-        draws = np.random.default_rng(0).integers(0, len(self.tokens), (_DRAWS, len(self.tokens)))
-        return np.array(self.sums[name])[draws].sum(1) / np.array(self.tokens)[draws].sum(1)
+        return draw_sums(np.array(self.sums[name]), self.tokens)
+
+
+def draw_sums(sums: NDArray[np.float64], tokens: Sequence[int]) -> NDArray[np.float64]:
+    """``sums[questions]`` per token in draws of the questions with replacement, the same draws at every call."""
+    draws = np.random.default_rng(0).integers(0, len(tokens), (_DRAWS, len(tokens)))
+    drawn: NDArray[np.float64] = sums[draws].sum(1) / np.array(tokens)[draws].sum(1)
+    return drawn
 
 
 def graft_rows(report: GraftReport) -> list[tuple[str, str, str, str]]:
@@ -141,14 +146,14 @@ def length_rows(report: GraftReport) -> list[tuple[str, ...]]:
 
 def write_graft(report: GraftReport, folder: Path) -> None:
     """``graft.md``, and ``graft.json`` last: a run that has it is finished."""
-    lines = [graft_summary(report), "", *_markdown(_HEADER, graft_rows(report))]
+    lines = [graft_summary(report), "", *markdown_table(_HEADER, graft_rows(report))]
     lines += ["", "Nats against other caches, 95 % over questions:", ""]
-    lines += _markdown(("cache", "against", "nats"), comparison_rows(report))
+    lines += markdown_table(("cache", "against", "nats"), comparison_rows(report))
     by_length = length_rows(report)
     if by_length:
         spans = report.retention_by_length("own", _LENGTH_PARTS)
         lines += ["", "Retention by the question's tokens:", ""]
-        lines += _markdown(("cache", *(f"{low} to {high}" for low, high, _ in spans)), by_length)
+        lines += markdown_table(("cache", *(f"{low} to {high}" for low, high, _ in spans)), by_length)
     lines += ["", *(f"- {name}: {count:,} parameters" for name, count in report.parameters.items())]
     lines += [f"- {name}: {count:,.0f} bytes a token" for name, count in report.bytes_per_token.items()]
     lines += [f"- {phase}: {seconds:,.0f} s" for phase, seconds in report.seconds.items()]
@@ -156,5 +161,6 @@ def write_graft(report: GraftReport, folder: Path) -> None:
     (folder / "graft.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, all columns but the first to the right."""
     return ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
