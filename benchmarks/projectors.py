@@ -34,8 +34,10 @@ BEST = [
     "projector.mlp_ratio=0.5",
     "projector.dropout=0.3",
     "fit.learning_rate=2e-3",
-    "fit.steps=450",
+    "fit.steps=600",
 ]
+ONE_CLOSED = ["fit.sources=1", "fit.source_kinds=both", "projector.mlp_ratio=linear", "fit.steps=0"]
+THREE_CLOSED = [*ONE_CLOSED, "fit.sources=3"]
 VARIANTS: dict[str, list[str]] = {
     "one layer: Elastic Bottleneck 2.0 from least squares": ONE,
     "one layer: Elastic Bottleneck 2.0, the guide's xavier": [
@@ -73,6 +75,12 @@ VARIANTS: dict[str, list[str]] = {
     "three layers, keys and values in: trunk in one group": [*BEST, "projector.sharing=trunk"],
     "three layers, weighted by attention": [*BEST, "fit.objective=attention"],
     "three layers, keys weighed by queries": [*BEST, "fit.metric=queries"],
+    "closed form: one layer, keys and values in": ONE_CLOSED,
+    "closed form: one layer, and the token before": [*ONE_CLOSED, "fit.context_tokens=1"],
+    "closed form: one layer, and three tokens before": [*ONE_CLOSED, "fit.context_tokens=3"],
+    "closed form: three layers": THREE_CLOSED,
+    "closed form: three layers, and the token before": [*THREE_CLOSED, "fit.context_tokens=1"],
+    "closed form: three layers, weighted by attention": [*THREE_CLOSED, "fit.objective=attention"],
 }
 PER_HEAD = "published closed form: per-head ridge, top {} layers"
 
@@ -97,14 +105,15 @@ def main(
 
     quarter = str(max(1, len(with_layers(load([]), layers).alignment.layers) // 4))
     reports = {}
-    for name, changes in VARIANTS.items():
-        if only and not any(name.startswith(start) for start in only):
-            continue
+    chosen = {name: changes for name, changes in VARIANTS.items() if _starts_with_any(name, only)}
+    for name, changes in chosen.items():
         loaded = load([change.replace("QUARTER", quarter) for change in changes])
         reports[name] = fit(loaded, output / name.replace(" ", "-").replace(":", ""), resume=True)
     rows = [row for name, report in reports.items() for row in report_rows(name, report)]
-    data = prepare_fit(load(ONE))
-    for top_k in (1, 3):
+    per_head = [top_k for top_k in (1, 3) if _starts_with_any(PER_HEAD.format(top_k), only)]
+    data = prepare_fit(load(ONE)) if per_head else None
+    for top_k in per_head:
+        assert data is not None
         started = time.perf_counter()
         keys_r2, values_r2 = per_head_ridge(data.train, data.held_out, top_k)
         rows.append(
@@ -119,6 +128,10 @@ def main(
         )
     header = ["projector", "parameters", "keys R2", "values R2", "attention cosine", "time to fit"]
     typer.echo("\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]))
+
+
+def _starts_with_any(name: str, starts: list[str] | None) -> bool:
+    return not starts or any(name.startswith(start) for start in starts)
 
 
 def swapped(recipe: Recipe) -> Recipe:
@@ -148,10 +161,13 @@ def report_rows(name: str, report: FitReport) -> list[list[str]]:
         means = [report.mean_of(prefix + field) for field in ("keys_r2", "values_r2", "attention_cosine")]
         return [label, parameters, *("-" if mean is None else f"{mean:.3f}" for mean in means), f"{seconds:.0f} s"]
 
+    closed = row(f"{name}: least squares alone", "least_squares_", "", report.seconds["least squares"])
+    if report.steps == 0:
+        return [closed]
     fallen = report.cosine_falls_where_r2_rises
     note = f" (cosine falls where R2 rises: layers {fallen})" if fallen else ""
     return [
-        row(f"{name}: least squares alone", "least_squares_", "", report.seconds["least squares"]),
+        closed,
         row(f"**{name}**{note}", "", f"{report.parameters:,}", report.seconds["train"]),
     ]
 
