@@ -25,8 +25,10 @@ from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
 from kvgraft.models.cut import chosen_layers, cut_config, cut_model, origin_layers
+from kvgraft.models.embeddings import EmbeddingStart, start_embeddings
 from kvgraft.models.lora import add_lora
 from kvgraft.models.students import new_student, student_config
+from kvgraft.prepare_embeddings import prepare_embeddings
 from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, StoreRecipe, StudentRecipe, TeacherRecipe
 from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
@@ -95,10 +97,14 @@ class Prepared:
     student_config: PretrainedConfig
     teachers: list[PreparedTeacher]
     phases: Phases
+    embeddings: EmbeddingStart | None = None
 
     def make_student(self) -> PreTrainedModel:
         """The student before training, the same at every call."""
-        return make_student(self.recipe, self.texts.tokenizer)
+        student = make_student(self.recipe, self.texts.tokenizer)
+        if self.embeddings is not None:
+            start_embeddings(student, self.embeddings)
+        return student
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -117,7 +123,11 @@ def prepare(recipe: Recipe) -> Prepared:
             models.append(identify(teacher))
             _require_long_context(recipe, models[-1], texts)
     teachers = [_prepare_teacher(recipe, model, texts, config, phases) for model in models]
-    return Prepared(recipe, texts, config, teachers, phases)
+    embeddings = None
+    if recipe.student.embeddings_from is not None:
+        with phases.timed(f"start embeddings from {recipe.student.embeddings_from}"):
+            embeddings = prepare_embeddings(recipe, models, texts, config)
+    return Prepared(recipe, texts, config, teachers, phases, embeddings)
 
 
 def read_texts(recipe: Recipe) -> Texts:

@@ -122,6 +122,7 @@ def _describe(prepared: Prepared) -> RunResult:
         seed=recipe.seed,
         student=student,
         student_parameters=count_parameters(prepared.student_config),
+        started_embeddings=_started_embeddings(prepared),
         train_texts=len(texts.train),
         train_tokens=sum(len(example.input_ids) for example in texts.train),
         held_out_texts=len(texts.held_out),
@@ -148,6 +149,12 @@ def _describe(prepared: Prepared) -> RunResult:
         versions={name: version(name) for name in _VERSIONS},
         environment=describe_environment(),
     )
+
+
+def _started_embeddings(prepared: Prepared) -> float | None:
+    if prepared.embeddings is None:
+        return None
+    return len(prepared.embeddings.token_ids) / prepared.student_config.get_text_config().vocab_size
 
 
 def arm_data(prepared: Prepared) -> ArmData:

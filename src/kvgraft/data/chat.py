@@ -22,7 +22,7 @@ from kvgraft.errors import DataError
 _MARK = "\ue000{}\ue001"
 
 
-def encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedText:
+def encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> EncodedText:
     """``example`` as the model of ``tokenizer`` reads it, in its own chat template where the example has turns.
 
     Spans are bytes of ``example.text``. A token that stands for words of the template and of a turn has those of the

@@ -108,6 +108,15 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _embeddings_from_a_teacher(self) -> Recipe:
+        names = [teacher.name for teacher in self.teachers]
+        if self.student.embeddings_from not in (None, *names):
+            raise ValueError(
+                f"student.embeddings_from is {self.student.embeddings_from!r}; name one of the teachers: {names}"
+            )
+        return self
+
     def alignment_of(self, teacher: TeacherRecipe) -> AlignmentRecipe:
         """The recipe's alignment with what ``teacher`` does otherwise."""
         return self.alignment.model_copy(update=teacher.alignment.model_dump(exclude_none=True))

@@ -70,6 +70,8 @@ class StudentRecipe(Section):
 
     ``tokenizer`` names one to use; without it an existing model brings its own, and for a new one a byte-level BPE
     of ``vocab_size`` entries is trained on the training text.
+    ``embeddings_from`` names a teacher: a new student's token starts from the mean embedding of the teacher's tokens
+    that stand for the same text, in as many principal components as the student is wide.
     """
 
     model: str | None = None
@@ -80,6 +82,7 @@ class StudentRecipe(Section):
     every: Positive | None = None
     tokenizer: str | None = None
     vocab_size: Positive = 2048
+    embeddings_from: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     lora: LoraRecipe | None = None
@@ -93,6 +96,8 @@ class StudentRecipe(Section):
             )
         if (self.layers is not None) + (self.every is not None) != (self.cut_from is not None):
             raise ValueError("`cut_from` takes either `layers` or `every`, and they take `cut_from`")
+        if self.embeddings_from is not None and self.new is None:
+            raise ValueError("`embeddings_from` is for a `new` student; one that exists or was cut has embeddings")
         if self.lora is not None and self.model is None:
             raise ValueError(
                 "`lora` adapts a model that exists; write it (`kvgraft cut`, say) and give `model`, or leave it out"

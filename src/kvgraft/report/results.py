@@ -140,13 +140,17 @@ class TeacherResult(Record):
 
 
 class RunResult(SavedResult):
-    """Everything that a run measured; ``seconds`` holds the wall time of each phase."""
+    """Everything that a run measured; ``seconds`` holds the wall time of each phase.
+
+    ``started_embeddings`` is the share of the student's tokens whose embeddings started from a teacher's.
+    """
 
     name: str
     date: str
     seed: int
     student: str
     student_parameters: int
+    started_embeddings: float | None = None
     train_texts: int
     train_tokens: int
     held_out_texts: int

@@ -133,6 +133,8 @@ def cost_rows(result: RunResult) -> list[tuple[str, str]]:
         ("held-out texts", f"{result.held_out_texts:,}"),
         ("training texts cut to the maximum length", f"{result.truncated_train_texts:,}"),
     ]
+    if result.started_embeddings is not None:
+        rows.append(("student tokens started from a teacher's embeddings", f"{result.started_embeddings:.2%}"))
     for teacher in result.teachers:
         speed = f"{teacher.tokens_per_second:,.0f}" if teacher.tokens_per_second else "not run: all KV was stored"
         rows += [
