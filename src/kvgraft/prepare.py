@@ -30,6 +30,7 @@ from kvgraft.models.lora import add_lora
 from kvgraft.models.students import new_student, student_config
 from kvgraft.prepare_embeddings import prepare_embeddings
 from kvgraft.processes import process_state
+from kvgraft.projector.settings import Direction
 from kvgraft.recipe import Recipe, StoreRecipe, StudentRecipe, TeacherRecipe
 from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
 from kvgraft.store.format import StoreIdentity, text_fingerprint
@@ -284,7 +285,7 @@ def _prepare_teacher(
     evidence = None
     if alignment.layers in EVIDENCE_METHODS:
         with phases.timed(f"find layers of {teacher.name}"), process_state().main_process_first():
-            evidence = _find_layers(recipe, model, texts, max_length)
+            evidence = find_layer_evidence(recipe, model, texts, projector_direction(recipe.kv_loss.objective))
         layer_map = evidence.layer_map
     else:
         layer_map = layer_map_of(recipe, teacher, student, model.config)
@@ -308,13 +309,13 @@ def _prepare_teacher(
     return PreparedTeacher(teacher, model.config, layer_map, train, held_out, report, counts, evidence)
 
 
-def _find_layers(recipe: Recipe, model: IdentifiedModel, texts: Texts, max_length: int) -> LayerEvidence:
+def find_layer_evidence(recipe: Recipe, model: IdentifiedModel, texts: Texts, direction: Direction) -> LayerEvidence:
+    """Which layers of the recipe's student and of ``model`` go together, by its ``alignment.layers``."""
     # Here and not above: fitting, whose least squares this uses, prepares its data with this module.
     from kvgraft.layer_evidence import CALIBRATION_TOKENS, find_layers
 
     student, alignment = recipe.student, recipe.alignment_of(model.recipe)
-    method = alignment.layers
-    direction = projector_direction(recipe.kv_loss.objective)
+    method, max_length = alignment.layers, teacher_max_length(recipe, model.config)
     # More than enough: find_layers stops after so many tokens, and every text has one.
     examples, own = texts.train_examples[:CALIBRATION_TOKENS], texts.train[:CALIBRATION_TOKENS]
     path = evidence_path(

@@ -1,14 +1,17 @@
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 
+from kvgraft.align.evidence import LayerEvidence
 from kvgraft.align.tokens import gather_aligned
 from kvgraft.errors import RecipeError
 from kvgraft.fit.data import TokenBatches, ablation_data, prepare_fit
+from kvgraft.models import loading
 from kvgraft.models.capture import capture
-from kvgraft.recipe import Recipe
+from kvgraft.recipe import AlignmentRecipe, Recipe, StudentRecipe
 
 
 def test_pairs_are_both_models_kv_of_the_same_tokens(fit_recipe: Callable[..., Recipe]) -> None:
@@ -32,6 +35,28 @@ def test_direction_turns_the_pair_around(fit_recipe: Callable[..., Recipe]) -> N
     forwards, backwards = pairs
     assert torch.equal(forwards.source.keys[:, layers], backwards.target.keys)
     assert torch.equal(forwards.target.keys, backwards.source.keys)
+
+
+@pytest.mark.parametrize(("method", "direction"), [("cka", "student_to_teacher"), ("predictive", "teacher_to_student")])
+def test_layers_by_evidence_are_found_once(
+    fit_recipe: Callable[..., Recipe],
+    tiny_teacher: Path,
+    method: str,
+    direction: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A student that is its own teacher: the map is known.
+    changes = {
+        "student": StudentRecipe(model=str(tiny_teacher)),
+        "alignment": AlignmentRecipe(layers=method),
+    }
+    recipe = fit_recipe(fit={"direction": direction}).model_copy(update=changes)
+    data = prepare_fit(recipe)
+    assert data.layer_map == [(layer, layer) for layer in range(4)]
+    (path,) = recipe.store.path.glob("layers-*.json")
+    assert LayerEvidence.model_validate_json(path.read_text()).method == method
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded again"))
+    assert prepare_fit(recipe).layer_map == data.layer_map
 
 
 def test_batches_hold_so_many_tokens_and_repeat_with_their_seed(fit_recipe: Callable[..., Recipe]) -> None:

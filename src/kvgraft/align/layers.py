@@ -49,7 +49,7 @@ def map_layers(
         return [(num_student_layers - back, num_teacher_layers - back) for back in range(count, 0, -1)]
     if spec in EVIDENCE_METHODS:
         raise AlignmentError(
-            f"the layer mapping {spec!r} follows from both models' KV, which `kvgraft train` and `kvgraft cache` "
+            f"the layer mapping {spec!r} follows from both models' KV, which `kvgraft train`, `cache` and `fit` "
             "compare; here use 'ratio', 'last' or a list of [student, teacher] pairs, such as those of a run's results"
         )
     if isinstance(spec, str):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from kvgraft.align.evidence import EVIDENCE_METHODS
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
@@ -18,9 +19,11 @@ from kvgraft.kv import KV
 from kvgraft.prepare import (
     IdentifiedModel,
     Phases,
+    find_layer_evidence,
     identify,
     layer_map_of,
     load_examples_of,
+    read_texts,
     require_coverage,
     store_kv,
     teacher_max_length,
@@ -236,13 +239,22 @@ def prepare_fit(recipe: Recipe) -> FitData:
         teacher = identify(recipe.teachers[0])
     with phases.timed("read text"):
         examples, held_out_examples = load_examples_of(recipe, student.tokenizer)
-    layer_map = layer_map_of(recipe, teacher.recipe, student.config, teacher.config)
+    layer_map = _layer_map(recipe, student, teacher, phases)
     train, held_out = (
         _pairs(recipe, student, teacher, layer_map, texts, phases) for texts in (examples, held_out_examples)
     )
     counts = train.teacher.counts(train.texts)
     require_coverage(teacher.recipe.name, counts)
     return FitData(student, teacher, layer_map, train, held_out, examples, held_out_examples, counts, phases)
+
+
+def _layer_map(
+    recipe: Recipe, student: IdentifiedModel, teacher: IdentifiedModel, phases: Phases
+) -> list[tuple[int, int]]:
+    if recipe.alignment_of(teacher.recipe).layers not in EVIDENCE_METHODS:
+        return layer_map_of(recipe, teacher.recipe, student.config, teacher.config)
+    with phases.timed("find layers"):
+        return find_layer_evidence(recipe, teacher, read_texts(recipe), recipe.fit.direction).layer_map
 
 
 def _pairs(
@@ -264,12 +276,13 @@ def _pairs(
     student_store = store_of(student, recipe.data.max_length)
     mapped_students, mapped_teachers = (list(layers) for layers in zip(*layer_map, strict=True))
     forwards = recipe.fit.direction == "teacher_to_student"
+    alignment = recipe.alignment_of(teacher.recipe)
     source = TeacherSource(
         teacher.recipe.name,
         teacher_store,
         list(range(teacher.geometry.num_layers)) if forwards else mapped_teachers,
-        recipe.alignment.tokens,
-        recipe.alignment.skip_first_tokens,
+        alignment.tokens,
+        alignment.skip_first_tokens,
     )
     texts = encode_for_teacher(examples, student.tokenizer, recipe.data.max_length)
     student_layers = mapped_students if forwards else list(range(student.geometry.num_layers))
