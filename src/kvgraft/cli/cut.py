@@ -1,4 +1,4 @@
-"""``kvgraft cut``: a student made of some of a model's layers."""
+"""``kvgraft cut``: a student made of some of a model's layers, or of some channels of its MLPs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,23 @@ def cut(
         str | None, typer.Option(help="Layers to keep, from 0, as 0,3,6; or one number: how many, spread evenly.")
     ] = None,
     every: Annotated[int | None, typer.Option(help="Keep every so many layers, from the first.")] = None,
+    intermediate: Annotated[
+        int | None, typer.Option(help="Channels of each MLP to keep: those that do most on --text.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="For --intermediate, as data.train in a recipe.")] = "word_problems",
+    samples: Annotated[int, typer.Option(help="Training texts of --text that are read.")] = 64,
     revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a student cut from MODEL by layers, with its tokenizer, in the Hugging Face layout.
+    """Write a student cut from MODEL by layers, by the width of its MLPs or by both, with its tokenizer.
 
     Embeddings, norms and head are MODEL's own. OUTPUT's config notes where its layers came from, and `kvgraft train`
-    matches each with that layer of the teacher.
+    matches each with that layer of the teacher. --intermediate leaves the KV as wide as MODEL's.
 
-    Example: kvgraft cut HuggingFaceTB/SmolLM2-135M-Instruct student --every 3
+    Example: kvgraft cut HuggingFaceTB/SmolLM2-135M-Instruct student --every 3 --intermediate 1152
     """
-    from kvgraft.models.cut import write_cut
+    from kvgraft.models.cut_files import write_cut
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r} must be float32, bfloat16 or float16")
@@ -40,14 +45,18 @@ def cut(
         output,
         layers=None if layers is None else _list_or_count(layers),
         every=every,
+        intermediate=intermediate,
+        text=text,
+        samples=samples,
         revision=revision,
         dtype=dtype,
         overwrite=overwrite,
     )
-    text = student.config.get_text_config()
+    config = student.config.get_text_config()
+    channels = "" if intermediate is None else f"{intermediate} of {config.origin_intermediate_size} MLP channels, "
     console.print(
-        f"{text.num_hidden_layers} of {text.origin_num_layers} layers of {model} ({text.origin_layers}), "
-        f"{student.num_parameters():,} parameters: {output}",
+        f"{config.num_hidden_layers} of {config.origin_num_layers} layers of {model} ({config.origin_layers}), "
+        f"{channels}{student.num_parameters():,} parameters: {output}",
         markup=False,
         soft_wrap=True,
     )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,7 +11,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kvgraft.align.layers import uniform_layer_map
 from kvgraft.errors import ModelError
-from kvgraft.models import loading
 from kvgraft.models.capture import decoder_of, kv_geometry
 
 # Settings under which what a layer computes depends on its place among the others.
@@ -102,7 +98,7 @@ def cut_model(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """
     depth = kv_geometry(model.config).num_layers
     whole, made = model.config, cut_config(model.config, layers)
-    stack = _layer_stack(model, depth)
+    stack = layer_stack(model, depth)
     kept = [stack[layer] for layer in layers]
     del stack[:]
     stack.extend(kept)
@@ -116,52 +112,12 @@ def cut_model(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
             module.config = made
         elif config is not None and config is whole.get_text_config():
             module.config = made.get_text_config()
-    _require_same_from_config(model)
+    require_same_from_config(model)
     return model
 
 
-def write_cut(
-    name: str,
-    output: Path,
-    *,
-    layers: Sequence[int] | int | None = None,
-    every: int | None = None,
-    revision: str | None = None,
-    dtype: str = "float32",
-    overwrite: bool = False,
-) -> PreTrainedModel:
-    """Cut model ``name`` and write it with its tokenizer into ``output``, in the Hugging Face layout.
-
-    Args:
-        name, revision: as :func:`kvgraft.models.loading.load_model`.
-        output: a folder to create.
-        layers, every: as :func:`chosen_layers`.
-        dtype: of the weights that are written.
-        overwrite: replace what is in ``output``.
-
-    Raises:
-        ModelError: the folder is not empty, or the model cannot be loaded or cut.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-        raise ModelError(f"{output} exists; give another folder, or --overwrite to replace it")
-    kept = chosen_layers(kv_geometry(loading.load_config(name, revision)).num_layers, layers, every)
-    tokenizer = loading.load_tokenizer(name, revision)
-    model = cut_model(loading.load_model(name, revision, dtype=dtype, device="cpu"), kept)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".cutting-", dir=output.parent))
-    try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        if output.is_dir():
-            shutil.rmtree(output)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return model
-
-
-def _layer_stack(model: PreTrainedModel, depth: int) -> nn.ModuleList:
+def layer_stack(model: PreTrainedModel, depth: int) -> nn.ModuleList:
+    """The list of the ``depth`` layers of ``model``; ModelError where it has none."""
     stacks = [
         module for module in decoder_of(model).children() if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
@@ -173,7 +129,7 @@ def _layer_stack(model: PreTrainedModel, depth: int) -> nn.ModuleList:
     return stacks[0]
 
 
-def _require_same_from_config(model: PreTrainedModel) -> None:
+def require_same_from_config(model: PreTrainedModel) -> None:
     """Refuse a cut model that its own config would build otherwise, as it would be after saving and loading."""
     ours = _settings(model)
     try:
@@ -191,7 +147,7 @@ def _require_same_from_config(model: PreTrainedModel) -> None:
 def _settings(model: PreTrainedModel) -> dict[str, object]:
     """What decides a model's function: shapes of all weights, and the plain attributes of every layer's modules."""
     found: dict[str, object] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for place, layer in enumerate(_layer_stack(model, kv_geometry(model.config).num_layers)):
+    for place, layer in enumerate(layer_stack(model, kv_geometry(model.config).num_layers)):
         for name, module in layer.named_modules(prefix=f"layer {place}"):
             for attribute, value in vars(module).items():
                 if attribute[0] != "_" and attribute != "training" and isinstance(value, int | float | str | None):
