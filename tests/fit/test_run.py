@@ -32,6 +32,10 @@ def test_leaves_a_projector_that_loads_and_a_report(fit_recipe: Callable[..., Re
     for name in ("fit.json", "fit.md", "fit.png", "layers.png", "recipe.yaml", "metrics.jsonl", "least_squares"):
         assert (tmp_path / "run" / name).exists()
     assert not (tmp_path / "run" / "checkpoints").exists()
+    aligned = (
+        f"Student tokens aligned: {report.alignment_coverage:.2%}, {report.alignment_mean_span:.2f} teacher tokens"
+    )
+    assert aligned in (tmp_path / "run" / "fit.md").read_text()
     # The layer map that it suggests is one that a recipe takes.
     suggested = json.dumps([list(pair) for pair in report.suggested_layers])
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())

@@ -241,6 +241,8 @@ def _report(
         tokens=closed_form.tokens,
         held_out_texts=len(data.held_out),
         alignment_coverage=data.alignment.coverage,
+        alignment_mean_span=data.alignment.mean_span,
+        alignment_dropped=dict(data.alignment.dropped),
         parameters=projector.count_parameters(),
         sharing=projector.sharing,
         layers=layers,

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+from kvgraft.report.tables import dropped_text
+
 if TYPE_CHECKING:
     from kvgraft.fit.scan import Scan
 
@@ -46,6 +48,8 @@ class FitReport(_Record):
     tokens: int
     held_out_texts: int
     alignment_coverage: float
+    alignment_mean_span: float | None = None
+    alignment_dropped: dict[str, int] = {}
     parameters: int
     sharing: str
     layers: list[LayerFit]
@@ -127,6 +131,12 @@ def fit_markdown(report: FitReport) -> str:
     fallen = report.cosine_falls_where_r2_rises
     if fallen:
         lines += ["", f"Attention output is further off than with least squares although R2 rose in layers {fallen}."]
+    if report.alignment_mean_span is not None:
+        lines += [
+            "",
+            f"Student tokens aligned: {report.alignment_coverage:.2%}, {report.alignment_mean_span:.2f} teacher tokens "
+            f"to each; without one: {dropped_text(report.alignment_dropped)}.",
+        ]
     lines += [
         "",
         "Layer map that the scan suggests, for a recipe:",
