@@ -22,6 +22,7 @@ from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
 from kvgraft.models.lora import add_lora
+from kvgraft.models.placement import QUANTIZED_BYTES
 from kvgraft.prepare import existing_tokenizer, layer_map_of, load_examples_of, load_student_config, teacher_max_length
 from kvgraft.projector.sizing import FLOAT32_BYTES, TRAINING_COPIES, advise, auto_mlp_ratio
 from kvgraft.recipe import Recipe, TeacherRecipe
@@ -29,7 +30,7 @@ from kvgraft.store.format import stored_bytes_per_token
 
 # Texts whose teacher tokens are counted; the rest are estimated from their bytes.
 _COUNTED_TEXTS = 300
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, **QUANTIZED_BYTES}
 
 
 class ModelPlan(BaseModel):
@@ -121,7 +122,7 @@ def make_plan(recipe: Recipe) -> Plan:
         held_out_texts=len(held_out),
         # Capture and training do not run at the same time.
         training_memory_bytes=max(
-            trained * FLOAT32_BYTES * TRAINING_COPIES + frozen * _BYTES[recipe.student.dtype], largest_teacher
+            trained * FLOAT32_BYTES * TRAINING_COPIES + round(frozen * _BYTES[recipe.student.dtype]), largest_teacher
         ),
         store_bytes=store_bytes,
         free_disk_bytes=free,
@@ -189,7 +190,7 @@ def _teacher_plan(
 ) -> TeacherPlan:
     config = loading.load_config(teacher.model, teacher.revision)
     tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
-    model = _model_plan(teacher.name, config, teacher.dtype)
+    model = _model_plan(teacher.name, config, teacher.quantization or teacher.dtype)
     if student is None or student_config is None:
         raise RecipeError(f"teacher {teacher.name} cannot be planned without a student that works")
     if recipe.alignment_of(teacher).layers in EVIDENCE_METHODS:
@@ -262,7 +263,7 @@ def _model_plan(name: str, config: PretrainedConfig, dtype: str) -> ModelPlan:
         hidden_size=text.hidden_size,
         context=getattr(text, "max_position_embeddings", None),
         vocab_size=text.vocab_size,
-        weight_bytes=parameters * _BYTES[dtype],
+        weight_bytes=round(parameters * _BYTES[dtype]),
     )
 
 

@@ -236,14 +236,23 @@ def identify(model: TeacherRecipe) -> IdentifiedModel:
         device = model.device
         if device == "auto" and process_state().num_processes > 1:
             device = str(process_state().device)
-        return loading.load_model(model.model, model.revision, dtype=model.dtype, device=device)
+        return loading.load_model(
+            model.model,
+            model.revision,
+            dtype=model.dtype,
+            device=device,
+            quantization=model.quantization,
+            device_map=model.device_map,
+        )
 
     tokenizer = loading.load_tokenizer(model.model, model.revision)
+    # Weights in few bits give other KV.
+    numbers = model.dtype if model.quantization is None else f"{model.dtype}, {model.quantization}"
     return IdentifiedModel(
         recipe=model,
         config=loading.load_config(model.model, model.revision),
         tokenizer=tokenizer,
-        fingerprint=f"{loading.fingerprint(model.model, model.revision)} in {model.dtype}",
+        fingerprint=f"{loading.fingerprint(model.model, model.revision)} in {numbers}",
         tokenizer_fingerprint=loading.tokenizer_fingerprint(tokenizer),
         load=load,
     )

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV, KVGeometry
+from kvgraft.models.placement import input_device
 from kvgraft.models.rope import unrotate
 
 # Tokens and distance of the check that un-rotated keys do not depend on where a text stands.
@@ -103,6 +104,8 @@ class KVRecorder:
         if position_ids is None:
             position_ids = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         values = [self._recorded[layer][1] for layer in self._layers]
+        # Layers of one model may lie on several devices.
+        keys, values = ([tensor.to(mask.device) for tensor in tensors] for tensors in (keys, values))
         return KV(torch.stack(keys, 1), torch.stack(values, 1), position_ids, mask, self._layers, self._rotated)
 
     def _require_capturable(self) -> None:
@@ -178,7 +181,7 @@ def capture(
     Raises:
         ModelError: as :func:`record_kv`.
     """
-    device = model.device
+    device = input_device(model)
     input_ids = input_ids.to(device)
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
     position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
@@ -292,9 +295,9 @@ def _require_shift_invariance(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def _probe(model: PreTrainedModel, shift: int) -> Tensor | None:
     """Pre-RoPE keys ``[1, layers, heads, tokens, head_dim]`` at positions from ``shift``; None without rotation."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    input_ids = (torch.arange(_PROBE_TOKENS, device=model.device) * 37 % vocabulary)[None]
-    position_ids = torch.arange(_PROBE_TOKENS, device=model.device)[None] + shift
+    vocabulary, device = model.get_input_embeddings().num_embeddings, input_device(model)
+    input_ids = (torch.arange(_PROBE_TOKENS, device=device) * 37 % vocabulary)[None]
+    position_ids = torch.arange(_PROBE_TOKENS, device=device)[None] + shift
     recorder = KVRecorder(model, range(kv_geometry(model.config).num_layers), rotated=False)
     with _recording(model, recorder, stop_early=True):
         decoder_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
 from kvgraft.models.capture import decoder_of
+from kvgraft.models.placement import input_device
 
 # Tokens and relative error of the check that a head gives the model's own logits.
 _PROBE_TOKENS, _PROBE_TOLERANCE = 8, 0.02
@@ -81,6 +82,11 @@ def head_of(model: PreTrainedModel) -> Head:
     weight, bias = getattr(output, "weight", None), getattr(output, "bias", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ModelError(f"{type(model).__name__} has no linear language-model head; logits cannot be distilled")
+    if weight.is_meta:
+        raise ModelError(
+            f"the head of {type(model).__name__} is offloaded, and its weights are needed for every token's logits; "
+            "put lm_head on a device in device_map"
+        )
     text = model.config.get_text_config()
     scale = getattr(text, "logit_scale", None)
     divisor = getattr(text, "logits_scaling", None)
@@ -131,14 +137,16 @@ def record_hidden(model: PreTrainedModel) -> Iterator[RecordedHidden]:
 
 @torch.no_grad()
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states ``[batch, tokens, hidden_size]``, without gradient and without any logit."""
-    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    """Last hidden states ``[batch, tokens, hidden_size]`` where the head is, without gradient and without any logit."""
+    device = input_device(model)
+    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     with record_hidden(model) as recorded:
         decoder_of(model)(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
-    return recorded.states
+    # The last layer of a model over several devices may lie on another than its head.
+    return recorded.states.to(head_of(model).weight.device)
 
 
 @torch.no_grad()
@@ -146,13 +154,13 @@ def _require_own_logits(model: PreTrainedModel, head: Head) -> None:
     was_training = model.training
     model.eval()
     vocabulary = model.get_input_embeddings().num_embeddings
-    input_ids = (torch.arange(_PROBE_TOKENS, device=model.device) * 37 % vocabulary)[None]
+    input_ids = (torch.arange(_PROBE_TOKENS, device=input_device(model)) * 37 % vocabulary)[None]
     try:
         with record_hidden(model) as recorded:
             expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
     finally:
         model.train(was_training)
-    logits = head.logits(recorded.states[0])
+    logits = head.logits(recorded.states[0].to(head.weight.device)).to(expected.device)
     fits = logits.shape == expected.shape
     error = float((logits - expected).norm() / expected.norm().clamp_min(1e-30)) if fits else float("inf")
     if not error < _PROBE_TOLERANCE:

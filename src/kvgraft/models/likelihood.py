@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
 from kvgraft.models.capture import decoder_of
+from kvgraft.models.placement import input_device
 
 _PROBE_TOKENS, _PROBE_TOLERANCE = 8, 0.05
 _checked_models: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -32,8 +33,8 @@ def token_log_likelihood(
     Raises:
         ModelError: the logits are more than the last layer's output through the head and a soft cap.
     """
-    input_ids = input_ids.to(model.device)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(model.device)
+    input_ids = input_ids.to(input_device(model))
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
     _require_plain_head(model)
     states = _last_states(model, input_ids, mask)
     predicted = mask[:, 1:].bool() & mask[:, :-1].bool()
@@ -42,7 +43,7 @@ def token_log_likelihood(
         _chosen_log_probability(_logits(model, part), target)
         for part, target in zip(torch.split(rows, chunk_tokens), torch.split(targets, chunk_tokens), strict=True)
     ]
-    result = torch.full(input_ids.shape, float("nan"), device=model.device)
+    result = torch.full(input_ids.shape, float("nan"), device=input_ids.device)
     if found:
         result[:, 1:][predicted] = torch.cat(found)
     return result
@@ -51,12 +52,13 @@ def token_log_likelihood(
 def _last_states(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
     positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
     output = decoder_of(model)(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    states: Tensor = output.last_hidden_state
+    # The last layer of a model over several devices lies on another than the first.
+    states: Tensor = output.last_hidden_state.to(input_ids.device)
     return states
 
 
 def _logits(model: PreTrainedModel, states: Tensor) -> Tensor:
-    logits: Tensor = model.get_output_embeddings()(states).float()
+    logits: Tensor = model.get_output_embeddings()(states).float().to(states.device)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -70,7 +72,7 @@ def _require_plain_head(model: PreTrainedModel) -> None:
     if model in _checked_models:
         return
     vocabulary = model.get_input_embeddings().num_embeddings
-    input_ids = (torch.arange(_PROBE_TOKENS, device=model.device) * 37 % vocabulary)[None]
+    input_ids = (torch.arange(_PROBE_TOKENS, device=input_device(model)) * 37 % vocabulary)[None]
     own = model(input_ids=input_ids, use_cache=False).logits.float()
     ours = _logits(model, _last_states(model, input_ids, torch.ones_like(input_ids)))
     if float((own - ours).norm()) > _PROBE_TOLERANCE * float(own.norm()):

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvgraft.errors import ModelError
 from kvgraft.models.lora import ADAPTER_WEIGHTS, load_adapters
+from kvgraft.models.placement import DeviceMap, Quantization, placement_options
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,13 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
 
 
 def load_model(
-    name: str, revision: str | None = None, *, dtype: str = "float32", device: str = "auto"
+    name: str,
+    revision: str | None = None,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    quantization: Quantization | None = None,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """Model ``name`` in evaluation mode.
 
@@ -55,14 +62,19 @@ def load_model(
         revision: of the hub repository.
         dtype: a torch dtype by name.
         device: ``auto`` (the accelerator if there is one), or as torch names it.
+        quantization: of the weights, see :func:`kvgraft.models.placement.placement_options`; default none.
+        device_map: parts of the model and the devices they are on, in place of ``device``; ``auto`` fills the
+            accelerators, then memory, then the disk.
 
     Raises:
         ModelError: it cannot be found or loaded; says what the name was taken for.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _load(AutoModelForCausalLM.from_pretrained, name, revision, weights=True, dtype=getattr(torch, dtype))
-    return model.to(device).eval()
+    torch_dtype = getattr(torch, dtype)
+    placement = placement_options(torch_dtype, device, quantization, device_map)
+    model = _load(AutoModelForCausalLM.from_pretrained, name, revision, weights=True, dtype=torch_dtype, **placement)
+    return model.eval() if placement else model.to(device).eval()
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:

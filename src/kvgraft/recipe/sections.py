@@ -37,16 +37,30 @@ class TeacherRecipe(Section):
     ``model`` is a hub id, a local folder, a ``.gguf`` file, or ``package:MODULE/FILE`` for a file that an installed
     Python package carries. ``weight`` goes with ``kv_loss.combine: weights``. ``long_texts: cut`` lets a teacher whose
     context is shorter than what the student reads of a text answer for the part that it can read.
+
+    ``quantization`` loads the weights in few bits (extra ``quantization``): ``8bit`` and ``4bit`` with bitsandbytes,
+    ``torchao_8bit`` with torchao. ``device_map`` puts parts of the model on several devices, in memory or on disk:
+    ``auto``, or parts and places as accelerate reads them; without it the whole model is on ``device``.
     """
 
     name: str = Field(min_length=1)
     model: str = Field(min_length=1)
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["8bit", "4bit", "torchao_8bit"] | None = None
     device: str = "auto"
+    device_map: Literal["auto"] | dict[str, int | str] | None = None
     weight: Weight | None = None
     alignment: TeacherAlignmentRecipe = TeacherAlignmentRecipe()
     long_texts: Literal["refuse", "cut"] = "refuse"
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TeacherRecipe:
+        if self.device != "auto" and self.device_map is not None:
+            raise ValueError(
+                f"device {self.device} and device_map {self.device_map} both say where the teacher is; leave one out"
+            )
+        return self
 
 
 class LoraRecipe(Section):
