@@ -113,16 +113,17 @@ def make_plan(recipe: Recipe) -> Plan:
             f"{recipe.store.path}; take fewer texts, fewer layers or another store.path"
         )
     trained += sum(teacher.projector_parameters for teacher in teachers)
-    largest_teacher = max((teacher.model.weight_bytes for teacher in teachers), default=0)
+    teacher_bytes = [teacher.model.weight_bytes for teacher in teachers]
     return Plan(
         name=recipe.name,
         student=student,
         teachers=teachers,
         train_texts=len(train),
         held_out_texts=len(held_out),
-        # Capture and training do not run at the same time.
-        training_memory_bytes=max(
-            trained * FLOAT32_BYTES * TRAINING_COPIES + round(frozen * _BYTES[recipe.student.dtype]), largest_teacher
+        training_memory_bytes=_memory(
+            trained * FLOAT32_BYTES * TRAINING_COPIES + round(frozen * _BYTES[recipe.student.dtype]),
+            teacher_bytes,
+            online=recipe.kv_loss.source == "online",
         ),
         store_bytes=store_bytes,
         free_disk_bytes=free,
@@ -135,6 +136,11 @@ def require_workable(recipe: Recipe) -> None:
     problems = make_plan(recipe).problems
     if problems:
         raise RecipeError(f"recipe {recipe.name} cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _memory(training: int, teachers: list[int], *, online: bool) -> int:
+    """Bytes of training beside its teachers (``online``), or of what is largest: capture and training take turns."""
+    return training + sum(teachers) if online else max([training, *teachers])
 
 
 def _student_problems(
@@ -201,6 +207,7 @@ def _teacher_plan(
     distinct = len({teacher_layer for _, teacher_layer in layer_map})
     geometry = KVGeometry(distinct, model.num_kv_heads, model.head_dim)
     bytes_per_token = stored_bytes_per_token(geometry, recipe.store.dtype)
+    online = recipe.kv_loss.source == "online"
     tokens = _count_tokens(tokenizer, examples, teacher_max_length(recipe, config))
     ratio = recipe.projector.mlp_ratio
     ratio = auto_mlp_ratio(model.kv_dim) if ratio == "auto" else ratio
@@ -236,7 +243,7 @@ def _teacher_plan(
         projector_parameters=2 * adapter,
         kv_bytes_per_token=bytes_per_token,
         kv_tokens=tokens,
-        kv_bytes=tokens * bytes_per_token,
+        kv_bytes=0 if online else tokens * bytes_per_token,
         advised_mlp_ratio=advice.mlp_ratio,
         advised_dropout=advice.dropout,
         reasons=[*advice.reasons, *_layers_reason(recipe.alignment_of(teacher).layers)],

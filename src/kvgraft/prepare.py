@@ -17,6 +17,7 @@ from kvgraft.align.layers import map_layers
 from kvgraft.data.batching import EncodedExample, encode_example
 from kvgraft.data.chat import template_fingerprint
 from kvgraft.data.datasets import Example, load_train_and_held_out
+from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
 from kvgraft.distill.objectives import projector_direction
@@ -35,6 +36,7 @@ from kvgraft.recipe import Recipe, StoreRecipe, StudentRecipe, TeacherRecipe
 from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.likelihoods import TokenLikelihoods, fill_likelihoods
+from kvgraft.store.online import OnlineKV
 from kvgraft.store.reader import KVStore
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class PreparedTeacher:
-    """A teacher whose KV is on disk for training and held-out text."""
+    """A teacher whose KV is at hand for training and held-out text.
+
+    ``running`` is the model itself where it runs beside the student; None where all that is needed is on disk.
+    """
 
     recipe: TeacherRecipe
     config: PretrainedConfig
@@ -82,9 +87,10 @@ class PreparedTeacher:
     report: FillReport
     alignment: AlignmentCounts
     evidence: LayerEvidence | None = None
+    running: IdentifiedModel | None = None
 
     @property
-    def store(self) -> KVStore:
+    def store(self) -> KVStore | OnlineKV:
         """KV over the training text."""
         return self.train.store
 
@@ -263,17 +269,7 @@ def store_kv(
 ) -> tuple[KVStore, FillReport]:
     """The store of ``model``'s KV over ``examples``, filled where it is not yet; several processes share the work."""
     encoded = encode_for_teacher(examples, model.tokenizer, max_length)
-    identity = StoreIdentity(
-        model=model.fingerprint,
-        tokenizer=model.tokenizer_fingerprint,
-        text=text_fingerprint(text.sample_key for text in encoded),
-        layers=layers,
-        num_kv_heads=model.geometry.num_kv_heads,
-        head_dim=model.geometry.head_dim,
-        dtype=settings.dtype,
-        max_length=max_length,
-        template=template_fingerprint(examples, model.tokenizer),
-    )
+    identity = _identity(model, examples, encoded, layers, max_length, settings.dtype)
     return fill_store(
         store_folder(settings.path, model.recipe.name, identity),
         identity,
@@ -283,6 +279,44 @@ def store_kv(
         shard_bytes=settings.shard_megabytes * 1_000_000,
         token_budget=settings.token_budget,
         verify=settings.verify,
+    )
+
+
+def _online_kv(
+    model: IdentifiedModel, examples: list[Example], layers: tuple[int, ...], max_length: int, recipe: Recipe
+) -> tuple[OnlineKV, FillReport]:
+    """``model`` itself in place of a store, and what it has cost so far: nothing."""
+    encoded = encode_for_teacher(examples, model.tokenizer, max_length)
+    by_key = {text.sample_key: text for text in encoded}
+    kv = OnlineKV(
+        model.recipe.name,
+        _identity(model, examples, encoded, layers, max_length, "float32"),
+        model.load,
+        by_key,
+        recipe.kv_loss.calibration_texts,
+        recipe.store.token_budget,
+    )
+    return kv, FillReport(0, 0.0, sum(bool(text.truncated_bytes) for text in by_key.values()))
+
+
+def _identity(
+    model: IdentifiedModel,
+    examples: list[Example],
+    encoded: list[EncodedText],
+    layers: tuple[int, ...],
+    max_length: int,
+    dtype: str,
+) -> StoreIdentity:
+    return StoreIdentity(
+        model=model.fingerprint,
+        tokenizer=model.tokenizer_fingerprint,
+        text=text_fingerprint(text.sample_key for text in encoded),
+        layers=layers,
+        num_kv_heads=model.geometry.num_kv_heads,
+        head_dim=model.geometry.head_dim,
+        dtype=dtype,
+        max_length=max_length,
+        template=template_fingerprint(examples, model.tokenizer),
     )
 
 
@@ -299,13 +333,19 @@ def _prepare_teacher(
     else:
         layer_map = layer_map_of(recipe, teacher, student, model.config)
     layers = tuple(sorted({teacher_layer for _, teacher_layer in layer_map}))
+    online = recipe.kv_loss.source == "online"
 
     def source_of(examples: list[Example], part: str) -> tuple[TeacherSource, FillReport]:
         with phases.timed(f"capture {teacher.name} ({part} text)"):
-            store, report = store_kv(model, examples, layers, max_length, recipe.store)
-            # Held-out text measures each teacher by itself and needs no weights.
-            wanted = recipe.kv_loss.combine == "confidence" and examples is texts.train_examples
-            likelihoods = _store_likelihoods(model, examples, store, recipe.store) if wanted else None
+            likelihoods = None
+            store: KVStore | OnlineKV
+            if online:
+                store, report = _online_kv(model, examples, layers, max_length, recipe)
+            else:
+                store, report = store_kv(model, examples, layers, max_length, recipe.store)
+                # Held-out text measures each teacher by itself and needs no weights.
+                if recipe.kv_loss.combine == "confidence" and examples is texts.train_examples:
+                    likelihoods = _store_likelihoods(model, examples, store, recipe.store)
         teacher_layers = [teacher_layer for _, teacher_layer in layer_map]
         skipped = alignment.skip_first_tokens
         return TeacherSource(teacher.name, store, teacher_layers, alignment.tokens, skipped, likelihoods), report
@@ -315,7 +355,8 @@ def _prepare_teacher(
     with phases.timed(f"align {teacher.name}"):
         counts = train.counts(texts.train)
     require_coverage(teacher.name, counts)
-    return PreparedTeacher(teacher, model.config, layer_map, train, held_out, report, counts, evidence)
+    running = model if online else None
+    return PreparedTeacher(teacher, model.config, layer_map, train, held_out, report, counts, evidence, running)
 
 
 def find_layer_evidence(recipe: Recipe, model: IdentifiedModel, texts: Texts, direction: Direction) -> LayerEvidence:

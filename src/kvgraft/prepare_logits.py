@@ -50,8 +50,9 @@ def prepare_logits(prepared: Prepared) -> PreparedLogits | None:
     teachers: dict[str, LogitTeacher] = {}
     train: list[LogitSource] = []
     held_out: list[LogitSource] = []
-    for teacher in recipe.teachers:
-        model = identify(teacher)
+    for prepared_teacher in prepared.teachers:
+        teacher = prepared_teacher.recipe
+        model = prepared_teacher.running or identify(teacher)
         shared = shared_vocabulary(texts.tokenizer, model.tokenizer) is not None
         if not shared:
             _require_other_vocabulary_form(recipe.logit_loss, teacher, texts.tokenizer, model.tokenizer)

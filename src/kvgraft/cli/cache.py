@@ -9,24 +9,31 @@ from kvgraft.cli.shared import Overrides, RecipePath, app, console
 def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Run RECIPE's teachers once and keep their KV on disk. What is there already is not done again.
 
-    Several processes: accelerate launch -m kvgraft cache RECIPE; on CPUs torchrun --nproc-per-node 2 -m kvgraft ...
+    Several processes: accelerate launch --multi_gpu --num_processes 2 -m kvgraft cache RECIPE, on CPUs too.
     """
+    from kvgraft.errors import RecipeError
     from kvgraft.plan import require_workable
     from kvgraft.prepare import prepare
     from kvgraft.prepare_logits import prepare_logits
     from kvgraft.processes import process_state
     from kvgraft.recipe import load_recipe
     from kvgraft.report.tables import dropped_text
+    from kvgraft.store.reader import KVStore
 
     loaded = load_recipe(recipe, overrides)
+    if loaded.kv_loss.source == "online":
+        raise RecipeError(
+            "kv_loss.source is online, which keeps no KV; leave it out (or --set kv_loss.source=store) to make a store"
+        )
     require_workable(loaded)
     prepared = prepare(loaded)
     for teacher in prepared.teachers if process_state().is_main_process else ():
-        speed = teacher.report.tokens_per_second
+        store, speed = teacher.store, teacher.report.tokens_per_second
+        assert isinstance(store, KVStore)
         done = f"captured at {speed:,.0f} tokens per second" if speed else "was there already"
         console.print(
-            f"{teacher.recipe.name}: KV of {teacher.store.num_tokens:,} tokens, "
-            f"{teacher.store.total_bytes / 1e6:,.1f} MB, {done}: {teacher.store.folder}",
+            f"{teacher.recipe.name}: KV of {store.num_tokens:,} tokens, "
+            f"{store.total_bytes / 1e6:,.1f} MB, {done}: {store.folder}",
             soft_wrap=True,
         )
         console.print(

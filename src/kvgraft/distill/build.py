@@ -72,7 +72,7 @@ def build_distillation(
 ) -> DistillationModel:
     """Student and projector; without ``layer_maps`` the student alone. ``logits`` adds the logit part of the loss.
 
-    The target of ``student_to_teacher`` is the teacher's KV, whose centre and spread its store knows. The other
+    The target of ``student_to_teacher`` is the teacher's KV, whose centre and spread its source knows. The other
     objectives move the student's KV: they are scaled by what it is before training, once, so that the scale neither
     follows a student that shrinks nor depends on how a batch is split. ``relational`` takes both scales and no
     projector.

@@ -22,6 +22,7 @@ from kvgraft.distill.logit_sources import LogitSource, collate_targets
 from kvgraft.errors import AlignmentError
 from kvgraft.kv import KV, stack_kv
 from kvgraft.store.likelihoods import TokenLikelihoods
+from kvgraft.store.online import OnlineKV
 from kvgraft.store.reader import KVStore
 
 _UNKNOWN = float("nan")
@@ -42,11 +43,11 @@ class AlignmentCounts:
 
 @dataclass
 class TeacherSource:
-    """One teacher's stored KV, seen from the student's tokens and layers.
+    """One teacher's KV, seen from the student's tokens and layers.
 
     Args:
         name: the teacher.
-        store: its KV.
+        store: its KV on disk, or the teacher itself.
         teacher_layers: the teacher layer for each compared student layer.
         policy: token alignment (``cover``, ``causal`` or ``mean``).
         skip_first_tokens: student tokens at the start of each text that take no part.
@@ -54,12 +55,17 @@ class TeacherSource:
     """
 
     name: str
-    store: KVStore
+    store: KVStore | OnlineKV
     teacher_layers: Sequence[int]
     policy: AlignmentPolicy = "cover"
     skip_first_tokens: int = 2
     likelihoods: TokenLikelihoods | None = None
     _alignments: dict[str, TokenAlignment] = field(default_factory=dict, repr=False)
+
+    def hold(self, examples: Sequence[EncodedExample | EncodedText]) -> None:
+        """Let a teacher that runs beside the student read ``examples`` together."""
+        if isinstance(self.store, OnlineKV):
+            self.store.hold(example.sample_key for example in examples)
 
     def alignment(self, example: EncodedExample | EncodedText) -> TokenAlignment:
         """Teacher tokens for each student token of ``example``."""
@@ -127,6 +133,12 @@ class DistillationDataset(Dataset[dict[str, Any]]):
     def predicted_bytes(self) -> int:
         """Bytes of all texts whose tokens carry a label."""
         return sum(example.predicted_bytes for example in self.examples)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Samples of one batch, as a DataLoader asks for them."""
+        for source in self.sources:
+            source.hold([self.examples[self.partner[index]] for index in indices])
+        return [self[index] for index in indices]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]

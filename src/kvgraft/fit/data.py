@@ -305,6 +305,8 @@ def _require_two_frozen_models(recipe: Recipe) -> None:
             f"fit takes one teacher and the recipe names {len(recipe.teachers)}; fit them one by one, each with a "
             "recipe that names it alone"
         )
+    if recipe.kv_loss.source == "online":
+        raise RecipeError("fit reads both models' KV from stores again and again; leave kv_loss.source: online out")
     if recipe.student.model is None:
         raise RecipeError(
             "fit takes a student that exists (student.model): the KV of a new one, with random weights, is not worth "

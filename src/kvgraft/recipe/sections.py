@@ -248,6 +248,8 @@ class KVLossRecipe(Section):
     ``gradient_share`` sets the weight again and again so that this part has that share of the student's gradient norm.
     ``combine`` makes one loss of several teachers' (:mod:`kvgraft.distill.fusion`): ``mean``, ``weights`` (those of
     the teachers), ``learned``, or ``confidence``, by how likely each teacher finds the text.
+    ``source: online`` runs the teachers in every step, and again in every evaluation, in place of reading a store; the
+    centre and spread of their KV then come from the first ``calibration_texts`` training texts.
     """
 
     objective: Objective = "student_to_teacher"
@@ -260,6 +262,17 @@ class KVLossRecipe(Section):
     values_weight: Weight = 1.0
     layer_weights: list[Weight] | None = None
     relation_heads: Positive = 4
+    source: Literal["store", "online"] = "store"
+    calibration_texts: Positive = 128
+
+    @model_validator(mode="after")
+    def _confidence_needs_a_store(self) -> KVLossRecipe:
+        if self.source == "online" and self.combine == "confidence":
+            raise ValueError(
+                "combine: confidence reads likelihoods that lie beside a store, and source: online keeps none; set "
+                "source: store, or another combine"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_weighs(self) -> KVLossRecipe:

@@ -136,7 +136,8 @@ def cost_rows(result: RunResult) -> list[tuple[str, str]]:
     if result.started_embeddings is not None:
         rows.append(("student tokens started from a teacher's embeddings", f"{result.started_embeddings:.2%}"))
     for teacher in result.teachers:
-        speed = f"{teacher.tokens_per_second:,.0f}" if teacher.tokens_per_second else "not run: all KV was stored"
+        idle = "not run: all KV was stored" if teacher.store_bytes else "run in every step"
+        speed = f"{teacher.tokens_per_second:,.0f}" if teacher.tokens_per_second else idle
         rows += [
             (f"{teacher.name}: student tokens aligned", f"{teacher.alignment_coverage:.2%}"),
             (f"{teacher.name}: teacher tokens to each", _number(teacher.alignment_mean_span)),

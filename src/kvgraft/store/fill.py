@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvgraft.data.batching import length_buckets, pad_texts
@@ -151,13 +152,28 @@ def _add_share(
 
 
 def _add_batch(writer: KVStoreWriter, model: PreTrainedModel, batch: Sequence[EncodedText], teacher: str) -> None:
-    lengths = [len(text.input_ids) for text in batch]
-    input_ids, mask = pad_texts(batch)
-    kv = capture(model, input_ids, mask, layers=writer.identity.layers).to("cpu")
-    for row, text in enumerate(batch):
-        sample = _one_text(kv, row, lengths[row]).require_finite(f"teacher {teacher}, text {text.sample_key[:12]}")
-        counted = torch.arange(lengths[row]) >= min(_SINK_TOKENS, lengths[row] - 1)
-        writer.add(text.sample_key, sample, text.spans, text.truncated_bytes, text.text_bytes, counted)
+    found = kv_of_texts(model, batch, writer.identity.layers, teacher)
+    for text, kv in zip(batch, found, strict=True):
+        counted = counted_tokens(len(text.input_ids))
+        writer.add(text.sample_key, kv, text.spans, text.truncated_bytes, text.text_bytes, counted)
+
+
+def kv_of_texts(model: PreTrainedModel, texts: Sequence[EncodedText], layers: Sequence[int], teacher: str) -> list[KV]:
+    """KV of each of ``texts`` (batch 1, no padding, in memory) from one pass of ``model``.
+
+    Raises:
+        ModelError, KVGraftError: the model cannot be captured, or it gives NaN or Inf (names teacher, text and layer).
+    """
+    kv = capture(model, *pad_texts(texts), layers=layers).to("cpu")
+    return [
+        _one_text(kv, row, len(text.input_ids)).require_finite(f"teacher {teacher}, text {text.sample_key[:12]}")
+        for row, text in enumerate(texts)
+    ]
+
+
+def counted_tokens(tokens: int) -> Tensor:
+    """bool ``[tokens]``: which tokens of a text count in mean and spread."""
+    return torch.arange(tokens) >= min(_SINK_TOKENS, tokens - 1)
 
 
 def _one_text(kv: KV, row: int, tokens: int) -> KV:

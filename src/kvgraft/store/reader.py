@@ -60,6 +60,18 @@ class KVStatistics:
     mean: Tensor
     variance: Tensor
 
+    @classmethod
+    def from_moments(cls, moments: Moments, layers: Sequence[int]) -> KVStatistics:
+        """Of the entries ``layers`` of the moments' layer axis.
+
+        Raises:
+            StoreError: no token counts.
+        """
+        if moments.count == 0:
+            raise StoreError("no token of the teacher's texts counts, so its KV has no mean; add longer texts")
+        variance = moments.m2[layers] / moments.count
+        return cls(moments.count, moments.mean[layers].float(), variance.float())
+
 
 @dataclass(frozen=True)
 class KVStore:
@@ -205,9 +217,7 @@ class KVStore:
             shard = self._shard(name)
             count = int(shard.get_tensor("count"))
             total = total.merge(Moments(count, shard.get_tensor("mean"), shard.get_tensor("m2")))
-        if total.count == 0:
-            raise StoreError(f"no token in the KV store in {self.folder} counts, so it has no mean; add longer texts")
-        return KVStatistics(total.count, total.mean[index].float(), (total.m2[index] / total.count).float())
+        return KVStatistics.from_moments(total, index)
 
     def verify(self) -> list[str]:
         """Names of the shards that are missing or whose size or checksum is not what the manifest says."""

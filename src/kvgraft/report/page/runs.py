@@ -27,7 +27,7 @@ from kvgraft.report.tables import size_text
 logger = logging.getLogger(__name__)
 
 _TILES = 4
-_STORED = Phrase("not run: all KV was stored")
+_STORED, _ONLINE = Phrase("not run: all KV was stored"), Phrase("run in every step")
 
 
 def page_of_runs(folders: Sequence[Path], with_strips: bool = True) -> PageData:
@@ -153,8 +153,9 @@ def _costs(run: RunFolder) -> TableFigure:
     for teacher in result.teachers:
         name, speed = {"teacher": teacher.name}, teacher.tokens_per_second
         store = {"size": size_text(teacher.store_bytes), "bytes": f"{teacher.bytes_per_token:,.0f}"}
+        idle = _STORED if teacher.store_bytes else _ONLINE
         rows += [
-            [Phrase("{teacher}: tokens per second", name), f"{speed:,.0f}" if speed else _STORED],
+            [Phrase("{teacher}: tokens per second", name), f"{speed:,.0f}" if speed else idle],
             [Phrase("{teacher}: store", name), Phrase("{size}, {bytes} bytes a token", store)],
         ]
     rows += [[Phrase("time: {phase}", {"phase": phase}), f"{time:,.1f} s"] for phase, time in result.seconds.items()]

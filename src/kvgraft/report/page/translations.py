@@ -193,6 +193,7 @@ CHINESE = {
     "Costs, seed {seed}": "开销，种子 {seed}",
     "{teacher}: tokens per second": "{teacher}：每秒词元数",
     "not run: all KV was stored": "未运行：全部 KV 已存储",
+    "run in every step": "每一步都运行",
     "{teacher}: store": "{teacher}：存储",
     "{size}, {bytes} bytes a token": "{size}，每词元 {bytes} 字节",
     "time: {phase}": "耗时：{phase}",
