@@ -49,3 +49,4 @@ if __name__ == "__main__":
     _, report = fill(folder)
     if process_state().is_main_process:
         (folder / "tokens").write_text(str(report.tokens))
+        (folder / "processes").write_text(str(process_state().num_processes))

@@ -12,11 +12,14 @@ from kvgraft.store.writer import KVStoreWriter, share_folder
 from tests.store.process import encoded, fill
 from tests.store.test_fill import identity
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+# Without --multi_gpu it starts one process where there is no accelerator; port 0 is any that is free.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
 
-def fill_in_two_processes(folder: Path, *options: str) -> int:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+def fill_in_two_processes(folder: Path, launcher: list[str], *options: str) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*launch, "-m", "tests.store.process", str(folder), *options]
+    command = [sys.executable, "-m", *launcher, "-m", "tests.store.process", str(folder), *options]
     return subprocess.run(command, env=environment, timeout=300, check=False).returncode
 
 
@@ -42,13 +45,14 @@ def require_same_content(folder: Path, other: Path) -> None:
 
 def test_one_process_is_killed_and_only_the_rest_is_done_again(tmp_path: Path) -> None:
     folder, whole = tmp_path / "shared", tmp_path / "whole"
-    assert fill_in_two_processes(folder, "2") != 0
+    assert fill_in_two_processes(folder, TORCHRUN, "2") != 0
     first, second = (manifest_of(share_folder(folder, process)).samples for process in (0, 1))
     assert len(second) == 2
     assert not first.keys() & second.keys()
     assert not manifest_of(folder).complete
 
-    assert fill_in_two_processes(folder) == 0
+    assert fill_in_two_processes(folder, ACCELERATE) == 0
+    assert (folder / "processes").read_text() == "2"
     kept = sum(sample.tokens for sample in [*first.values(), *second.values()])
     assert int((folder / "tokens").read_text()) == sum(len(text.input_ids) for text in encoded()) - kept
     assert not list(folder.glob("share-*"))
