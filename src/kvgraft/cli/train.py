@@ -17,7 +17,7 @@ def train(
 ) -> None:
     """Do everything RECIPE says: store the teachers' KV, train every arm, compare them, write a run folder.
 
-    Several processes: accelerate launch -m kvgraft train RECIPE
+    Several processes: accelerate launch --multi_gpu --num_processes 2 -m kvgraft train RECIPE, on CPUs too.
     """
     from kvgraft.processes import process_state
     from kvgraft.recipe import load_recipe
