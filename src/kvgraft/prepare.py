@@ -168,6 +168,8 @@ def load_examples_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) 
         data.seed,
         tokenizer=tokenizer,
         keep_turns=data.chat_template == "own",
+        streaming=data.streaming,
+        shuffle_buffer=data.shuffle_buffer,
     )
 
 

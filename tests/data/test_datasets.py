@@ -195,6 +195,51 @@ def test_folder_of_other_files_is_read_by_datasets(
         load_examples(source, "held_out")
 
 
+def test_streaming_reads_the_same_rows_and_stores_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [f"Why {number}?,So." for number in range(50)]
+    (tmp_path / "tables").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "tables" / f"{name}.csv").write_text("\n".join(["question,answer", *lines]))
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    source = str(tmp_path / "tables")
+    streamed = load_examples(source, limit=5, streaming=True)
+    assert [example.text for example in streamed] == [f"Why {number}?\nSo." for number in range(5)]
+    assert not list(cache.rglob("*.arrow"))
+    assert load_examples(source, limit=5) == streamed
+    assert list(cache.rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("held_out", [None, "{train}"])
+def test_a_file_is_read_no_further_than_the_limits_need(tmp_path: Path, held_out: str | None) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", *({"text": f"text {number}"} for number in range(100)), "no object")
+    with pytest.raises(DataError, match="line 101"):
+        load_train_and_held_out(source)
+    train, tested = load_train_and_held_out(
+        source, held_out and held_out.format(train=source), 40, 2, shuffle_buffer=10 if held_out is None else None
+    )
+    assert len(tested) == 2
+    assert len(train) == (40 if held_out is None else 38)
+
+
+def test_a_shuffle_buffer_mixes_what_was_read_by_the_seed(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(40)]
+    source = write_jsonl(tmp_path / "rows.jsonl", *({"text": text} for text in texts))
+
+    def read(limit: int | None = None, seed: int = 0, size: int = 8) -> list[str]:
+        return [example.text for example in load_examples(source, limit=limit, seed=seed, shuffle_buffer=size)]
+
+    mixed = read()
+    assert mixed != texts
+    assert sorted(mixed) == sorted(texts)
+    # What comes out at a place was read at most the buffer's size ahead.
+    assert all(texts.index(text) < place + 8 for place, text in enumerate(mixed))
+    assert read() == mixed
+    assert read(limit=12) == mixed[:12]
+    assert read(seed=1) != mixed
+    assert read(size=1) == texts
+
+
 def test_hub_data_set_without_a_network_is_a_data_error(tmp_path: Path) -> None:
     code = (
         "from kvgraft.data.datasets import load_examples\n"

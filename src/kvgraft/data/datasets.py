@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -70,6 +71,8 @@ def load_examples(
     shuffle: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     keep_turns: bool = False,
+    streaming: bool = False,
+    shuffle_buffer: int | None = None,
 ) -> list[Example]:
     """The texts of ``source``, in its own order.
 
@@ -84,6 +87,9 @@ def load_examples(
         tokenizer: its chat template renders ``messages``; without one they become lines of ``role: content``.
         keep_turns: make them lines in any case and keep their turns, for each model's own template. White space around
             a turn is left out: some templates strip it and others do not.
+        streaming: read a hub data set row by row, as far as ``limit`` needs, and keep no copy on disk. A JSONL file is
+            always read so.
+        shuffle_buffer: read so many rows ahead, and take one of those by ``seed`` for each next text.
 
     Columns, the first form that a row has: ``messages`` (up to the last assistant turn, which is the completion),
     ``prompt`` + ``completion`` (joined as they are), ``question`` + ``answer`` (joined by a line break), ``text``.
@@ -97,8 +103,8 @@ def load_examples(
         count = limit or WORD_PROBLEM_COUNTS[split]
         rows: Iterable[Row] = _numbered(f"word_problems ({split})", word_problems.generate(split, count, seed))
     else:
-        rows = _rows(source, split)
-    examples = (_example(where, row, tokenizer, keep_turns) for where, row in rows)
+        rows = _rows(source, split, streaming)
+    examples = _examples(rows, seed, tokenizer, keep_turns, shuffle_buffer)
     chosen = _shuffled(examples, seed)[:limit] if shuffle else list(islice(examples, limit))
     if not chosen:
         raise DataError(f"{source} ({split}) holds no examples; give a source with at least one row of {KNOWN_FORMS}")
@@ -116,32 +122,39 @@ def load_train_and_held_out(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     keep_turns: bool = False,
+    streaming: bool = False,
+    shuffle_buffer: int | None = None,
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out texts that share none.
 
     Without ``held_out`` it is the held-out part of ``train``. A single JSONL file has no parts, so one text in ten,
     chosen by its sha256, is held out: a text keeps its side when the file grows, and equal texts are on one side.
 
-    A training text that is held out too is left out of training, with a warning.
+    A training text that is held out too is left out of training, with a warning. ``shuffle_buffer`` mixes the training
+    texts.
 
     Raises DataError if nothing is left to train on, or as ``load_examples`` does.
     """
     if held_out is None and _is_file(train):
         _check_limit(train, train_limit)
         _check_limit(train, held_out_limit)
-        examples = load_examples(train, seed=seed, tokenizer=tokenizer, keep_turns=keep_turns)
         sides: tuple[list[Example], list[Example]] = ([], [])
-        for example in examples:
-            sides[_digest(example.text) % 10 == 0].append(example)
+        limits = (train_limit, held_out_limit)
+        for example in _examples(_rows(train, "train", streaming), seed, tokenizer, keep_turns, shuffle_buffer):
+            side = _digest(example.text) % 10 == 0
+            if len(sides[side]) != limits[side]:
+                sides[side].append(example)
+            if all(len(examples) == limit for examples, limit in zip(sides, limits, strict=True)):
+                break
         if not all(sides):
             raise DataError(
-                f"{train} holds {len(examples)} examples, too few to hold one in ten out; "
+                f"{train} holds {len(sides[0]) + len(sides[1])} examples, too few to hold one in ten out; "
                 "name a second file as held_out"
             )
-        return sides[0][:train_limit], sides[1][:held_out_limit]
-    chat: dict[str, Any] = {"tokenizer": tokenizer, "keep_turns": keep_turns}
-    trained = load_examples(train, "train", train_limit, seed, **chat)
-    tested = load_examples(held_out or train, "held_out", held_out_limit, seed, **chat)
+        return sides
+    ways: dict[str, Any] = {"tokenizer": tokenizer, "keep_turns": keep_turns, "streaming": streaming}
+    trained = load_examples(train, "train", train_limit, seed, **ways, shuffle_buffer=shuffle_buffer)
+    tested = load_examples(held_out or train, "held_out", held_out_limit, seed, **ways)
     tested_texts = {example.text for example in tested}
     kept = [example for example in trained if example.text not in tested_texts]
     if not kept:
@@ -159,7 +172,19 @@ def _check_limit(source: str, limit: int | None) -> None:
         raise DataError(f"cannot take {limit} examples of {source}; give a limit of at least 1, or none to take all")
 
 
-def _rows(source: str, split: Split) -> Iterator[Row]:
+def _examples(
+    rows: Iterable[Row],
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    keep_turns: bool,
+    shuffle_buffer: int | None,
+) -> Iterator[Example]:
+    if shuffle_buffer is not None:
+        rows = _drawn_from_buffer(rows, shuffle_buffer, seed)
+    return (_example(where, row, tokenizer, keep_turns) for where, row in rows)
+
+
+def _rows(source: str, split: Split, streaming: bool) -> Iterator[Row]:
     path = Path(source).expanduser()
     if _is_file(source):
         return _read_jsonl(path)
@@ -174,7 +199,7 @@ def _rows(source: str, split: Split) -> Iterator[Row]:
                 f"{' or '.join(f'{name}.jsonl' for name in SPLIT_NAMES[split])}, or name the file itself"
             )
         source = str(path)  # `datasets` does not know ~
-    return _read_hub(HUB_ALIASES.get(source, source), split)
+    return _read_hub(HUB_ALIASES.get(source, source), split, streaming)
 
 
 def _is_file(source: str) -> bool:
@@ -200,7 +225,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             yield where, row
 
 
-def _read_hub(source: str, split: Split) -> Iterator[Row]:
+def _read_hub(source: str, split: Split, streaming: bool) -> Iterator[Row]:
     import datasets  # slow to import, and only needed here
 
     name, _, config = source.partition(":")
@@ -212,7 +237,7 @@ def _read_hub(source: str, split: Split) -> Iterator[Row]:
                 f"data set {source} has no {split} part: it has {', '.join(parts)}, and {split} would be "
                 f"{' or '.join(SPLIT_NAMES[split])}; name another source for it"
             )
-        rows = datasets.load_dataset(name, config or None, split=part)
+        rows = datasets.load_dataset(name, config or None, split=part, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, DataError):
             raise
@@ -298,6 +323,17 @@ def _string(where: str, row: Mapping[str, Any], column: str) -> str:
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell and no tokenizer reads
         raise DataError(f"{where}: `{column}` holds a character that is no valid Unicode: {error}") from error
     return value
+
+
+def _drawn_from_buffer(rows: Iterable[Row], size: int, seed: int) -> Iterator[Row]:
+    draw = random.Random(seed)
+    held: list[Row] = []
+    for row in rows:
+        held.append(row)
+        if len(held) == size:
+            yield held.pop(draw.randrange(size))
+    draw.shuffle(held)
+    yield from held
 
 
 def _shuffled(examples: Iterable[Example], seed: int) -> list[Example]:

@@ -126,6 +126,9 @@ class DataRecipe(Section):
     the student. ``chat_template`` says how ``messages`` are read: ``student``: both models read the text that the
     student's template makes (lines of ``role: content`` where it has none); ``own``: each model reads them in its own
     template, and only what was said is aligned.
+
+    ``streaming`` reads hub data no further than ``train_samples`` needs, without storing it. ``shuffle_buffer`` mixes
+    the training texts: it reads so many rows ahead and takes one of them each time, by ``seed``.
     """
 
     train: str = "word_problems"
@@ -136,6 +139,14 @@ class DataRecipe(Section):
     max_length: Annotated[int, Field(gt=1)] = 512
     loss_on: Literal["all", "completion"] = "all"
     chat_template: Literal["student", "own"] = "student"
+    streaming: bool = False
+    shuffle_buffer: Positive | None = None
+
+    @model_validator(mode="after")
+    def _streams_end(self) -> DataRecipe:
+        if self.streaming and self.train_samples is None:
+            raise ValueError("streaming needs train_samples: how many texts of the stream to take")
+        return self
 
 
 class AlignmentRecipe(Section):
