@@ -64,6 +64,8 @@ def test_overrides(tmp_path: Path) -> None:
         (("name: small\n", ""), r"name.*Field required"),
         (("name: small", "name: ../escape"), r"name \(line 1\)"),
         (("steps: 5", "steps: 5\n  batch_size: 6\n  gradient_accumulation_steps: 4"), "6 is not a multiple of .* 4"),
+        (("steps: 5", "steps: 5\n  tokens_per_batch: 99"), "tokens_per_batch goes with batching: buckets or packed"),
+        (("steps: 5", "steps: 5\ndata:\n  streaming: true"), "streaming needs train_samples"),
         (("steps: 5", "steps: 5\narms: [kv, kv]"), "each once"),
         (("steps: 5", "steps: 5\nkv_loss:\n  weight: .inf"), r"kv_loss\.weight \(line 11\).*finite"),
         (("  - name: big", "  - name: big\n    model: a\n  - name: big"), r"two teachers are named \['big'\]"),

@@ -159,7 +159,7 @@ def _student_problems(
             f"the student's tokenizer has {len(tokenizer)} entries and its model only {text.vocab_size}; "
             "name the tokenizer that belongs to the model"
         )
-    if train_texts < recipe.training.batch_size:
+    if train_texts < recipe.training.batch_size and recipe.training.tokens_per_batch is None:
         problems.append(
             f"training.batch_size {recipe.training.batch_size} is more than the {train_texts} training texts; lower it"
         )

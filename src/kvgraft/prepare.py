@@ -28,6 +28,7 @@ from kvgraft.models.capture import kv_geometry
 from kvgraft.models.cut import chosen_layers, cut_config, cut_model, origin_layers
 from kvgraft.models.embeddings import EmbeddingStart, start_embeddings
 from kvgraft.models.lora import add_lora
+from kvgraft.models.packing import require_exact_packing
 from kvgraft.models.students import new_student, student_config
 from kvgraft.prepare_embeddings import prepare_embeddings
 from kvgraft.processes import process_state
@@ -124,6 +125,8 @@ def prepare(recipe: Recipe) -> Prepared:
     with phases.timed("read text"):
         texts = read_texts(recipe)
     config = load_student_config(recipe, texts.tokenizer)
+    if recipe.training.batching == "packed":
+        require_exact_packing(make_student(recipe, texts.tokenizer))
     models = []
     for teacher in recipe.teachers:
         with phases.timed(f"identify {teacher.name}"):

@@ -14,6 +14,7 @@ from kvgraft.distill.arms import (
     evaluations,
     gradient_shares,
     non_finite_steps,
+    real_token_share,
     seconds_at_evaluations,
     train_arm,
 )
@@ -192,6 +193,7 @@ def _finish_arm(folder: Path, arm: str, recipe: Recipe, projector_parameters: in
         non_finite_steps=non_finite_steps(folder),
         projector_parameters=projector_parameters,
         seconds_at=seconds_at_evaluations(folder),
+        real_token_share=real_token_share(folder),
     )
     if process_state().is_main_process:
         # Written last: an arm with this file is finished.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from kvgraft.distill.arms import build_arm, training_arguments
+from kvgraft.distill.arms import build_arm, training_arguments, training_batches
 from kvgraft.distill.trainer import KVTrainer
 from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe, load_recipe
@@ -30,7 +30,7 @@ def gradients(recipe: Recipe, output: Path, arm: str = "kv") -> tuple[list[dict[
     trainer = KVTrainer(
         build_arm(recipe, arm, data),
         training_arguments(recipe, output),
-        data.train_set(arm, recipe.seed),
+        training_batches(recipe, data.train_set(arm, recipe.seed), data.collator),
         data.held_out_set(arm),
         data.tokenizer,
         data_collator=data.collator,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from kvgraft.data.batch_plan import plan_batches
 from kvgraft.data.batching import EncodedExample
 from kvgraft.distill.build import build_distillation
 from kvgraft.distill.callbacks import InterruptCallback, MetricsCallback, ProgressCallback
-from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, TeacherSource
+from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, PlannedBatches, TeacherSource
 from kvgraft.distill.logit_part import LogitPart
 from kvgraft.distill.logit_sources import LogitSource
 from kvgraft.distill.model import DistillationModel
@@ -116,7 +117,7 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> int:
         trainer = KVTrainer(
             model,
             training_arguments(recipe, checkpoints),
-            data.train_set(arm, recipe.seed),
+            training_batches(recipe, data.train_set(arm, recipe.seed), data.collator),
             data.held_out_set(arm),
             data.tokenizer,
             data_collator=data.collator,
@@ -147,8 +148,9 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> int:
 def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     """The Trainer's arguments for a recipe; the global batch is split over processes and accumulation steps."""
     training = recipe.training
-    pieces = training.gradient_accumulation_steps * process_state().num_processes
-    if training.batch_size % pieces:
+    pieces = _batch_pieces(recipe)
+    planned = training.batching != "shuffled"
+    if training.batch_size % pieces and not planned:
         raise RecipeError(
             f"training.batch_size {training.batch_size} cannot be split over {process_state().num_processes} processes "
             f"and {training.gradient_accumulation_steps} accumulation steps; make it a multiple of {pieces}"
@@ -161,7 +163,8 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output),
         max_steps=training.steps,
-        per_device_train_batch_size=training.batch_size // pieces,
+        # What is planned comes as whole batches.
+        per_device_train_batch_size=1 if planned else training.batch_size // pieces,
         per_device_eval_batch_size=training.eval_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
@@ -185,6 +188,31 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         disable_tqdm=True,
         **checkpointing,
     )
+
+
+def training_batches(
+    recipe: Recipe, dataset: DistillationDataset, collator: DistillationCollator
+) -> DistillationDataset | PlannedBatches:
+    """``dataset`` for the Trainer to shuffle, or all batches of the training where the recipe has them planned."""
+    training = recipe.training
+    if training.batching == "shuffled":
+        return dataset
+    lengths = [len(example.input_ids) for example in dataset.examples]
+    pieces, packed = _batch_pieces(recipe), training.batching == "packed"
+    budget = tokens_per_batch(recipe, lengths) // pieces
+    plan = plan_batches(lengths, budget, training.steps * pieces, recipe.seed, packed=packed)
+    return PlannedBatches(dataset, collator, plan, packed)
+
+
+def tokens_per_batch(recipe: Recipe, lengths: Sequence[int]) -> int:
+    """Most tokens of a planned batch over texts of ``lengths`` tokens, by the recipe or else by its ``batch_size``."""
+    training = recipe.training
+    return training.tokens_per_batch or round(training.batch_size * sum(lengths) / len(lengths))
+
+
+def _batch_pieces(recipe: Recipe) -> int:
+    """Batches of the data loader that make one of the recipe's."""
+    return recipe.training.gradient_accumulation_steps * process_state().num_processes
 
 
 def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
@@ -213,6 +241,17 @@ def gradient_shares(folder: Path) -> dict[str, float]:
             if name.startswith("gradient_share/"):
                 found.setdefault(name.removeprefix("gradient_share/"), []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def real_token_share(folder: Path) -> float | None:
+    """Share of the tokens that an arm's student ran over that were no padding, from its log."""
+    counts = {
+        record["step"]: (record["real_tokens"], record["processed_tokens"])
+        for record in read_metrics(folder / "metrics.jsonl")
+        if "processed_tokens" in record
+    }
+    processed = sum(count for _, count in counts.values())
+    return sum(count for count, _ in counts.values()) / processed if processed else None
 
 
 def gradient_shares_of(recipe: Recipe, model: DistillationModel) -> dict[str, float]:

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from kvgraft.align.likelihood import move_log_likelihood
 from kvgraft.align.tokens import AlignmentPolicy, TokenAlignment, align_tokens, gather_aligned
+from kvgraft.data.batch_plan import Batch
 from kvgraft.data.batching import IGNORED, EncodedExample
 from kvgraft.data.spans import EncodedText
 from kvgraft.distill.logit_sources import LogitSource, collate_targets
 from kvgraft.errors import AlignmentError
 from kvgraft.kv import KV, stack_kv
+from kvgraft.models.packing import packed_positions
 from kvgraft.store.likelihoods import TokenLikelihoods
 from kvgraft.store.online import OnlineKV
 from kvgraft.store.reader import KVStore
@@ -166,16 +169,24 @@ class DistillationDataset(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class DistillationCollator:
-    """Pads samples to one batch: tokens with ``pad_token_id``, labels with -100, KV with zeros and a false mask."""
+    """Pads samples to one batch: tokens with ``pad_token_id``, labels with -100, KV with zeros and a false mask.
+
+    ``texts_in_rows`` has the student read the samples packed: so many of them in the first row, so many in the next.
+    """
 
     pad_token_id: int
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(
+        self, samples: Sequence[Mapping[str, Any]], texts_in_rows: Sequence[int] | None = None
+    ) -> dict[str, Any]:
         batch: dict[str, Any] = {
             "input_ids": _pad([sample["input_ids"] for sample in samples], self.pad_token_id),
             "labels": _pad([sample["labels"] for sample in samples], IGNORED),
             "attention_mask": _pad([torch.ones_like(sample["input_ids"]) for sample in samples], 0),
         }
+        if texts_in_rows is not None:
+            lengths = iter([len(sample["input_ids"]) for sample in samples])
+            batch["packed_positions"] = packed_positions([list(islice(lengths, texts)) for texts in texts_in_rows])
         teachers = samples[0]["teacher_kv"]
         if teachers:
             batch["teacher_kv"] = {
@@ -203,6 +214,35 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in DataLoader(self.dataset, batch_size=self.batch_size, collate_fn=self.collator):
             yield send_to_device(batch, self.device)
+
+
+class PlannedBatches(Dataset[dict[str, Any]]):
+    """The batches of a training in order: item ``i`` is the ``i``-th batch of ``plan``, collated.
+
+    Args:
+        dataset: the texts.
+        collator: makes one batch of some.
+        plan: as :func:`kvgraft.data.batch_plan.plan_batches` gives it.
+        packed: let the student read the texts of a row as one sequence.
+    """
+
+    def __init__(
+        self, dataset: DistillationDataset, collator: DistillationCollator, plan: Sequence[Batch], packed: bool
+    ) -> None:
+        self.dataset, self.collator, self.plan, self.packed = dataset, collator, plan, packed
+        self._texts_read = [0, *accumulate(sum(map(len, batch)) for batch in plan)]
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def epochs(self, batches: int) -> float:
+        """How often the first ``batches`` batches read the texts."""
+        return self._texts_read[batches] / len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rows = self.plan[index]
+        samples = [self.dataset[text] for row in rows for text in row]
+        return self.collator(samples, [len(row) for row in rows] if self.packed else None)
 
 
 def _pad(rows: list[Tensor], value: float) -> Tensor:

@@ -19,6 +19,7 @@ from kvgraft.distill.relations import relation_errors
 from kvgraft.kv import KV
 from kvgraft.models.capture import record_kv
 from kvgraft.models.head import record_hidden
+from kvgraft.models.packing import FILL, Packing
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import KVLossRecipe
 
@@ -88,6 +89,7 @@ class DistillationModel(nn.Module):
         num_logit_targets: Mapping[str, Tensor | int] | None = None,
         teacher_log_likelihood: Mapping[str, Tensor] | None = None,
         num_taught_tokens: Tensor | int | None = None,
+        packed_positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Loss and its parts for ``input_ids [batch, tokens]``.
 
@@ -100,17 +102,20 @@ class DistillationModel(nn.Module):
             num_logit_targets: for each teacher, compared predictions in the whole batch; default those of this call.
             teacher_log_likelihood: for each teacher ``[batch, tokens]``, for ``loss.combine: confidence``.
             num_taught_tokens: tokens in the whole batch that any teacher answers for; default those of this call.
+            packed_positions: ``[rows, row tokens]``, where the student reads several texts in a row; see
+                :mod:`kvgraft.models.packing`. Everything else stays one row for each text.
 
         Returns:
             ``loss``, ``ce_loss``, and with teachers ``kv_loss`` and ``logit_loss`` (of all together), each teacher's
             ``kv_loss/<teacher>`` and ``logit_loss/<teacher>`` (its own, unweighted), where several teach
             ``teacher_share/<teacher>``, and ``kv_penalty`` where ``loss.combine`` is ``learned``.
         """
+        packing = None if packed_positions is None else Packing(packed_positions, attention_mask.bool())
         if self.fusion is None and self.logits is None:
-            ce_loss = self._cross_entropy(input_ids, attention_mask, labels, num_items_in_batch)
+            ce_loss = self._cross_entropy(input_ids, attention_mask, labels, num_items_in_batch, packing)
             return {"loss": ce_loss, "ce_loss": ce_loss}
         with record_hidden(self.student) as hidden:
-            ce_loss, student_kv = self.student_pass(input_ids, attention_mask, labels, num_items_in_batch)
+            ce_loss, student_kv = self.student_pass(input_ids, attention_mask, labels, num_items_in_batch, packing)
         outputs = {"ce_loss": ce_loss}
         if self.fusion is not None:
             outputs |= self._kv_losses(
@@ -122,8 +127,9 @@ class DistillationModel(nn.Module):
                 num_taught_tokens,
             )
         if self.logits is not None:
+            states = hidden.states if packing is None else packing.unpack(hidden.states)
             logit_parts = self.logits.losses(
-                self.student, hidden.states, input_ids, teacher_logits or {}, num_logit_targets or {}
+                self.student, states, input_ids, teacher_logits or {}, num_logit_targets or {}
             )
             outputs |= self._over_teachers("logit_loss", logit_parts, ce_loss)
         return {"loss": self.weighted(outputs), **outputs}
@@ -146,12 +152,19 @@ class DistillationModel(nn.Module):
         return {name: mean, **{f"{name}/{teacher}": part for teacher, part in parts.items()}}
 
     def student_pass(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, KV]:
         """Cross-entropy and the student's KV of the compared layers (all of them where no teacher is compared)."""
         with record_kv(self.student, layers=self.student_layers or None) as recorder:
-            ce_loss = self._cross_entropy(input_ids, attention_mask, labels, num_items_in_batch)
-        return ce_loss, recorder.kv(attention_mask)
+            ce_loss = self._cross_entropy(input_ids, attention_mask, labels, num_items_in_batch, packing)
+        if packing is None:
+            return ce_loss, recorder.kv(attention_mask)
+        return ce_loss, packing.unpack_kv(recorder.kv(packing.positions != FILL, packing.position_ids))
 
     def token_errors(self, student_kv: KV, teacher: str, target: KV) -> Tensor:
         """Error of each token that ``target`` answers for, as the recipe's KV loss measures it: ``[real tokens]``."""
@@ -196,14 +209,22 @@ class DistillationModel(nn.Module):
         return student_kv.select_layers([student for student, _ in self.layer_maps[teacher]])
 
     def _cross_entropy(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, num_items: Tensor | int | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        num_items: Tensor | int | None,
+        packing: Packing | None,
     ) -> Tensor:
         # The batch may be all ignored labels; dividing by at least one keeps its loss at zero instead of NaN.
         count = (labels[:, 1:] != -100).sum() if num_items is None else torch.as_tensor(num_items)
+        read = (
+            {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+            if packing is None
+            else packing.inputs(input_ids, labels)
+        )
         output = self.student(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            labels=labels,
+            **read,
             num_items_in_batch=count.clamp_min(1).to(input_ids.device),
             use_cache=False,
         )

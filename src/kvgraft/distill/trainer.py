@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-from kvgraft.distill.dataset import DistillationCollator, DistillationDataset
+from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, PlannedBatches
 from kvgraft.distill.model import DistillationModel
 from kvgraft.evaluate.quality import held_out_quality
 from kvgraft.models.loading import load_weights
@@ -47,7 +47,7 @@ class KVTrainer(Trainer):
         self,
         model: DistillationModel,
         args: TrainingArguments,
-        train_dataset: DistillationDataset,
+        train_dataset: DistillationDataset | PlannedBatches,
         eval_dataset: DistillationDataset,
         processing_class: PreTrainedTokenizerBase,
         *,
@@ -65,9 +65,10 @@ class KVTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=data_collator,
+            data_collator=_the_only_one if isinstance(train_dataset, PlannedBatches) else data_collator,
             callbacks=callbacks,
         )
+        self.held_out_collator = data_collator
         # The loss below is a sum over the whole batch's count, so the Trainer must count and must not divide again.
         self.model_accepts_loss_kwargs = True
         self.projector_learning_rate = projector_learning_rate
@@ -83,7 +84,7 @@ class KVTrainer(Trainer):
         self._num_logit_targets: dict[str, Tensor] = {}
         self._num_taught_tokens: Tensor | None = None
         self._part_sums: dict[str, Tensor] = {}
-        self._parts_from_step = 0
+        self._summed_steps = 0
         self._shares: dict[str, float] = {}
         self._shares_measured_at = -1
 
@@ -91,6 +92,12 @@ class KVTrainer(Trainer):
     def distillation(self) -> DistillationModel:
         """The model without what the Trainer or Accelerate wrapped around it."""
         return self.accelerator.unwrap_model(self.model)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        """The Trainer's own, but the order of a plan as it stands."""
+        if isinstance(self.train_dataset, PlannedBatches):
+            return SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what ``args.optim`` names) with the student and what ties it to its teachers in groups apart."""
@@ -119,6 +126,8 @@ class KVTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         """The micro-batches of one step; counts their aligned tokens over all processes beside the labelled ones."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._summed_steps += 1
+        self._add_parts(_count_tokens(samples, device))
         self._num_kv_tokens, self._num_taught_tokens = {}, None
         names = list(self.distillation.layer_maps) if samples else []
         if names:
@@ -174,12 +183,15 @@ class KVTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each loss part's mean since the last log, and its share of the gradient, to a training log."""
-        steps = self.state.global_step - self._parts_from_step
-        if "loss" in logs and steps > 0:
+        if "loss" in logs and self._summed_steps > 0:
             for name, total in self._part_sums.items():
-                logs[name] = float(self.accelerator.reduce(total, reduction="sum")) / steps
+                logs[name] = float(self.accelerator.reduce(total, reduction="sum")) / self._summed_steps
             logs.update(self._shares)
-            self._part_sums, self._shares, self._parts_from_step = {}, {}, self.state.global_step
+            self._part_sums, self._shares, self._summed_steps = {}, {}, 0
+        if isinstance(self.train_dataset, PlannedBatches):
+            # To the Trainer a plan is one epoch, however often it reads the texts.
+            batches_per_step = len(self.train_dataset) // self.args.max_steps
+            self.state.epoch = self.train_dataset.epochs(self.state.global_step * batches_per_step)
         super().log(logs, start_time)
 
     def _add_parts(self, outputs: dict[str, Tensor]) -> None:
@@ -217,7 +229,7 @@ class KVTrainer(Trainer):
 
     def _held_out_batches(self, dataset: DistillationDataset) -> Iterator[dict[str, Any]]:
         # Every process reads the whole set: it is small, and sums then need no gathering.
-        loader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+        loader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.held_out_collator)
         for batch in loader:
             batch = self._prepare_inputs(batch)
             if "teacher_kv" in batch:
@@ -268,6 +280,18 @@ def weights_for_shares(
     fixed = sum((1.0 if part == "ce" else weights[part]) * norm for part, norm in norms.items() if part not in shares)
     whole = fixed / (1 - sum(share for part, share in shares.items() if norms.get(part)))
     return {part: share * whole / norms[part] for part, share in shares.items() if norms.get(part)}
+
+
+def _the_only_one(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    (sample,) = samples
+    return sample
+
+
+def _count_tokens(batches: list[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
+    """Tokens of texts in ``batches``, and tokens that the student runs over for them."""
+    real = sum((batch["attention_mask"].sum() for batch in batches), torch.zeros((), device=device))
+    processed = sum(batch.get("packed_positions", batch["input_ids"]).numel() for batch in batches)
+    return {"real_tokens": real, "processed_tokens": torch.tensor(float(processed), device=device)}
 
 
 def _gradient_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:

@@ -64,7 +64,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Recipe:
-        if self.training.batch_size % self.training.gradient_accumulation_steps:
+        planned = self.training.batching != "shuffled"
+        if self.training.batch_size % self.training.gradient_accumulation_steps and not planned:
             raise ValueError(
                 f"training.batch_size {self.training.batch_size} is not a multiple of "
                 f"training.gradient_accumulation_steps {self.training.gradient_accumulation_steps}"

@@ -326,10 +326,18 @@ class StoreRecipe(Section):
 
 
 class TrainingRecipe(Section):
-    """Steps, batches and rates. ``batch_size`` counts texts over all processes and accumulation steps."""
+    """Steps, batches and rates. ``batch_size`` counts texts over all processes and accumulation steps.
+
+    ``batching`` says which texts make a batch: ``shuffled``: ``batch_size`` of them as they come, padded to the
+    longest; ``buckets``: texts of like length; ``packed``: several texts in one row, each read as if it stood alone,
+    where the student's architecture allows that. The latter two take ``tokens_per_batch``, padding included and counted
+    over the same as ``batch_size``; default ``batch_size`` times the mean length of a text.
+    """
 
     steps: Positive = 300
     batch_size: Positive = 8
+    batching: Literal["shuffled", "buckets", "packed"] = "shuffled"
+    tokens_per_batch: Positive | None = None
     gradient_accumulation_steps: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     projector_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -342,3 +350,11 @@ class TrainingRecipe(Section):
     eval_batch_size: Positive = 16
     bf16: bool = False
     report_to: list[str] = []
+
+    @model_validator(mode="after")
+    def _tokens_need_batching(self) -> TrainingRecipe:
+        if self.tokens_per_batch is not None and self.batching == "shuffled":
+            raise ValueError(
+                "tokens_per_batch goes with batching: buckets or packed; with shuffled, batch_size says how many texts"
+            )
+        return self

@@ -75,7 +75,8 @@ class ArmResult(Record):
     """One training: its held-out evaluations in order (the first before any step), and what it took.
 
     ``seconds`` is the wall time of the process that finished it; ``seconds_at`` that of the training up to an evaluated
-    step, evaluations included, over all processes that went on with it.
+    step, evaluations included, over all processes that went on with it. ``real_token_share`` is the part of what the
+    student ran over that was no padding.
     """
 
     arm: str
@@ -86,6 +87,7 @@ class ArmResult(Record):
     non_finite_steps: int = 0
     projector_parameters: int = 0
     seconds_at: dict[int, float] = {}
+    real_token_share: float | None = None
 
     @property
     def first(self) -> dict[str, float]:

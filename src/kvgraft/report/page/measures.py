@@ -56,6 +56,7 @@ DETAILS = (
     Measure(Phrase("student KV deviation after"), _last("student_kv_deviation"), ".2f"),
     Measure(Phrase("student KV effective rank before"), _first("student_kv_effective_rank"), ".2f"),
     Measure(Phrase("student KV effective rank after"), _last("student_kv_effective_rank"), ".2f"),
+    Measure(Phrase("real tokens of those processed"), lambda arm, baseline: arm.real_token_share, ".1%"),
     Measure(Phrase("projector parameters"), lambda arm, baseline: arm.projector_parameters or None, ",.0f"),
 )
 

@@ -26,7 +26,7 @@ _TITLES_BY_TEACHER = {
 }
 _FIRST = ("eval_loss", "eval_kv_loss", "ce_loss", "kv_loss")
 # Told elsewhere, or settings rather than measurements.
-_LEFT_OUT = {"step", "epoch", "loss", "learning_rate", "eval_perplexity"}
+_LEFT_OUT = {"step", "epoch", "loss", "learning_rate", "eval_perplexity", "real_tokens", "processed_tokens"}
 
 
 def main_curves(runs: Sequence[SeedMeasurements], command: str) -> list[CurveFigure]:

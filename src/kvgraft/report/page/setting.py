@@ -28,12 +28,18 @@ def setting_table(
         [Phrase("training texts / tokens"), text],
         [Phrase("objective"), f"{recipe.kv_loss.objective}, {recipe.kv_loss.form}, x {recipe.kv_loss.weight:g}"],
         [Phrase("projector"), f"mlp_ratio {recipe.projector.mlp_ratio}, {recipe.projector.sharing}"],
-        [Phrase("steps x batch"), f"{recipe.training.steps:,} x {recipe.training.batch_size}"],
+        [Phrase("steps x batch"), f"{recipe.training.steps:,} x {_batch(recipe)}"],
     ]
     for machine in dict.fromkeys(_machine(environment) for environment in environments):
         rows.append([Phrase("machine"), machine or Phrase("not recorded by this run")])
     rows.append([Phrase("versions"), ", ".join(f"{name} {number}" for name, number in versions.items())])
     return TableFigure(title=Phrase("Setting"), command=command, columns=[], rows=rows)
+
+
+def _batch(recipe: Recipe) -> str:
+    training = recipe.training
+    size = f"{training.tokens_per_batch:,} tokens" if training.tokens_per_batch else str(training.batch_size)
+    return size if training.batching == "shuffled" else f"{size}, {training.batching}"
 
 
 def _machine(environment: Environment | None) -> str:

@@ -38,6 +38,7 @@ CHINESE = {
     "against the baseline": "与 baseline 之差",
     "perplexity after": "训练后困惑度",
     "fall of the KV loss": "KV 损失降幅",
+    "real tokens of those processed": "处理的词元中真实词元占比",
     "training time in seconds": "训练时间（秒）",
     "steps to the baseline's final loss": "达到 baseline 最终损失的步数",
     "KV loss before": "训练前 KV 损失",
