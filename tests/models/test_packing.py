@@ -59,7 +59,7 @@ def test_logits_and_kv_equal_those_of_the_text_alone(family: str, attention: str
         logits = rows.unpack(
             model(input_ids=rows.pack(input_ids, 0), position_ids=rows.position_ids, use_cache=False).logits
         )
-    kv = rows.unpack_kv(recorder.kv(rows.positions >= 0, rows.position_ids))
+    kv = rows.unpack_kv(recorder.kv(rows.real, rows.position_ids))
     assert torch.equal(kv.mask, mask)
     for text, tokens in enumerate(LENGTHS):
         with torch.no_grad(), record_kv(model) as recorder:

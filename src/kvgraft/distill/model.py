@@ -19,7 +19,7 @@ from kvgraft.distill.relations import relation_errors
 from kvgraft.kv import KV
 from kvgraft.models.capture import record_kv
 from kvgraft.models.head import record_hidden
-from kvgraft.models.packing import FILL, Packing
+from kvgraft.models.packing import Packing
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import KVLossRecipe
 
@@ -164,7 +164,7 @@ class DistillationModel(nn.Module):
             ce_loss = self._cross_entropy(input_ids, attention_mask, labels, num_items_in_batch, packing)
         if packing is None:
             return ce_loss, recorder.kv(attention_mask)
-        return ce_loss, packing.unpack_kv(recorder.kv(packing.positions != FILL, packing.position_ids))
+        return ce_loss, packing.unpack_kv(recorder.kv(packing.real, packing.position_ids))
 
     def token_errors(self, student_kv: KV, teacher: str, target: KV) -> Tensor:
         """Error of each token that ``target`` answers for, as the recipe's KV loss measures it: ``[real tokens]``."""

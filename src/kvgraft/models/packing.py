@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvgraft.data.batching import IGNORED
@@ -27,7 +26,6 @@ FILL = -1
 # shapes are computed, so that it should not differ at all; and from what it is alone, where only rounding differs.
 _PROBE_ROWS, _PROBE_LEAK = ((5, 8), (9,)), 1e-5
 _PROBE_TOLERANCE, _PROBE_TOLERANCE_OF_LOW_PRECISION = 1e-3, 5e-2
-_checked_models: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def packed_positions(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -52,6 +50,11 @@ class Packing:
     mask: Tensor
 
     @property
+    def real(self) -> Tensor:
+        """``[rows, row tokens]``, true where a text stands."""
+        return self.positions != FILL
+
+    @property
     def position_ids(self) -> Tensor:
         """What the model is given, ``[rows, row tokens]``: each token that fills up counts as a text of its own."""
         return self.positions.clamp_min(0)
@@ -64,7 +67,7 @@ class Packing:
     def pack(self, padded: Tensor, fill: int) -> Tensor:
         """``[rows, row tokens]`` of ``padded [texts, tokens]``."""
         packed = padded.new_full(self.positions.shape, fill)
-        packed[self.positions != FILL] = padded[self.mask]
+        packed[self.real] = padded[self.mask]
         return packed
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -79,19 +82,17 @@ class Packing:
     def _places(self) -> Tensor:
         """``[texts, tokens]``: the token of the flattened rows where each of the padded batch stands; 0 for none."""
         places = torch.zeros_like(self.mask, dtype=torch.long)
-        places[self.mask] = (self.positions != FILL).flatten().nonzero()[:, 0]
+        places[self.mask] = self.real.flatten().nonzero()[:, 0]
         return places
 
 
 @torch.no_grad()
 def require_exact_packing(model: PreTrainedModel) -> None:
-    """Refuse a model that reads a text otherwise where others stand in its row; checked once for each model.
+    """Refuse a model that reads a text otherwise where others stand in its row.
 
     Raises:
         ModelError: it lets a text see its neighbours, or counts positions on from them.
     """
-    if model in _checked_models:
-        return
     was_training = model.training
     model.eval()
     try:
@@ -117,7 +118,6 @@ def require_exact_packing(model: PreTrainedModel) -> None:
             f"another stands before it in the row (relative difference {max(leaked, error):.1e}). Use "
             "training.batching: buckets, which needs nothing of the model and pads almost as little"
         )
-    _checked_models[model] = True
 
 
 def _probe(model: PreTrainedModel) -> tuple[Packing, Tensor]:
