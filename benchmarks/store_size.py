@@ -43,11 +43,11 @@ class CodedStore(KVStore):
     dtype: str = "int8"
     coded_layers: tuple[int, ...] = ()
 
-    def read(self, key: str, layers: Sequence[int] | None = None) -> StoredSample:
+    def read(self, key: str, layers: Sequence[int] | None = None, *, as_stored: bool = False) -> StoredSample:
         sample = super().read(key, layers)
         coded = _CODERS[self.folder, self.dtype, self.coded_layers]
         numbers = coded.decode(coded.encode(_packed(sample.kv)))
-        keys, values = numbers.permute(2, 1, 0, 3)[:, None]
+        keys, values = numbers.transpose(0, 1)[:, None]
         return replace(sample, kv=sample.kv.unflatten(keys, values, sample.kv.geometry))
 
 
@@ -132,16 +132,18 @@ def _coded(pairs: PairDataset, dtype: str, teachers: Sequence[int], students: Se
 def _coded_store(store: KVStore, dtype: str, layers: Sequence[int]) -> CodedStore:
     chosen: list[Tensor] = []
     for key in store.keys():  # noqa: SIM118 - a store is not a mapping
-        chosen.append(_packed(store.read(key, layers).kv)[_SINK_TOKENS:])
-        if sum(map(len, chosen)) >= CALIBRATION_TOKENS:
+        chosen.append(_packed(store.read(key, layers).kv)[:, :, _SINK_TOKENS:])
+        if sum(tokens.shape[2] for tokens in chosen) >= CALIBRATION_TOKENS:
             break
-    _CODERS[store.folder, dtype, tuple(layers)] = Quantizer.calibrate(dtype, torch.cat(chosen), store.identity.head_dim)
+    _CODERS[store.folder, dtype, tuple(layers)] = Quantizer.calibrate(
+        dtype, torch.cat(chosen, 2), store.identity.head_dim
+    )
     return CodedStore(store.folder, store.manifest, dtype=dtype, coded_layers=tuple(layers))
 
 
 def _packed(kv: KV) -> Tensor:
     keys, values = kv.flatten()
-    return torch.stack([keys[0], values[0]], dim=2).transpose(0, 1)
+    return torch.stack([keys[0], values[0]], dim=1)
 
 
 if __name__ == "__main__":

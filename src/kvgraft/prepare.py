@@ -34,7 +34,7 @@ from kvgraft.prepare_embeddings import prepare_embeddings
 from kvgraft.processes import process_state
 from kvgraft.projector.settings import Direction
 from kvgraft.recipe import Recipe, StoreRecipe, StudentRecipe, TeacherRecipe
-from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
+from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, kv_store_folder
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.likelihoods import TokenLikelihoods, fill_likelihoods
 from kvgraft.store.online import OnlineKV
@@ -276,7 +276,7 @@ def store_kv(
     encoded = encode_for_teacher(examples, model.tokenizer, max_length)
     identity = _identity(model, examples, encoded, layers, max_length, settings.dtype)
     return fill_store(
-        store_folder(settings.path, model.recipe.name, identity),
+        kv_store_folder(settings.path, model.recipe.name, identity),
         identity,
         model.recipe.name,
         model.load,

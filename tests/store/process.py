@@ -6,6 +6,7 @@ With KILL_AFTER the second process kills itself once that many of its batches ar
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from kvgraft.data.datasets import Example
@@ -14,7 +15,9 @@ from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.processes import process_state
 from kvgraft.store import fill as filling
 from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store
+from kvgraft.store.format import read_manifest
 from kvgraft.store.reader import KVStore
+from kvgraft.store.writer import share_folder
 from tests.store.test_fill import identity, teacher
 
 TEXTS = [f"{number} apples and {number * 7} pears" + " in a basket" * (number % 3) for number in range(12)]
@@ -30,11 +33,13 @@ def fill(folder: Path) -> tuple[KVStore, FillReport]:
     return fill_store(folder, identity(texts), "tiny", teacher, texts, shard_bytes=1, token_budget=1)
 
 
-def kill_second_process_after(batches: int) -> None:
+def kill_second_process_after(batches: int, folder: Path) -> None:
     capture, done = filling.capture, []
 
     def capture_or_die(*args, **options):
         if process_state().process_index == 1 and len(done) == batches:
+            while len(read_manifest(share_folder(folder, 1)).samples) < batches:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         done.append(1)
         return capture(*args, **options)
@@ -45,7 +50,7 @@ def kill_second_process_after(batches: int) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     if len(sys.argv) > 2:
-        kill_second_process_after(int(sys.argv[2]))
+        kill_second_process_after(int(sys.argv[2]), folder)
     _, report = fill(folder)
     if process_state().is_main_process:
         (folder / "tokens").write_text(str(report.tokens))

@@ -1,4 +1,4 @@
-"""Identity, keys and moments."""
+"""Identity and keys."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-import torch
 
 from kvgraft.data.spans import sample_key
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
-from kvgraft.store.format import Moments, StoreIdentity, text_fingerprint
+from kvgraft.store.format import StoreIdentity, text_fingerprint
 from tests.store.test_writer import IDENTITY
 
 OTHERS: dict[str, Any] = {
@@ -26,7 +25,7 @@ OTHERS: dict[str, Any] = {
     "max_length": 17,
     "template": "chat",
     "rotated": True,
-    "format_version": 2,
+    "format_version": 9,
 }
 
 
@@ -77,13 +76,3 @@ def test_text_fingerprint_is_of_the_set() -> None:
     assert text_fingerprint(["b", "a", "b"]) == text_fingerprint(["a", "b"])
     assert text_fingerprint(["a", "b"]) != text_fingerprint(["a", "c"])
     assert text_fingerprint(["ab"]) != text_fingerprint(["a", "b"])
-
-
-def test_moments_merge_like_one_pass() -> None:
-    tokens = torch.randn(11, 2, 2, 3, generator=torch.Generator().manual_seed(0)) * 5 + 100
-    merged = Moments.empty(KVGeometry(2, 1, 3))
-    for part in (tokens[:1], tokens[1:1], tokens[1:4], tokens[4:]):
-        merged = merged.merge(Moments.of(part))
-    assert merged.count == 11
-    torch.testing.assert_close(merged.mean, tokens.double().mean(0))
-    torch.testing.assert_close(merged.m2 / 11, tokens.double().var(0, correction=0))

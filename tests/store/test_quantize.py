@@ -30,19 +30,19 @@ def shard_names(folder: Path) -> list[str]:
 
 
 def tokens_like_keys(count: int = 400, seed: int = 0) -> Tensor:
-    """``[count, 2, 2, 128]``: channels of one head correlated, unequal spreads, means far from zero."""
+    """``[2, 2, count, 128]``: channels of one head correlated, unequal spreads, means far from zero."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(2, 2, KV_DIM // HEAD_DIM, HEAD_DIM, HEAD_DIM, generator=torch.Generator().manual_seed(5))
-    numbers = torch.randn(count, 2, 2, KV_DIM // HEAD_DIM, 1, HEAD_DIM, generator=generator) @ mixing
-    spread, mean = torch.rand(2, 1, 2, 2, KV_DIM, generator=torch.Generator().manual_seed(6)) + 0.1
-    return numbers.flatten(-3) * spread + 10 * mean
+    numbers = torch.randn(2, 2, KV_DIM // HEAD_DIM, count, HEAD_DIM, generator=generator) @ mixing
+    spread, mean = torch.rand(2, 2, 2, 1, KV_DIM, generator=torch.Generator().manual_seed(6)) + 0.1
+    return numbers.transpose(2, 3).flatten(-2) * spread + 10 * mean
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_errors_are_small_beside_each_channels_spread(dtype: str) -> None:
     quantizer = Quantizer.calibrate(dtype, tokens_like_keys(), HEAD_DIM)
     tokens = tokens_like_keys(seed=1)
-    error = (quantizer.decode(quantizer.encode(tokens)) - tokens).square().mean(0).sqrt() / tokens.std(0)
+    error = (quantizer.decode(quantizer.encode(tokens)) - tokens).square().mean(2).sqrt() / tokens.std(2)
     assert float(error.max()) < LARGEST_ERROR[dtype]
     assert float(error.mean()) > LARGEST_ERROR[dtype] / 10
 
@@ -81,23 +81,23 @@ def reference_decode(quantizer: Quantizer, record: Tensor, layer: int, kind: int
 def test_a_record_reads_as_its_bytes_say(dtype: str) -> None:
     quantizer = Quantizer.calibrate(dtype, tokens_like_keys(), HEAD_DIM)
     records = quantizer.encode(tokens_like_keys(3, seed=2))
-    assert records.shape == (3, 2, 2, QUANTIZED_FORMATS[dtype].record_bytes(KV_DIM))
+    assert records.shape == (2, 2, 3, QUANTIZED_FORMATS[dtype].record_bytes(KV_DIM))
     decoded = quantizer.decode(records)
     for token, layer, kind in ((0, 0, 0), (1, 1, 0), (2, 0, 1)):
-        expected = reference_decode(quantizer, records[token, layer, kind], layer, kind)
-        torch.testing.assert_close(decoded[token, layer, kind].double(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(quantizer.decode(records[:, [1, 1, 0]], [1, 1, 0]), decoded[:, [1, 1, 0]])
+        expected = reference_decode(quantizer, records[layer, kind, token], layer, kind)
+        torch.testing.assert_close(decoded[layer, kind, token].double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(quantizer.decode(records[[1, 1, 0]], [1, 1, 0]), decoded[[1, 1, 0]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_far_beyond_the_others_is_not_clipped_and_costs_them_nothing(dtype: str) -> None:
     quantizer = Quantizer.calibrate(dtype, tokens_like_keys(), HEAD_DIM)
     tokens = tokens_like_keys(8, seed=3)
-    alone = quantizer.decode(quantizer.encode(tokens[1:]))
-    tokens[0] *= 300
+    alone = quantizer.decode(quantizer.encode(tokens[:, :, 1:]))
+    tokens[:, :, 0] *= 300
     decoded = quantizer.decode(quantizer.encode(tokens))
-    assert torch.equal(decoded[1:], alone)
-    assert float((decoded[0] - tokens[0]).norm() / tokens[0].norm()) < 3 * LARGEST_ERROR[dtype]
+    assert torch.equal(decoded[:, :, 1:], alone)
+    assert float((decoded - tokens)[:, :, 0].norm() / tokens[:, :, 0].norm()) < 3 * LARGEST_ERROR[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,11 +111,11 @@ def test_a_constant_channel_comes_back_constant(dtype: str) -> None:
 
 def test_the_channel_with_the_heaviest_tail_stays_exact() -> None:
     tokens = tokens_like_keys()
-    tokens[::50, 1, 0, 33] *= 40
+    tokens[1, 0, ::50, 33] *= 40
     quantizer = Quantizer.calibrate("int8", tokens, HEAD_DIM)
     assert quantizer.exact[1, 0].tolist() == [33]
     decoded = quantizer.decode(quantizer.encode(tokens))
-    assert torch.equal(decoded[:, 1, 0, 33], tokens[:, 1, 0, 33].half().float())
+    assert torch.equal(decoded[1, 0, :, 33], tokens[1, 0, :, 33].half().float())
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("int8", 0.52), ("float8", 0.52), ("int4", 0.29)])

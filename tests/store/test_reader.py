@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from kvgraft.data.spans import sample_key
@@ -16,7 +19,18 @@ from kvgraft.errors import StoreError
 from kvgraft.store.format import StoreIdentity
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
-from tests.store.test_writer import IDENTITY, KEYS, SHARD_BYTES, TEXTS, add, fill, make_kv, make_spans, shard_names
+from tests.store.test_writer import (
+    IDENTITY,
+    KEYS,
+    SHARD_BYTES,
+    TEXTS,
+    add,
+    assert_same_content,
+    fill,
+    make_kv,
+    make_spans,
+    shard_names,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -40,15 +54,54 @@ def test_what_was_added_comes_back(tmp_path: Path, dtype: str, layers: list[int]
         assert (stored.text_bytes, stored.truncated_bytes) == (len(TEXTS[index]), index)
 
 
-def test_layout_on_disk_is_token_major_with_heads_joined(tmp_path: Path) -> None:
-    store = fill(tmp_path, [3])
+def test_layout_on_disk_is_layer_major_with_heads_joined(tmp_path: Path) -> None:
+    store = fill(tmp_path, [1, 3])
     (name,) = shard_names(tmp_path)
     shard = store._shard(name)
     kv = make_kv(3)
     raw = shard.get_tensor("kv")
-    assert list(raw.shape) == [3, 3, 2, 8]
-    assert torch.equal(raw[2, 1, 1], kv.values[0, 1, :, 2].flatten())
-    assert torch.equal(raw[0, 2, 0], kv.keys[0, 2, :, 0].flatten())
+    assert list(raw.shape) == [4 + 3, 3 * 2 * 8]
+    sample = raw[4:].view(3, 2, 3, 8)
+    assert torch.equal(sample[1, 1, 2], kv.values[0, 1, :, 2].flatten())
+    assert torch.equal(sample[2, 0, 0], kv.keys[0, 2, :, 0].flatten())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_a_store_of_format_version_1_is_read_and_not_continued(tmp_path: Path, dtype: str) -> None:
+    identity = replace(IDENTITY, dtype=dtype)
+    store = fill(tmp_path / "now", list(range(7)), identity)
+    old = shutil.copytree(tmp_path / "now", tmp_path / "old")
+    content = json.loads((old / "manifest.json").read_text())
+    content["identity"]["format_version"] = 1
+    for name in store.manifest.shards:
+        tensors = load_file(old / name)
+        for sample in store.manifest.samples.values():
+            if sample.shard == name:
+                rows = tensors["kv"][sample.first_token : sample.first_token + sample.tokens]
+                rows.copy_(rows.clone().view(3, 2, sample.tokens, -1).permute(2, 0, 1, 3).flatten(1))
+        tensors["kv"] = tensors["kv"].unflatten(1, (3, 2, -1))
+        save_file(tensors, old / name)
+        shard = (old / name).read_bytes()
+        content["shards"][name] |= {"bytes": len(shard), "sha256": hashlib.sha256(shard).hexdigest()}
+    (old / "manifest.json").write_text(json.dumps(content))
+
+    then = KVStore.open(old, identity)
+    assert_same_content(then, store)
+    some = then.read(KEYS[4], layers=[5, 1])
+    assert torch.equal(some.kv.values, store.read(KEYS[4], layers=[5, 1]).kv.values)
+    with pytest.raises(StoreError, match=r"version 1, which can be read but not continued.* Delete the folder"):
+        KVStoreWriter(old, identity, SHARD_BYTES)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_as_stored_is_the_mapped_file_itself(tmp_path: Path, dtype: str) -> None:
+    store = fill(tmp_path, list(range(7)), replace(IDENTITY, dtype=dtype))
+    one, other = store.read(KEYS[4], as_stored=True).kv, store.read(KEYS[4], as_stored=True).kv
+    assert one.keys.dtype == one.values.dtype == store.identity.torch_dtype
+    assert one.keys.data_ptr() == other.keys.data_ptr()
+    assert torch.equal(one.keys.float(), store.read(KEYS[4]).kv.keys)
+    some = store.read(KEYS[4], layers=[5, 1], as_stored=True).kv
+    assert torch.equal(some.values, one.select_layers([5, 1]).values)
 
 
 def test_tokens_are_read_without_the_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +272,7 @@ def test_a_manifest_from_a_later_version_or_damaged_is_refused(tmp_path: Path) -
     path = tmp_path / "manifest.json"
     good = json.loads(path.read_text())
     for change, match in [
-        ({"identity": {**good["identity"], "format_version": 2}}, "format version 2; this kvgraft reads 1"),
+        ({"identity": {**good["identity"], "format_version": 3}}, "format version 3; this kvgraft reads 2 and 1"),
         ({"samples": {KEYS[0]: {**good["samples"][KEYS[0]], "first_token": 1}}}, "lies outside shard"),
         ({"shards": {"../kv.safetensors": next(iter(good["shards"].values()))}}, "is damaged at shards"),
         ({"identity": {**good["identity"], "dtype": "int3"}}, "is damaged at identity"),

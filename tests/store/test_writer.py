@@ -102,8 +102,9 @@ def test_missing_keeps_the_order_and_adding_twice_changes_nothing(tmp_path: Path
 
 
 KILLED_RUN = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
+from kvgraft.store.format import read_manifest
 from kvgraft.store.writer import KVStoreWriter
 from tests.store import test_writer as t
 
@@ -111,6 +112,8 @@ folder, adds, in_write = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "in
 with KVStoreWriter(folder, t.IDENTITY, t.SHARD_BYTES) as writer:
     for index in range(7):
         if index == adds:
+            while not read_manifest(folder).samples:
+                time.sleep(0.01)
             if not in_write:
                 os.kill(os.getpid(), signal.SIGKILL)
             os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
@@ -154,10 +157,12 @@ def test_a_shard_that_no_manifest_names_is_removed(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_whole_shards_and_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real_fsync, full = os.fsync, []
+    real_fsync = os.fsync
+    full = [True]
 
     def fsync(descriptor: int) -> None:
-        if full:
+        # Not a matter of when: a thread writes.
+        if full and "kv-00001" in os.readlink(f"/proc/self/fd/{descriptor}"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real_fsync(descriptor)
 
@@ -167,7 +172,6 @@ def test_a_full_disk_leaves_whole_shards_and_no_temporary_file(tmp_path: Path, m
         KVStoreWriter(tmp_path, IDENTITY, SHARD_BYTES) as writer,
     ):
         for index in range(6):
-            full[:] = [True] * (index >= 3)
             add(writer, index)
     assert str(tmp_path) in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError)
@@ -283,7 +287,7 @@ def test_numbers_beyond_float16_are_refused_where_bfloat16_takes_them(tmp_path: 
         add(writer, 0, kv)
         kv.keys[0, 2, 0, 1, 0] = torch.finfo(torch.float32).max
         with pytest.raises(StoreError, match=r"range of bfloat16.*to float32"):
-            add(writer, 1, kv)
+            add(writer, 3, kv)
         writer.finish()
     assert KVStore.open(tmp_path / "brain").read(KEYS[0]).kv.keys[0, 2, 0, 1, 0] == torch.tensor(1e5).bfloat16().float()
 

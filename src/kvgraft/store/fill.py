@@ -19,11 +19,12 @@ from kvgraft.data.batching import length_buckets, pad_texts
 from kvgraft.data.chat import encode_text
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
+from kvgraft.errors import StoreError
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture
 from kvgraft.processes import from_main_process, process_state
 from kvgraft.progress import progress_bar
-from kvgraft.store.format import StoreIdentity, damage, read_manifest, read_quantizer
+from kvgraft.store.format import READABLE_VERSIONS, StoreIdentity, damage, read_manifest, read_quantizer
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter, share_folder
 
@@ -62,6 +63,16 @@ def store_folder(path: Path, teacher: str, identity: Hashed) -> Path:
     return path / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', teacher)}-{identity.hash()}"
 
 
+def kv_store_folder(path: Path, teacher: str, identity: StoreIdentity) -> Path:
+    """As :func:`store_folder`, or where a complete store of the same numbers stands in an older format that is read."""
+    for version in READABLE_VERSIONS:
+        folder = store_folder(path, teacher, replace(identity, format_version=version))
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.complete:
+            return folder
+    return store_folder(path, teacher, identity)
+
+
 def fill_store(
     folder: Path,
     identity: StoreIdentity,
@@ -79,7 +90,7 @@ def fill_store(
     quantised store is filled by the main process alone, since its scales come from the texts that it sees first.
 
     Args:
-        folder: see :func:`store_folder`.
+        folder: see :func:`kv_store_folder`.
         identity: what the store holds.
         teacher: name shown on the bar and in errors.
         load_teacher: called only if some text is missing.
@@ -152,23 +163,23 @@ def _add_share(
 
 
 def _add_batch(writer: KVStoreWriter, model: PreTrainedModel, batch: Sequence[EncodedText], teacher: str) -> None:
-    found = kv_of_texts(model, batch, writer.identity.layers, teacher)
+    found = kv_of_texts(model, batch, writer.identity.layers)
     for text, kv in zip(batch, found, strict=True):
         counted = counted_tokens(len(text.input_ids))
-        writer.add(text.sample_key, kv, text.spans, text.truncated_bytes, text.text_bytes, counted)
+        try:
+            writer.add(text.sample_key, kv, text.spans, text.truncated_bytes, text.text_bytes, counted)
+        except StoreError as error:
+            raise StoreError(f"teacher {teacher}: {error}") from error
 
 
-def kv_of_texts(model: PreTrainedModel, texts: Sequence[EncodedText], layers: Sequence[int], teacher: str) -> list[KV]:
-    """KV of each of ``texts`` (batch 1, no padding, in memory) from one pass of ``model``.
+def kv_of_texts(model: PreTrainedModel, texts: Sequence[EncodedText], layers: Sequence[int]) -> list[KV]:
+    """KV of each of ``texts`` (batch 1, no padding, in memory) from one pass of ``model``; not checked for NaN.
 
     Raises:
-        ModelError, KVGraftError: the model cannot be captured, or it gives NaN or Inf (names teacher, text and layer).
+        ModelError: the model cannot be captured.
     """
     kv = capture(model, *pad_texts(texts), layers=layers).to("cpu")
-    return [
-        _one_text(kv, row, len(text.input_ids)).require_finite(f"teacher {teacher}, text {text.sample_key[:12]}")
-        for row, text in enumerate(texts)
-    ]
+    return [_one_text(kv, row, len(text.input_ids)) for row, text in enumerate(texts)]
 
 
 def counted_tokens(tokens: int) -> Tensor:

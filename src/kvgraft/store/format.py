@@ -2,12 +2,15 @@
 
 A folder holds ``manifest.json`` and shards ``kv-00000.safetensors``. A shard has these tensors:
 
-* ``kv`` ``[tokens, layers, 2, kv_dim]``: keys (0) and values (1) of its samples, one contiguous run per sample; in a
+* ``kv`` ``[tokens, layers * 2 * kv_dim]``: one contiguous run of as many rows as a sample has tokens, which holds
+  ``[layers, 2, tokens, kv_dim]``, keys (0) and values (1), so that a layer of a sample is one run as well; in a
   quantised store the last axis is the ``record_bytes`` of :mod:`kvgraft.store.quantize`;
 * ``spans`` ``[tokens, 2]`` int32: the bytes of the text that each token stands for;
 * ``count`` ``[1]`` int64, ``mean`` and ``m2`` ``[layers, 2, kv_dim]`` float64: moments of the tokens that count.
 
 A quantised store also has ``quantizer.safetensors``, by which all its shards were written.
+
+Format version 1 held ``kv`` as ``[tokens, layers, 2, kv_dim]``. Its stores are read as they are and not continued.
 """
 
 from __future__ import annotations
@@ -24,13 +27,14 @@ from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-from torch import Tensor
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
 from kvgraft.store.quantize import QUANTIZED_FORMATS, Quantizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Newest first. Their stores hold the same numbers in another order.
+READABLE_VERSIONS = (FORMAT_VERSION, 1)
 MANIFEST_NAME = "manifest.json"
 QUANTIZER_NAME = "quantizer.safetensors"
 SHARD_PATTERN = "kv-*.safetensors"
@@ -125,11 +129,15 @@ class StoreIdentity:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def difference(self, other: StoreIdentity) -> list[str]:
-        """One sentence for each field in which ``self`` (the store) and ``other`` (this run) differ."""
+        """One sentence for each field in which ``self`` (the store) and ``other`` (this run) differ.
+
+        Format versions that can be read make no difference.
+        """
         sentences = []
         for field in fields(self):
             held, needed = getattr(self, field.name), getattr(other, field.name)
-            if held != needed:
+            both_readable = field.name == "format_version" and {held, needed} <= set(READABLE_VERSIONS)
+            if held != needed and not both_readable:
                 label = _FIELD_LABELS[field.name]
                 sentences.append(f"{label}: the store holds {_readable(held)}, this run needs {_readable(needed)}")
         return sentences
@@ -226,9 +234,10 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         content = json.loads(path.read_bytes())
         version = content["identity"]["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise StoreError(
-                f"the KV store in {folder} has format version {version}; this kvgraft reads {FORMAT_VERSION}. {advice}"
+                f"the KV store in {folder} has format version {version}; this kvgraft reads "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}. {advice}"
             )
         return Manifest.model_validate(content)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -294,45 +303,6 @@ def damage(folder: Path, name: str, shard: ShardEntry, *, checksum: bool = True)
     if checksum and _file_sha256(path) != shard.sha256:
         return "has another checksum than the manifest says"
     return None
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Count, mean and summed squared deviation of tokens per channel, ``[layers, 2, kv_dim]`` in float64.
-
-    Deviations from the running mean, and not plain sums of squares, keep the variance of channels whose mean is far
-    from zero; keys have such channels.
-    """
-
-    count: int
-    mean: Tensor
-    m2: Tensor
-
-    @classmethod
-    def empty(cls, geometry: KVGeometry) -> Moments:
-        """Moments of no tokens."""
-        zeros = torch.zeros(geometry.num_layers, 2, geometry.kv_dim, dtype=torch.float64)
-        return cls(0, zeros, zeros)
-
-    @classmethod
-    def of(cls, tokens: Tensor) -> Moments:
-        """Moments of ``[tokens, layers, 2, kv_dim]``."""
-        numbers = tokens.double()
-        if numbers.shape[0] == 0:
-            zeros = numbers.new_zeros(numbers.shape[1:])
-            return cls(0, zeros, zeros)
-        mean = numbers.mean(0)
-        return cls(numbers.shape[0], mean, (numbers - mean).square_().sum(0))
-
-    def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of tokens together (Chan's formula)."""
-        count = self.count + other.count
-        if count == 0:
-            return self
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / count)
-        return Moments(count, mean, m2)
 
 
 def _readable(value: object) -> str:

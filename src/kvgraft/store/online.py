@@ -51,8 +51,9 @@ class OnlineKV:
         texts = [self._text(key) for key in wanted if key not in self._held]
         for bucket in length_buckets([len(text.input_ids) for text in texts], self.token_budget):
             batch = [texts[index] for index in bucket]
-            found = kv_of_texts(self.load(), batch, self.identity.layers, self.teacher)
-            self._held.update({text.sample_key: kv for text, kv in zip(batch, found, strict=True)})
+            for text, kv in zip(batch, kv_of_texts(self.load(), batch, self.identity.layers), strict=True):
+                where = f"teacher {self.teacher}, text {short_key(text.sample_key)}"
+                self._held[text.sample_key] = kv.require_finite(where)
 
     def read(self, key: str, layers: Sequence[int] | None = None) -> StoredSample:
         """One text's KV in float32, in ``layers`` (default all that are captured); the teacher runs unless it is held.

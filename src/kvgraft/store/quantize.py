@@ -106,47 +106,47 @@ class Quantizer:
 
     @classmethod
     def calibrate(cls, dtype: str, tokens: Tensor, head_dim: int) -> Quantizer:
-        """The quantizer that suits ``tokens [tokens, layers, 2, kv_dim]`` of any float dtype, at least one."""
+        """The quantizer that suits ``tokens [layers, 2, tokens, kv_dim]`` of any float dtype, at least one."""
         scheme = QUANTIZED_FORMATS[dtype]
         numbers = tokens.double()
-        center = numbers.mean(0)
-        numbers = numbers - center
+        center = numbers.mean(2)
+        numbers = numbers - center[:, :, None]
         components = numbers.new_zeros(*center.shape[:2], 0, head_dim, head_dim)
         if scheme.components:
             heads = _split(numbers, tokens.shape[-1] // head_dim)
-            _, components = torch.linalg.eigh(torch.einsum("tlkhi,tlkhj->lkhij", heads, heads))
+            _, components = torch.linalg.eigh(torch.einsum("lkthi,lkthj->lkhij", heads, heads))
             # Without what rounding leaves there, a channel that is constant comes back constant.
             components = components.where(components.abs() > _LEAST_LOADING, 0.0)
-            numbers = torch.einsum("tlkhi,lkhij->tlkhj", heads, components).flatten(-2)
-        deviation = numbers.square().mean(0).sqrt()
+            numbers = torch.einsum("lkthi,lkhij->lkthj", heads, components).flatten(-2)
+        deviation = numbers.square().mean(2).sqrt()
         floor = scheme.least_deviation * deviation.square().mean(-1, keepdim=True).sqrt()
         # One token, or equal ones, have no spread at all; any will do.
         deviation = torch.where(floor > 0, deviation.maximum(floor), torch.ones_like(deviation))
-        tails = (numbers / deviation).abs().amax(0)
+        tails = (numbers / deviation[:, :, None]).abs().amax(2)
         # Sorted: the same channels give the same bytes.
         exact = tails.topk(scheme.exact_channels(tokens.shape[-1]), dim=-1).indices.sort(-1).values
         return cls(dtype, center.float(), deviation.float(), exact, components.float().contiguous())
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Records ``[tokens, layers, 2, record_bytes]`` uint8 of ``tokens [tokens, layers, 2, kv_dim]``.
+        """Records ``[layers, 2, tokens, record_bytes]`` uint8 of ``tokens [layers, 2, tokens, kv_dim]``.
 
         What is too large becomes infinite in :meth:`halves`; the caller looks for it.
         """
         scheme, kv_dim = QUANTIZED_FORMATS[self.dtype], tokens.shape[-1]
         numbers = tokens.float()
-        index = self.exact.expand(len(tokens), -1, -1, -1)
+        index = _for_each_token(self.exact, tokens.shape[2])
         exact = numbers.gather(-1, index).half()
-        standard = numbers - self.center
+        standard = numbers - self.center[:, :, None]
         if scheme.components:
             standard = _turn(standard, self.components)
-        standard = standard.div_(self.deviation).scatter_(-1, index, 0.0)
+        standard = standard.div_(self.deviation[:, :, None]).scatter_(-1, index, 0.0)
         grouped = _split(standard, scheme.groups(kv_dim))
         unit, share = _steps(grouped, scheme)
         codes = grouped.div_((_SHARES[share.long()] * unit.float())[..., None]).flatten(-2)
         return torch.cat([_bytes(unit), _bytes(exact), share, _pack(codes, scheme)], -1)
 
     def decode(self, records: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-        """Float32 numbers ``[tokens, layers, 2, kv_dim]`` of ``records [tokens, layers, 2, record_bytes]``.
+        """Float32 numbers ``[layers, 2, tokens, kv_dim]`` of ``records [layers, 2, tokens, record_bytes]``.
 
         ``layers`` are the entries of the quantizer's layer axis that the records belong to; default all.
         """
@@ -158,14 +158,14 @@ class Quantizer:
         half = self.halves(records).float()
         numbers = _unpack(codes, scheme)
         _split(numbers, groups).mul_((_SHARES[share.long()] * half[..., :1])[..., None])
-        numbers.mul_(self.deviation[chosen])
+        numbers.mul_(self.deviation[chosen][:, :, None])
         if scheme.components:
             numbers = _turn(numbers, self.components[chosen].transpose(-1, -2))
-        numbers.add_(self.center[chosen])
-        return numbers.scatter_(-1, self.exact[chosen].expand(len(records), -1, -1, -1), half[..., 1:])
+        numbers.add_(self.center[chosen][:, :, None])
+        return numbers.scatter_(-1, _for_each_token(self.exact[chosen], records.shape[2]), half[..., 1:])
 
     def halves(self, records: Tensor) -> Tensor:
-        """The float16 part of ``records``, ``[tokens, layers, 2, 1 + kept]``; infinite where a number was too large."""
+        """The float16 part of ``records``, ``[layers, 2, tokens, 1 + kept]``; infinite where a number was too large."""
         count = 1 + self.exact.shape[-1]
         return records[..., : _HALF_BYTES * count].contiguous().view(torch.half)
 
@@ -190,9 +190,14 @@ def _split(numbers: Tensor, parts: int) -> Tensor:
 
 
 def _turn(numbers: Tensor, matrices: Tensor) -> Tensor:
-    """``numbers [tokens, layers, 2, kv_dim]`` times ``matrices [layers, 2, heads, head_dim, head_dim]`` by head."""
-    heads = _split(numbers, matrices.shape[2]).movedim(0, -2)
-    return (heads @ matrices).movedim(-2, 0).flatten(-2)
+    """``numbers [layers, 2, tokens, kv_dim]`` times ``matrices [layers, 2, heads, head_dim, head_dim]`` by head."""
+    heads = _split(numbers, matrices.shape[2]).transpose(2, 3)
+    return (heads @ matrices).transpose(2, 3).flatten(-2)
+
+
+def _for_each_token(channels: Tensor, tokens: int) -> Tensor:
+    """``channels [layers, 2, kept]`` as ``[layers, 2, tokens, kept]``."""
+    return channels[:, :, None].expand(-1, -1, tokens, -1)
 
 
 def _steps(grouped: Tensor, scheme: QuantizedFormat) -> tuple[Tensor, Tensor]:

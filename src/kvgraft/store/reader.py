@@ -19,7 +19,6 @@ from kvgraft.store.format import (
     MANIFEST_NAME,
     QUANTIZER_NAME,
     Manifest,
-    Moments,
     SampleEntry,
     StoreIdentity,
     damage,
@@ -27,6 +26,7 @@ from kvgraft.store.format import (
     read_quantizer,
     short_key,
 )
+from kvgraft.store.moments import Moments
 from kvgraft.store.quantize import Quantizer
 
 
@@ -41,7 +41,7 @@ class StoredTokens:
 
 @dataclass(frozen=True)
 class StoredSample:
-    """One text's KV (batch 1, float32, no padding, positions from 0) with its token spans ``[tokens, 2]`` int32."""
+    """One text's KV (batch 1, no padding, positions from 0) with its token spans ``[tokens, 2]`` int32."""
 
     kv: KV
     spans: np.ndarray
@@ -157,12 +157,14 @@ class KVStore:
         """Bytes on disk for each token, all layers and everything beside the KV included; 0 for an empty store."""
         return self.total_bytes / max(self.num_tokens, 1)
 
-    def read(self, key: str, layers: Sequence[int] | None = None) -> StoredSample:
+    def read(self, key: str, layers: Sequence[int] | None = None, *, as_stored: bool = False) -> StoredSample:
         """One sample.
 
         Args:
             key: the sample's key.
             layers: teacher layers wanted, in this order, repeats allowed; default all that the store holds.
+            as_stored: give floats in the store's own dtype and not in float32. All layers are then the mapped file
+                itself, which nobody may write into; a quantised store is decoded to float32 in any case.
 
         Raises:
             StoreError: the store has no such sample or layer.
@@ -170,22 +172,11 @@ class KVStore:
         entry = self._entry(key)
         wanted = self.identity.layers if layers is None else tuple(layers)
         index = self._layer_index(wanted)
-        packed: Tensor = self._slice(entry, "kv")
-        # index_select copies whole runs where indexing by a list would go number by number.
-        chosen = (
-            packed if wanted == self.identity.layers else packed.index_select(1, torch.tensor(index, dtype=torch.long))
-        )
-        if self.quantizer is not None:
-            numbers = self.quantizer.decode(chosen, index)
-        else:
-            # A copy even of float32: numbers handed out must not change or vanish with the file they came from.
-            numbers = chosen.to(torch.float32, copy=chosen is packed)
-        heads = numbers.reshape(*numbers.shape[:-1], self.identity.num_kv_heads, self.identity.head_dim).permute(
-            2, 1, 3, 0, 4
-        )
+        numbers = self._numbers(entry, index, as_stored)
+        heads = numbers.view(*numbers.shape[:3], self.identity.num_kv_heads, self.identity.head_dim).transpose(2, 3)
         kv = KV(
-            keys=heads[None, 0],
-            values=heads[None, 1],
+            keys=heads[None, :, 0],
+            values=heads[None, :, 1],
             positions=torch.arange(entry.tokens)[None],
             mask=torch.ones(1, entry.tokens, dtype=torch.bool),
             layers=wanted,
@@ -245,6 +236,23 @@ class KVStore:
     def _spans(self, entry: SampleEntry) -> np.ndarray:
         spans: Tensor = self._slice(entry, "spans")
         return np.array(spans.numpy())
+
+    def _numbers(self, entry: SampleEntry, index: list[int], as_stored: bool) -> Tensor:
+        """Numbers ``[layers, 2, tokens, kv_dim]`` at ``index`` of the store's layers, float32 unless ``as_stored``."""
+        held = len(self.identity.layers)
+        rows: Tensor = self._slice(entry, "kv")
+        if self.identity.format_version == 1:
+            mapped = rows.view(entry.tokens, held, 2, -1).permute(1, 2, 0, 3)
+        else:
+            mapped = rows.view(held, 2, entry.tokens, -1)
+        if self.quantizer is None and not as_stored:
+            # Read and converted in one pass. A copy even of float32: what is handed out must not change with the file.
+            numbers = torch.empty(len(index), *mapped.shape[1:])
+            for place, layer in zip(numbers, index, strict=True):
+                place.copy_(mapped[layer])
+            return numbers
+        chosen = mapped if index == list(range(held)) else mapped.index_select(0, torch.tensor(index))
+        return chosen if self.quantizer is None else self.quantizer.decode(chosen, index)
 
     def _slice(self, entry: SampleEntry, name: str) -> Any:
         return self._shard(entry.shard).get_slice(name)[entry.first_token : entry.first_token + entry.tokens]

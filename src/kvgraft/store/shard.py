@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kvgraft.store.format import Moments, ShardEntry, write_atomically
+from kvgraft.store.format import Manifest, SampleEntry, ShardEntry, write_atomically, write_manifest
+from kvgraft.store.moments import Moments
 
 _DTYPE_CODES = {
     torch.float16: "F16",
@@ -26,7 +28,7 @@ _DTYPE_CODES = {
 class PendingSample:
     """A checked sample that waits for its shard.
 
-    ``kv`` is ``[tokens, layers, 2, kv_dim]`` in the store's dtype, or as it came while the store has no quantizer yet.
+    ``kv`` is ``[layers, 2, tokens, kv_dim]`` in the store's dtype, or float32 while the store has no quantizer yet.
     """
 
     key: str
@@ -36,24 +38,68 @@ class PendingSample:
     truncated_bytes: int
     text_bytes: int
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens the text has."""
+        return self.kv.shape[2]
 
-def write_shard(path: Path, samples: list[PendingSample], moments: Moments) -> ShardEntry:
-    """Write the shard of ``samples`` to ``path``; ``moments`` are those of their tokens that count."""
+
+def add_shard(folder: Path, manifest: Manifest, samples: list[PendingSample], moments: Moments) -> Manifest:
+    """Write the shard of ``samples`` into ``folder``; ``moments`` are those of their tokens that count.
+
+    Returns ``manifest`` with the shard, which is in the folder then.
+    """
+    name = next_shard_name(manifest.shards)
+    entry = _write_shard(folder / name, samples, moments)
+    extended = _with_shard(manifest, name, entry, samples)
+    try:
+        write_manifest(folder, extended)
+    except BaseException:
+        (folder / name).unlink(missing_ok=True)
+        raise
+    return extended
+
+
+def next_shard_name(shards: Iterable[str]) -> str:
+    """A name that no shard of ``shards`` has."""
+    # One past the highest and not the first gap: a dropped shard then seldom lends its name to other contents.
+    last = max((int(Path(name).stem.removeprefix("kv-")) for name in shards), default=-1)
+    return f"kv-{last + 1:05d}.safetensors"
+
+
+def _write_shard(path: Path, samples: list[PendingSample], moments: Moments) -> ShardEntry:
     chunks = _safetensors_chunks(
         {
             "count": [torch.tensor([moments.count])],
             "mean": [moments.mean],
             "m2": [moments.m2],
             "spans": [sample.spans for sample in samples],
-            "kv": [sample.kv for sample in samples],
+            # As many rows as tokens, whatever they hold: see kvgraft.store.format.
+            "kv": [sample.kv.reshape(sample.tokens, -1) for sample in samples],
         }
     )
     return ShardEntry(
         sha256=write_atomically(path, chunks),
         bytes=sum(chunk.nbytes for chunk in chunks),
-        tokens=sum(sample.kv.shape[0] for sample in samples),
+        tokens=sum(sample.tokens for sample in samples),
         samples=len(samples),
     )
+
+
+def _with_shard(manifest: Manifest, name: str, entry: ShardEntry, samples: list[PendingSample]) -> Manifest:
+    entries = dict(manifest.samples)
+    first = 0
+    for sample in samples:
+        entries[sample.key] = SampleEntry(
+            shard=name,
+            first_token=first,
+            tokens=sample.tokens,
+            truncated_bytes=sample.truncated_bytes,
+            text_bytes=sample.text_bytes,
+        )
+        first += sample.tokens
+    shards = {**manifest.shards, name: entry}
+    return manifest.model_copy(update={"complete": False, "shards": shards, "samples": entries})
 
 
 def _safetensors_chunks(tensors: dict[str, list[Tensor]]) -> list[memoryview]:

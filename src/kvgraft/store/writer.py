@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,13 +19,11 @@ from torch import Tensor
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV
 from kvgraft.store.format import (
+    FORMAT_VERSION,
     QUANTIZER_NAME,
     SHARD_PATTERN,
     TEMPORARY_SUFFIX,
     Manifest,
-    Moments,
-    SampleEntry,
-    ShardEntry,
     StoreIdentity,
     damage,
     read_manifest,
@@ -34,8 +33,9 @@ from kvgraft.store.format import (
     write_manifest,
 )
 from kvgraft.store.lock import lock_folder, unlock_folder
+from kvgraft.store.moments import Moments
 from kvgraft.store.quantize import Quantizer
-from kvgraft.store.shard import PendingSample, write_shard
+from kvgraft.store.shard import PendingSample, add_shard, next_shard_name
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,15 @@ logger = logging.getLogger(__name__)
 SHARE_PATTERN = "share-*"
 # Tokens that a quantised store's scales and components come from: several times a head's width.
 CALIBRATION_TOKENS = 2048
+# Layer axis, keys (0) or values (1), token.
+_Place = tuple[int, int, int]
 
 
 class KVStoreWriter:
     """The one writer of a store folder; use it in a ``with`` block, which holds the folder's lock.
+
+    A thread writes each shard while the next one gathers, so that at most two are held in memory. What goes wrong there
+    is raised when the next shard is full, by :meth:`finish`, or on leaving the block.
 
     An existing folder is continued: leftovers of a killed run are removed, and shards that are missing or damaged are
     dropped with a warning, so that :meth:`missing` names exactly what has to be done again. What several processes left
@@ -74,6 +79,9 @@ class KVStoreWriter:
         self._pending: dict[str, PendingSample] = {}
         self._pending_bytes = 0
         self._moments = Moments.empty(identity.geometry)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-store-writer")
+        # The shard on its way to the disk: the manifest that will name it, and the keys of its samples.
+        self._in_flight: tuple[Future[Manifest], frozenset[str]] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = lock_folder(self.folder)
         try:
@@ -101,7 +109,8 @@ class KVStoreWriter:
             self.close()
 
     def __contains__(self, key: object) -> bool:
-        return key in self._manifest.samples or key in self._pending
+        in_flight = self._in_flight[1] if self._in_flight else ()
+        return key in self._manifest.samples or key in self._pending or key in in_flight
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of ``keys`` that were not added yet, in their order, each once."""
@@ -128,15 +137,14 @@ class KVStoreWriter:
 
         Raises:
             StoreError: the sample does not fit the store, holds NaN or Inf, or does not fit the store's dtype; or the
-                disk is full.
+                disk was full when the shard before was written.
         """
         if self._lock is None:
             raise StoreError(f"the writer of {self.folder} is closed; open a new KVStoreWriter to add samples")
         if key in self:
             return
-        packed = self._pack(key, kv)
-        stored = packed if self.identity.quantized else self._stored(key, packed)
-        tokens = packed.shape[0]
+        _require_fit(key, kv, self.identity)
+        tokens = kv.mask.shape[1]
         if spans.shape != (tokens, 2) or not np.issubdtype(spans.dtype, np.integer):
             raise StoreError(
                 f"spans of sample {short_key(key)} must be [{tokens}, 2] integers to go with its KV; "
@@ -152,20 +160,21 @@ class KVStoreWriter:
                 f"got {list(counted.shape)} of {counted.dtype}"
             )
         counted = torch.ones(tokens, dtype=torch.bool) if counted is None else counted.cpu()
-        moments = self._moments.merge(Moments.of(packed[counted] if self.identity.quantized else stored[counted]))
-        if self._quantizer is not None:
-            stored = self._stored(key, packed)
+        numbers = self._numbers(key, kv.detach())
+        moments = self._moments.merge(Moments.of(numbers, counted))
+        stored = numbers if self._quantizer is None else self._encoded(key, numbers)
         span_tensor = torch.from_numpy(np.array(spans, dtype=np.int32))
         self._pending[key] = PendingSample(key, stored, counted, span_tensor, truncated_bytes, text_bytes)
         self._pending_bytes += stored.nbytes
         self._moments = moments
-        if not self._ready and sum(len(sample.kv) for sample in self._pending.values()) >= CALIBRATION_TOKENS:
+        if not self._ready and sum(sample.tokens for sample in self._pending.values()) >= CALIBRATION_TOKENS:
             self._calibrate()
         if self._ready and self._pending_bytes >= self._shard_bytes:
-            self._flush()
+            self._start_writing()
 
     def adopt_shares(self) -> None:
         """Move the shards of every share into this store, and remove the shares' folders."""
+        self._end_writing()
         for share in sorted(self.folder.glob(SHARE_PATTERN)):
             with KVStoreWriter(share, self.identity, self._shard_bytes) as other:
                 self._manifest = _with_shards_of(self._manifest, self.folder, other._manifest, share)
@@ -183,40 +192,49 @@ class KVStoreWriter:
             self._manifest = manifest
 
     def close(self) -> None:
-        """Give the folder's lock back without writing anything."""
+        """Give the folder's lock back without writing anything more."""
+        self._thread.shutdown()
         if self._lock is not None:
             unlock_folder(self._lock)
             self._lock = None
 
-    def _pack(self, key: str, kv: KV) -> Tensor:
-        """The checked numbers ``[tokens, layers, 2, kv_dim]``."""
-        _require_fit(key, kv, self.identity)
-        keys, values = kv.detach().flatten()
-        packed = torch.stack([keys[0], values[0]], dim=2).transpose(0, 1).cpu()
-        place = _first_not_finite(packed, kv.layers)
-        if place:
+    def _numbers(self, key: str, kv: KV) -> Tensor:
+        """The checked numbers ``[layers, 2, tokens, kv_dim]`` in the store's dtype; float32 for a quantised store."""
+        dtype = torch.float32 if self.identity.quantized else self.identity.torch_dtype
+        geometry, tokens = kv.geometry, kv.mask.shape[1]
+        numbers = torch.empty(geometry.num_layers, 2, tokens, geometry.num_kv_heads, geometry.head_dim, dtype=dtype)
+        # Converted on the way: one pass over the numbers.
+        numbers[:, 0].copy_(kv.keys[0].transpose(1, 2))
+        numbers[:, 1].copy_(kv.values[0].transpose(1, 2))
+        if place := _first_not_finite(numbers):
+            layer, kind, token = place
+            given = (kv.keys, kv.values)[kind][0, layer, :, token]
+            if bool(torch.isfinite(given).all()):
+                raise self._out_of_range(key, place, str(dtype).removeprefix("torch."))
             raise StoreError(
-                f"sample {short_key(key)} has NaN or Inf in {place}. "
+                f"sample {short_key(key)} has NaN or Inf in {self._named(place)}. "
                 "Run the teacher in float32 or bfloat16, or leave this text out."
             )
-        return packed
+        return numbers.flatten(-2)
 
-    def _stored(self, key: str, packed: Tensor) -> Tensor:
-        """What :meth:`_pack` gave, in the store's dtype."""
-        dtype, layers = self.identity.dtype, self.identity.layers
-        if self._quantizer is not None:
-            stored = self._quantizer.encode(packed)
-            place = _first_not_finite(self._quantizer.halves(stored), layers)
-        else:
-            stored = packed.to(self.identity.torch_dtype).contiguous()
-            place = _first_not_finite(stored, layers)
-        if place:
-            wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
-            raise StoreError(
-                f"sample {short_key(key)} has a number beyond the range of {dtype} in {place}. "
-                f"Set the store's dtype to {wider}."
-            )
-        return stored
+    def _encoded(self, key: str, numbers: Tensor) -> Tensor:
+        """The records of what :meth:`_numbers` gave."""
+        assert self._quantizer is not None
+        records = self._quantizer.encode(numbers)
+        if place := _first_not_finite(self._quantizer.halves(records)):
+            raise self._out_of_range(key, place, self.identity.dtype)
+        return records
+
+    def _out_of_range(self, key: str, place: _Place, dtype: str) -> StoreError:
+        wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
+        return StoreError(
+            f"sample {short_key(key)} has a number beyond the range of {dtype} in {self._named(place)}. "
+            f"Set the store's dtype to {wider}."
+        )
+
+    def _named(self, place: _Place) -> str:
+        layer, kind, token = place
+        return f"the {('keys', 'values')[kind]} of layer {self.identity.layers[layer]}, token {token}"
 
     @property
     def _ready(self) -> bool:
@@ -225,11 +243,11 @@ class KVStoreWriter:
     def _calibrate(self) -> None:
         """Choose the store's quantizer by the samples that wait, keep it on disk, and put it to them."""
         samples = self._pending.values()
-        counted = torch.cat([sample.kv[sample.counted] for sample in samples])
-        tokens = counted if len(counted) else torch.cat([sample.kv for sample in samples])
+        counted = torch.cat([sample.kv[:, :, sample.counted] for sample in samples], dim=2)
+        tokens = counted if counted.shape[2] else torch.cat([sample.kv for sample in samples], dim=2)
         self._quantizer = Quantizer.calibrate(self.identity.dtype, tokens, self.identity.head_dim)
         try:
-            pending = {sample.key: replace(sample, kv=self._stored(sample.key, sample.kv)) for sample in samples}
+            pending = {sample.key: replace(sample, kv=self._encoded(sample.key, sample.kv)) for sample in samples}
             digest = write_atomically(self.folder / QUANTIZER_NAME, [memoryview(self._quantizer.to_bytes())])
             manifest = self._manifest.model_copy(update={"quantizer": digest})
             write_manifest(self.folder, manifest)
@@ -240,21 +258,27 @@ class KVStoreWriter:
         self._pending_bytes = sum(sample.kv.nbytes for sample in pending.values())
 
     def _flush(self) -> None:
+        """Write what waits, and return once it is on disk."""
+        self._start_writing()
+        self._end_writing()
+
+    def _start_writing(self) -> None:
+        """Hand what waits to the thread, once the shard before is on disk."""
+        self._end_writing()
         if not self._pending:
             return
         # Taken out first: should writing fail, these samples count as missing again and are not tried twice.
         samples, moments = list(self._pending.values()), self._moments
         self._pending, self._pending_bytes = {}, 0
         self._moments = Moments.empty(self.identity.geometry)
-        name = _next_shard_name(self._manifest.shards)
-        entry = write_shard(self.folder / name, samples, moments)
-        manifest = _with_shard(self._manifest, name, entry, samples)
-        try:
-            write_manifest(self.folder, manifest)
-        except BaseException:
-            (self.folder / name).unlink(missing_ok=True)
-            raise
-        self._manifest = manifest
+        future = self._thread.submit(add_shard, self.folder, self._manifest, samples, moments)
+        self._in_flight = future, frozenset(sample.key for sample in samples)
+
+    def _end_writing(self) -> None:
+        """Wait for the thread; what went wrong there is raised here."""
+        if self._in_flight is not None:
+            (future, _), self._in_flight = self._in_flight, None
+            self._manifest = future.result()
 
     def _flush_after(self, error: BaseException) -> None:
         """Save what is whole on the way out of a failure, which stays the error that the caller sees."""
@@ -278,6 +302,12 @@ def _recover(folder: Path, identity: StoreIdentity) -> Manifest:
             "Choose another folder, or delete this one."
         )
     found = manifest or Manifest(identity=identity)
+    if {identity.format_version, found.identity.format_version} != {FORMAT_VERSION}:
+        raise StoreError(
+            f"the KV store in {folder} is of format version {found.identity.format_version}, which can be read but not "
+            f"continued: this kvgraft writes version {FORMAT_VERSION}. Delete the folder and run the cache command "
+            "again."
+        )
     bad = {name: reason for name, shard in found.shards.items() if (reason := damage(folder, name, shard))}
     if found.quantizer is not None and read_quantizer(folder, found) is None:
         # Without what they were written by, shards cannot be read.
@@ -313,38 +343,12 @@ def _require_fit(key: str, kv: KV, identity: StoreIdentity) -> None:
         raise StoreError(f"{name} has rotated={kv.rotated} keys; the store holds rotated={identity.rotated}")
 
 
-def _first_not_finite(packed: Tensor, layers: tuple[int, ...]) -> str | None:
-    # One sum is much cheaper than a look at each number, and what is not finite makes it so.
-    if math.isfinite(float(packed.sum(dtype=torch.float32))):
+def _first_not_finite(numbers: Tensor) -> _Place | None:
+    # The extremes are much cheaper than a look at each number, and NaN makes both NaN.
+    if all(math.isfinite(float(extreme)) for extreme in torch.aminmax(numbers)):
         return None
-    finite = torch.isfinite(packed)
-    if bool(finite.all()):
-        return None
-    token, layer, kind, _ = (int(index) for index in (~finite).nonzero()[0])
-    return f"the {('keys', 'values')[kind]} of layer {layers[layer]}, token {token}"
-
-
-def _next_shard_name(shards: Iterable[str]) -> str:
-    # One past the highest and not the first gap: a dropped shard then seldom lends its name to other contents.
-    last = max((int(Path(name).stem.removeprefix("kv-")) for name in shards), default=-1)
-    return f"kv-{last + 1:05d}.safetensors"
-
-
-def _with_shard(manifest: Manifest, name: str, entry: ShardEntry, samples: list[PendingSample]) -> Manifest:
-    entries = dict(manifest.samples)
-    first = 0
-    for sample in samples:
-        tokens = sample.kv.shape[0]
-        entries[sample.key] = SampleEntry(
-            shard=name,
-            first_token=first,
-            tokens=tokens,
-            truncated_bytes=sample.truncated_bytes,
-            text_bytes=sample.text_bytes,
-        )
-        first += tokens
-    shards = {**manifest.shards, name: entry}
-    return manifest.model_copy(update={"complete": False, "shards": shards, "samples": entries})
+    layer, kind, token, *_ = (int(index) for index in (~torch.isfinite(numbers)).nonzero()[0])
+    return layer, kind, token
 
 
 def _with_shards_of(manifest: Manifest, folder: Path, other: Manifest, share: Path) -> Manifest:
@@ -355,7 +359,7 @@ def _with_shards_of(manifest: Manifest, folder: Path, other: Manifest, share: Pa
     names = {}
     for name, entry in other.shards.items():
         if name not in repeated:
-            names[name] = _next_shard_name(shards)
+            names[name] = next_shard_name(shards)
             os.replace(share / name, folder / names[name])
             shards[names[name]] = entry
     for key, sample in other.samples.items():
