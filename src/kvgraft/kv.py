@@ -101,6 +101,11 @@ class KV:
             self, keys=keys, values=values, positions=self.positions.to(keys.device), mask=self.mask.to(keys.device)
         )
 
+    def pin_memory(self) -> KV:
+        """The same numbers in page-locked memory, which a GPU copies from faster; torch's data loader asks for it."""
+        pinned = {name: getattr(self, name).pin_memory() for name in ("keys", "values", "positions", "mask")}
+        return replace(self, **pinned)
+
     def detach(self) -> KV:
         """The same numbers without their gradient history."""
         return replace(self, keys=self.keys.detach(), values=self.values.detach())

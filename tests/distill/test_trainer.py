@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,6 +150,20 @@ def test_every_arm_sees_the_same_batches(tiny_recipe: Callable[..., Recipe], tmp
         seen[arm] = order
     assert len(seen["baseline"]) >= 6
     assert seen["baseline"] == seen["kv"] == seen["mismatched"]
+
+
+def test_reading_ahead_changes_no_number(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Several epochs, and steps of two micro-batches; dropout would show a random number drawn elsewhere.
+    recipe = tiny_recipe(training={"steps": 12, "gradient_accumulation_steps": 2}, projector={"dropout": 0.5})
+    steps, trainer = gradients(recipe, tmp_path / "ahead")
+    assert trainer.state.epoch > 2
+    assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
+    monkeypatch.setattr("kvgraft.distill.callbacks.read_ahead", lambda source, depth: (batch for batch in source))
+    plain, _ = gradients(recipe, tmp_path / "plain")
+    for one, other in zip(steps, plain, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_mismatched_arm_gets_the_kv_of_another_text(tiny_recipe: Callable[..., Recipe]) -> None:

@@ -1,15 +1,17 @@
-"""What a training run shows, records and survives: the bar, the metrics file, and Ctrl-C."""
+"""What a training run shows, records, survives and reads ahead: the bar, the metrics file, Ctrl-C, and batches."""
 
 from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kvgraft.data.read_ahead import read_ahead
 from kvgraft.progress import Advance
 from kvgraft.report.log import append_metrics, read_metrics
 
@@ -29,6 +31,30 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """Show the held-out loss."""
         self._advance(0, note=f"held-out loss {metrics['eval_loss']:.3f}")
+
+
+class ReadAheadCallback(TrainerCallback):
+    """Has the next step's batches read while a step runs, and nothing in the air where an epoch ends.
+
+    A loader that goes through its end counts its epochs, by which the next one is shuffled: that must not happen while
+    the Trainer sets the next one up.
+    """
+
+    def __init__(self) -> None:
+        self._source: Iterator[dict[str, Any]] | None = None
+        self._ahead: Generator[dict[str, Any], None, None] | None = None
+
+    def batches(self, source: Iterator[dict[str, Any]], depth: int) -> Iterator[dict[str, Any]]:
+        """Those of ``source``, an epoch's, ``depth`` of them read ahead; the same at every call for the same epoch."""
+        if self._ahead is None or self._source is not source:
+            self._source, self._ahead = source, read_ahead(source, depth)
+        return self._ahead
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Wait for what is being read."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._source = self._ahead = None
 
 
 class MetricsCallback(TrainerCallback):

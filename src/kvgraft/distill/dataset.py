@@ -79,8 +79,10 @@ class TeacherSource:
 
     def aligned(self, example: EncodedExample | EncodedText) -> KV:
         """Teacher KV ``[1, layers, heads, student tokens, head_dim]``; the mask says which tokens count."""
-        stored = self.store.read(example.sample_key, layers=list(self.teacher_layers))
-        kv = gather_aligned(stored.kv, self.alignment(example))
+        # Tokens are picked before they are widened; a mean over several has to be taken in float32.
+        as_stored = self.policy != "mean"
+        stored = self.store.read(example.sample_key, layers=list(self.teacher_layers), as_stored=as_stored)
+        kv = gather_aligned(stored.kv, self.alignment(example)).to(torch.float32)
         mask = kv.mask.clone()
         mask[:, : self.skip_first_tokens] = False
         return replace(kv, mask=mask)

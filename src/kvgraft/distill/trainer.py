@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
+from kvgraft.distill.callbacks import ReadAheadCallback
 from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, PlannedBatches
 from kvgraft.distill.model import DistillationModel
 from kvgraft.evaluate.quality import held_out_quality
@@ -80,6 +81,8 @@ class KVTrainer(Trainer):
         # Before the schedule; those of gradient_shares change as training goes on.
         self.part_weights = {"kv": model.kv_weight, "logit": model.logit_weight}
         self.measure_shares_every = measure_shares_every
+        self._read_ahead = ReadAheadCallback()
+        self.add_callback(self._read_ahead)
         self._num_kv_tokens: dict[str, Tensor] = {}
         self._num_logit_targets: dict[str, Tensor] = {}
         self._num_taught_tokens: Tensor | None = None
@@ -124,8 +127,12 @@ class KVTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
-        """The micro-batches of one step; counts their aligned tokens over all processes beside the labelled ones."""
-        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """The micro-batches of one step, read while the step before ran.
+
+        Counts their aligned tokens over all processes beside the labelled ones.
+        """
+        batches = self._read_ahead.batches(epoch_iterator, num_batches)
+        samples, num_items = super().get_batch_samples(batches, num_batches, device)
         self._summed_steps += 1
         self._add_parts(_count_tokens(samples, device))
         self._num_kv_tokens, self._num_taught_tokens = {}, None
