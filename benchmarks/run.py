@@ -40,6 +40,7 @@ BENCHMARKS: dict[str, Callable[[], dict[str, object]]] = {
     "capture": capture_speed.measure,
     "store": store_speed.measure,
     "batches": partial(script, "batching.py", "recipes/gsm8k.yaml", "--set", f"data.train={GSM8K}"),
+    "caching": store_speed.measure_caching,
     "fused loss": partial(script, "fused_loss.py"),
     "training step": partial(script, "training_step.py", "recipes/quickstart.yaml"),
     "logit distillation": partial(script, "logit_distillation.py", "--tokens", "1024"),

@@ -39,4 +39,5 @@ def read_ahead(items: Iterable[Item], depth: int = 1) -> Generator[Item, None, N
 
 def _on_the_same_device() -> Callable[[], None] | None:
     # Each thread has a current CUDA device of its own, which starts as the first.
-    return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return partial(torch.cuda.set_device, torch.cuda.current_device()) if initialized else None
