@@ -247,7 +247,7 @@ class KVStore:
             mapped = rows.view(held, 2, entry.tokens, -1)
         if self.quantizer is None and not as_stored:
             # Read and converted in one pass. A copy even of float32: what is handed out must not change with the file.
-            numbers = torch.empty(len(index), *mapped.shape[1:])
+            numbers = torch.empty(len(index), *mapped.shape[1:], dtype=torch.float32)
             for place, layer in zip(numbers, index, strict=True):
                 place.copy_(mapped[layer])
             return numbers
