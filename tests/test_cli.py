@@ -28,7 +28,7 @@ def test_help_names_every_command() -> None:
 
 
 def test_plan_tells_sizes_without_running_anything(recipe_file: Path, tmp_path: Path) -> None:
-    result = runner.invoke(app, ["plan", str(recipe_file), "--json"])
+    result = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", "--json"])
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     teacher = plan["teachers"][0]
@@ -40,12 +40,19 @@ def test_plan_tells_sizes_without_running_anything(recipe_file: Path, tmp_path: 
     assert teacher["advised_mlp_ratio"] == 0.5
     assert any("under 14B" in reason for reason in teacher["reasons"])
     assert not (tmp_path / "stores").exists()
-    shown = runner.invoke(app, ["plan", str(recipe_file)]).output
+    shown = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration"]).output
     assert "0 <- 0, 1 <- 3" in shown
 
 
+def test_plan_does_not_load_what_memory_cannot_hold(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvgraft.memory.free_memory", lambda: 1000)
+    result = runner.invoke(app, ["plan", str(recipe_file)])
+    assert result.exit_code == 0, result.output
+    assert "not calibrated" in result.output
+
+
 def test_plan_counts_are_what_training_then_has(recipe_file: Path, tmp_path: Path) -> None:
-    plan = json.loads(runner.invoke(app, ["plan", str(recipe_file), "--json"]).stdout)
+    plan = json.loads(runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", "--json"]).stdout)
     assert runner.invoke(app, ["train", str(recipe_file), "--output", str(tmp_path / "run")]).exit_code == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["arms"][1]["projector_parameters"] == plan["teachers"][0]["projector_parameters"]
@@ -67,14 +74,14 @@ def test_plan_counts_are_what_training_then_has(recipe_file: Path, tmp_path: Pat
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(recipe_file: Path, override: str, message: str) -> None:
-    result = runner.invoke(app, ["plan", str(recipe_file), "--json", "--set", override])
+    result = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", "--json", "--set", override])
     assert result.exit_code == 1
     assert message in " ".join(json.loads(result.stdout)["problems"])
 
 
 def test_full_disk_is_said_before_anything_runs(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvgraft.plan.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    result = runner.invoke(app, ["plan", str(recipe_file), "--json"])
+    result = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", "--json"])
     assert result.exit_code == 1
     assert "are free at" in json.loads(result.stdout)["problems"][0]
 

@@ -19,6 +19,7 @@ from kvgraft.distill.objectives import projector_direction
 from kvgraft.distill.relations import require_relation_heads
 from kvgraft.errors import KVGraftError, RecipeError
 from kvgraft.kv import KVGeometry
+from kvgraft.memory import PeakMemory
 from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
 from kvgraft.models.lora import add_lora
@@ -65,8 +66,32 @@ class TeacherPlan(BaseModel):
     reasons: list[str]
 
 
+class Forecast(BaseModel):
+    """What one process will take for a recipe on this machine: :func:`kvgraft.forecast.make_forecast`.
+
+    Attributes:
+        store_bytes: the teachers' KV on disk, what is there already included.
+        peak_memory: the most memory at once.
+        seconds: wall time of each phase, by the names in a run's results.
+        calibration_seconds: what finding this out took.
+    """
+
+    store_bytes: int
+    peak_memory: PeakMemory
+    seconds: dict[str, float]
+    calibration_seconds: float
+
+    @property
+    def total_seconds(self) -> float:
+        """Of all phases."""
+        return sum(self.seconds.values())
+
+
 class Plan(BaseModel):
-    """Everything that ``kvgraft plan`` tells. ``problems`` is empty where the recipe can run."""
+    """Everything that ``kvgraft plan`` tells. ``problems`` is empty where the recipe can run.
+
+    ``training_memory_bytes`` and ``store_bytes`` are arithmetic; ``forecast`` is there where it was asked for.
+    """
 
     name: str
     student: ModelPlan | None
@@ -77,6 +102,7 @@ class Plan(BaseModel):
     store_bytes: int
     free_disk_bytes: int
     problems: list[str]
+    forecast: Forecast | None = None
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -106,7 +132,7 @@ def make_plan(recipe: Recipe) -> Plan:
         except KVGraftError as error:
             problems.append(str(error))
     store_bytes = sum(teacher.kv_bytes for teacher in teachers)
-    free = shutil.disk_usage(_existing_parent(recipe.store.path)).free
+    free = shutil.disk_usage(existing_parent(recipe.store.path)).free
     if store_bytes > free:
         problems.append(
             f"the teachers' KV takes about {store_bytes / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free at "
@@ -302,6 +328,7 @@ def _count_tokens(tokenizer: PreTrainedTokenizerBase, examples: list[Example], m
     return round(tokens * share)
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """``path``, or the nearest folder above it that there is."""
     path = path.expanduser().absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -115,15 +115,15 @@ class Prepared:
         return student
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Read the text and fill the stores; what a store holds already is not done again.
+def prepare(recipe: Recipe, texts: Texts | None = None) -> Prepared:
+    """Read the text, unless ``texts`` are given, and fill the stores; what a store holds already is not done again.
 
     Raises:
         KVGraftError: of the room where it went wrong.
     """
     phases = Phases()
     with phases.timed("read text"):
-        texts = read_texts(recipe)
+        texts = texts or read_texts(recipe)
     config = load_student_config(recipe, texts.tokenizer)
     if recipe.training.batching == "packed":
         require_exact_packing(make_student(recipe, texts.tokenizer))

@@ -19,6 +19,7 @@ from kvgraft.distill.arms import (
     train_arm,
 )
 from kvgraft.errors import RecipeError
+from kvgraft.memory import peak_memory
 from kvgraft.models.capture import kv_geometry
 from kvgraft.plan import count_parameters, require_workable
 from kvgraft.prepare import Prepared, prepare
@@ -70,6 +71,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
             logger.info("arm %s was finished before and is not trained again", arm)
         result.arms.append(_read_arm(folder / arm))
     result.seconds = dict(prepared.phases.seconds)
+    result.peak_memory = peak_memory()
     if process_state().is_main_process:
         write_report(recipe, result, folder)
     return result

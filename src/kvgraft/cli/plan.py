@@ -17,14 +17,22 @@ def plan(
     guide: Annotated[
         bool, typer.Option("--guide", help="Instead of RECIPE: the guide's schemes, and the real models it names.")
     ] = False,
+    calibration: Annotated[
+        bool,
+        typer.Option(
+            help="Capture a few texts and train a few steps here, to tell time and peak memory; else arithmetic alone."
+        ),
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Say what RECIPE takes (layers, adapters, memory, disk) and whether it can work. Loads no weights.
+    """Say what RECIPE takes (layers, adapters, disk, memory, time) and whether it can work.
 
-    Exit code 1 where it cannot work. With --guide: what the guide's three schemes and the models it names take, under
-    both readings of d_model, beside the guide's own numbers.
+    With --no-calibration no weights are loaded. Exit code 1 where it cannot work. With --guide: what the guide's three
+    schemes and the models it names take, under both readings of d_model, beside the guide's own numbers.
     """
+    from kvgraft.forecast import make_forecast
     from kvgraft.guide_plan import make_guide_plan
+    from kvgraft.memory import free_memory
     from kvgraft.plan import make_plan
     from kvgraft.recipe import load_recipe
     from kvgraft.report.guide_tables import guide_plan_tables
@@ -37,8 +45,14 @@ def plan(
         sizes = make_guide_plan()
         show(sizes, guide_plan_tables(sizes), as_json)
         return
-    made = make_plan(load_recipe(recipe, overrides))
+    loaded = load_recipe(recipe, overrides)
+    made = make_plan(loaded)
+    fits = made.training_memory_bytes < free_memory()
+    if calibration and fits and not made.problems:
+        made.forecast = make_forecast(loaded)
     show(made, plan_tables(made), as_json)
+    if calibration and not fits and not as_json:
+        console.print("not calibrated: there is less memory free here than the weights alone take", style="yellow")
     if made.problems:
         for problem in () if as_json else made.problems:
             console.print(f"cannot work: {problem}", style="red", markup=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from kvgraft.data.batch_plan import plan_batches
@@ -31,7 +31,7 @@ from kvgraft.report.log import read_metrics
 
 STUDENT_FOLDER = "student"
 CHECKPOINTS_FOLDER = "checkpoints"
-_SHARE_MEASUREMENTS = 10
+SHARE_MEASUREMENTS = 10
 _WITHOUT_KV: tuple[Arm, ...] = ("baseline", "logits")
 _WITH_LOGITS: tuple[Arm, ...] = ("logits", "kv_logits")
 
@@ -99,10 +99,11 @@ def load_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> Distillat
     return model.eval()
 
 
-def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> int:
+def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> int:
     """Train one arm, from its last checkpoint if ``folder`` has one, and save student and projector into ``folder``.
 
-    Metrics go to ``folder/metrics.jsonl``. Returns the number of the projector's parameters.
+    Metrics go to ``folder/metrics.jsonl``. ``callbacks`` are the Trainer's, beside our own. Returns the number of the
+    projector's parameters.
 
     Raises:
         TrainingInterruptedError: Ctrl-C; a checkpoint was left.
@@ -121,12 +122,17 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path) -> int:
             data.held_out_set(arm),
             data.tokenizer,
             data_collator=data.collator,
-            callbacks=[ProgressCallback(advance), MetricsCallback(folder / "metrics.jsonl", arm), interrupt],
+            callbacks=[
+                ProgressCallback(advance),
+                MetricsCallback(folder / "metrics.jsonl", arm),
+                interrupt,
+                *callbacks,
+            ],
             projector_learning_rate=recipe.training.projector_learning_rate,
             kv_weight_schedule=_SCHEDULES[recipe.kv_loss.schedule],
             logit_weight_schedule=_SCHEDULES[recipe.logit_loss.schedule],
             gradient_shares=gradient_shares_of(recipe, model),
-            measure_shares_every=max(1, steps // _SHARE_MEASUREMENTS) if arm != "baseline" else 0,
+            measure_shares_every=max(1, steps // SHARE_MEASUREMENTS) if arm != "baseline" else 0,
         )
         # With its own bars off, the Trainer would print every log.
         trainer.remove_callback(PrinterCallback)

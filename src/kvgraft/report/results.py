@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvgraft.align.evidence import LayerEvidence
 from kvgraft.errors import ResultError
+from kvgraft.memory import PeakMemory
 from kvgraft.report.environment import Environment
 
 FORMAT_VERSION = 1
@@ -145,6 +146,7 @@ class RunResult(SavedResult):
     """Everything that a run measured; ``seconds`` holds the wall time of each phase.
 
     ``started_embeddings`` is the share of the student's tokens whose embeddings started from a teacher's.
+    ``peak_memory`` is that of the main process, the one that finished the run.
     """
 
     name: str
@@ -160,6 +162,7 @@ class RunResult(SavedResult):
     teachers: list[TeacherResult]
     arms: list[ArmResult] = []
     seconds: dict[str, float] = {}
+    peak_memory: PeakMemory | None = None
     versions: dict[str, str] = {}
     environment: Environment | None = None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from kvgraft.migration import Migration
-from kvgraft.plan import Plan
+from kvgraft.plan import Forecast, Plan
 from kvgraft.report.results import ArmResult, RunResult
 
 Row = tuple[str, list[str]]
@@ -64,7 +64,23 @@ def plan_tables(plan: Plan) -> list[Table]:
     total.add_row("texts", f"{plan.train_texts:,} to train on, {plan.held_out_texts:,} held out")
     total.add_row("memory, activations aside", size_text(plan.training_memory_bytes))
     total.add_row("disk for KV", f"{size_text(plan.store_bytes)} of {size_text(plan.free_disk_bytes)} free")
-    return [*tables, total]
+    return [*tables, total, *([] if plan.forecast is None else [_forecast_table(plan.forecast)])]
+
+
+def _forecast_table(forecast: Forecast) -> Table:
+    table = Table(
+        title=f"as `kvgraft train` will take here, by a calibration of {forecast.calibration_seconds:,.0f} s",
+        title_justify="left",
+        show_header=False,
+    )
+    table.add_row("disk", size_text(forecast.store_bytes))
+    table.add_row("peak memory", size_text(forecast.peak_memory.host_bytes))
+    if forecast.peak_memory.device_bytes:
+        table.add_row("peak memory of the accelerator", size_text(forecast.peak_memory.device_bytes))
+    for phase, seconds in forecast.seconds.items():
+        table.add_row(f"time: {phase}", f"{seconds:,.1f} s")
+    table.add_row("time in all", f"{forecast.total_seconds:,.0f} s")
+    return table
 
 
 def migration_table(migration: Migration, folder: Path) -> Table:
@@ -149,6 +165,10 @@ def cost_rows(result: RunResult) -> list[tuple[str, str]]:
             (f"{teacher.name}: store in all", f"{teacher.store_bytes / 1e6:,.1f} MB"),
         ]
     rows += [(f"time: {phase}", f"{seconds:,.1f} s") for phase, seconds in result.seconds.items()]
+    if result.peak_memory is not None:
+        rows.append(("peak memory", size_text(result.peak_memory.host_bytes)))
+        if result.peak_memory.device_bytes:
+            rows.append(("peak memory of the accelerator", size_text(result.peak_memory.device_bytes)))
     return rows
 
 

@@ -1,0 +1,118 @@
+"""What a run will take: the arithmetic on made calibrations, and a real one against the run that follows."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvgraft.calibration import (
+    ArmCalibration,
+    Calibration,
+    CaptureCalibration,
+    StorePart,
+    TeacherCalibration,
+    TrainingCalibration,
+)
+from kvgraft.forecast import forecast_from, make_forecast
+from kvgraft.memory import PeakMemory
+from kvgraft.recipe import Recipe
+from kvgraft.run import run
+
+TEACHER = TeacherCalibration(
+    load_seconds=5.0,
+    tokens_per_second=100.0,
+    bytes_per_token=1_000,
+    once_bytes=7,
+    captured_tokens=(200, 100),
+    whole=(StorePart(2_000, 1_000), StorePart(400, 400)),
+)
+ARM = ArmCalibration(setup=1.0, evaluation=0.5, first_step=3.0, step=2.0, checkpoint=0.25, closing=0.125)
+CALIBRATION = Calibration(
+    capture=CaptureCalibration(
+        text_seconds=2.0,
+        phase_seconds={
+            "read text": 0.0,
+            "identify T": 0.5,
+            "capture T (training text)": 9.0,
+            "capture T (held-out text)": 1.0,
+            "align T": 0.2,
+        },
+        text_share=0.1,
+        teachers={"T": TEACHER},
+        peak=PeakMemory(host_bytes=3_000_000, device_bytes=10),
+    ),
+    training=TrainingCalibration(
+        arms={"baseline": ARM, "kv": ARM},
+        phase_seconds={"read text": 0.0, "log-probabilities of T (training text)": 0.3},
+        evaluation_share=0.5,
+        peak=PeakMemory(host_bytes=1_000_000, device_bytes=20),
+    ),
+    seconds=1.0,
+)
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Callable[..., Recipe]) -> Recipe:
+    return tiny_recipe(training={"steps": 21, "evaluate_every": 10, "save_every": 20})
+
+
+def test_seconds_of_each_phase(recipe: Recipe) -> None:
+    # 4 evaluations of 1 s, 21 steps of 2 s, 2 checkpoints; the kv arm measures shares 10 times for 1 s more.
+    baseline = 1.0 + 4 * 1.0 + 42.0 + 0.5 + 0.125
+    assert forecast_from(recipe, CALIBRATION).seconds == pytest.approx(
+        {
+            "read text": 2.0,
+            "identify T": 0.5,
+            "capture T (training text)": 5.0 + 10.0,
+            "capture T (held-out text)": 4.0,
+            "align T": 2.0,
+            "log-probabilities of T (training text)": 3.0,
+            "train baseline": baseline,
+            "train kv": baseline + 10.0,
+        }
+    )
+
+
+def test_a_store_that_is_there_costs_no_time(recipe: Recipe) -> None:
+    whole = (StorePart(2_000, 0), StorePart(400, 400))
+    teachers = {"T": replace(TEACHER, whole=whole)}
+    calibration = replace(CALIBRATION, capture=replace(CALIBRATION.capture, teachers=teachers))
+    forecast = forecast_from(recipe, calibration)
+    assert forecast.seconds["capture T (training text)"] == 0.0
+    assert forecast.seconds["capture T (held-out text)"] == 5.0 + 4.0
+    assert forecast.store_bytes == 2_400 * 1_000 + 2 * 7
+
+
+def test_memory_counts_the_shard_that_gathers_and_the_files_that_are_mapped(recipe: Recipe) -> None:
+    # 1,000 tokens are still to be captured, of which a calibration held 200 at once.
+    peak = forecast_from(recipe, CALIBRATION).peak_memory
+    assert peak == PeakMemory(host_bytes=3_000_000 + 800_000, device_bytes=20)
+    larger = replace(CALIBRATION.training, peak=PeakMemory(host_bytes=2_500_000))
+    trained = forecast_from(recipe, replace(CALIBRATION, training=larger)).peak_memory
+    assert trained.host_bytes == 2_500_000 + (2_400 - 300) * 1_000
+    alone = replace(larger, arms={"baseline": ARM})
+    assert forecast_from(recipe, replace(CALIBRATION, training=alone)).peak_memory.host_bytes == 3_800_000
+
+
+def test_a_shard_gathers_no_more_than_its_size(recipe: Recipe) -> None:
+    teachers = {"T": replace(TEACHER, bytes_per_token=1_000_000)}
+    calibration = replace(CALIBRATION, capture=replace(CALIBRATION.capture, teachers=teachers))
+    alone = replace(calibration, training=replace(calibration.training, arms={"baseline": ARM}))
+    # Shards of 64 MB, and 100 tokens of the held-out text make more than one.
+    assert forecast_from(recipe, alone).peak_memory.host_bytes == 3_000_000
+
+
+def test_a_real_calibration_before_the_run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe(data={"train_samples": 30, "held_out_samples": 40})
+    forecast = make_forecast(recipe)
+    assert not (tmp_path / "stores").exists()
+    assert not list(tmp_path.glob("kvgraft-plan-*"))
+    result = run(recipe, tmp_path / "run")
+    assert forecast.seconds.keys() == result.seconds.keys()
+    assert all(seconds > 0 for seconds in forecast.seconds.values())
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "stores").rglob("*.safetensors"))
+    assert forecast.store_bytes == pytest.approx(on_disk, rel=0.1)
+    # Python and its libraries; a plan for a teacher of a few thousand parameters needs little beside.
+    assert 1e8 < forecast.peak_memory.host_bytes < 4e9
+    assert result.peak_memory is not None
