@@ -153,7 +153,7 @@ def product_seconds(sizes: Sizes) -> float:
         for left, right in ((x, up.T), (z, down.T), (y, down), (y.T, z), (z, up), (z.T, x)):
             left @ right
 
-    return 2 * sizes.layers * min(_seconds(layer) for _ in range(5))
+    return 2 * sizes.layers * min(processor_seconds(layer) for _ in range(5))
 
 
 def least_seconds(sizes: Sizes, ways: list[str], repeats: int) -> dict[str, float]:
@@ -164,7 +164,7 @@ def least_seconds(sizes: Sizes, ways: list[str], repeats: int) -> dict[str, floa
         found.setdefault("products", []).append(product_seconds(sizes))
         for way in ways:
             step.clear()
-            found.setdefault(way, []).append(_seconds(lambda way=way: step.run(way)))
+            found.setdefault(way, []).append(processor_seconds(lambda way=way: step.run(way)))
     return {way: min(seconds) for way, seconds in found.items()}
 
 
@@ -194,8 +194,8 @@ def main(
     for share in dropout or [0.1, 0.0]:
         sizes = Sizes(layers, tokens, student_width, teacher_width, ratio, share)
         ways = ["plain", "stacked", "fused"]
-        memory = {way: _in_own_process(extra_bytes, sizes, way) for way in ways}
-        seconds = _in_own_process(least_seconds, sizes, ways, repeats)
+        memory = {way: in_own_process(extra_bytes, sizes, way) for way in ways}
+        seconds = in_own_process(least_seconds, sizes, ways, repeats)
         for way in ways:
             typer.echo(
                 f"| {share:g} | {way} | {seconds[way]:.2f} | {seconds[way] / seconds['plain']:.2f} | "
@@ -213,8 +213,8 @@ def _print_growth(student_width: int, teacher_width: int, ratio: float) -> None:
     typer.echo("| ---: | ---: | ---: | ---: | ---: |")
     for layers, tokens in ((7, 512), (7, 1024), (7, 2048), (7, 4096), (14, 1024), (28, 1024)):
         sizes = Sizes(layers, tokens, student_width, teacher_width, ratio, 0.1)
-        seconds = _in_own_process(least_seconds, sizes, ["fused"], 1)["fused"] / layers / tokens
-        extra, gradients = _in_own_process(extra_bytes, sizes, "fused"), _in_own_process(_gradient_bytes, sizes)
+        seconds = in_own_process(least_seconds, sizes, ["fused"], 1)["fused"] / layers / tokens
+        extra, gradients = in_own_process(extra_bytes, sizes, "fused"), in_own_process(_gradient_bytes, sizes)
         typer.echo(f"| {layers} | {tokens:,} | {seconds * 1e6:.1f} | {gradients / 1e6:,.0f} | {extra / 1e6:,.0f} |")
 
 
@@ -222,13 +222,13 @@ def _gradient_bytes(sizes: Sizes) -> int:
     return Step(sizes).gradient_bytes()
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def processor_seconds(work: Callable[[], object]) -> float:
     started = time.process_time()
     work()
     return time.process_time() - started
 
 
-def _in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
+def in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(function, arguments)
 

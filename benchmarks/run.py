@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import capture_speed
+import growth
 import store_speed
 import torch
 import transformers
@@ -43,6 +44,8 @@ BENCHMARKS: dict[str, Callable[[], dict[str, object]]] = {
     "caching": store_speed.measure_caching,
     "fused loss": partial(script, "fused_loss.py"),
     "training step": partial(script, "training_step.py", "recipes/quickstart.yaml"),
+    "whole run": partial(script, "whole_run.py", "recipes/quickstart.yaml"),
+    "growth": growth.measure,
     "logit distillation": partial(script, "logit_distillation.py", "--tokens", "1024"),
 }
 
