@@ -13,9 +13,11 @@ from kvgraft.calibration import (
     StorePart,
     TeacherCalibration,
     TrainingCalibration,
+    store_part,
 )
 from kvgraft.forecast import forecast_from, make_forecast
 from kvgraft.memory import PeakMemory
+from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe
 from kvgraft.run import run
 
@@ -82,6 +84,16 @@ def test_a_store_that_is_there_costs_no_time(recipe: Recipe) -> None:
     assert forecast.seconds["capture T (training text)"] == 0.0
     assert forecast.seconds["capture T (held-out text)"] == 5.0 + 4.0
     assert forecast.store_bytes == 2_400 * 1_000 + 2 * 7
+
+
+def test_what_the_recipes_own_store_holds_is_found(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    prepared = prepare(recipe)
+    teacher, examples = prepared.teachers[0], prepared.texts.train_examples
+    tokens = teacher.store.num_tokens
+    assert store_part(recipe, teacher, teacher.store, examples) == StorePart(tokens, 0)
+    elsewhere = tiny_recipe(store={"path": str(tmp_path / "elsewhere")})
+    assert store_part(elsewhere, teacher, teacher.store, examples) == StorePart(tokens, tokens)
 
 
 def test_memory_counts_the_shard_that_gathers_and_the_files_that_are_mapped(recipe: Recipe) -> None:

@@ -155,13 +155,14 @@ def _teacher_calibration(
         once_bytes=train.total_bytes - bytes_per_token * train.num_tokens,
         captured_tokens=(train.num_tokens, held_out.num_tokens),
         whole=(
-            _store_part(recipe, teacher, train, texts.train_examples),
-            _store_part(recipe, teacher, held_out, texts.held_out_examples),
+            store_part(recipe, teacher, train, texts.train_examples),
+            store_part(recipe, teacher, held_out, texts.held_out_examples),
         ),
     )
 
 
-def _store_part(recipe: Recipe, teacher: PreparedTeacher, small: KVStore, examples: Sequence[Example]) -> StorePart:
+def store_part(recipe: Recipe, teacher: PreparedTeacher, small: KVStore, examples: Sequence[Example]) -> StorePart:
+    """Tokens of ``examples`` in a store like ``small``, and how many of them the recipe's own store lacks."""
     tokenizer = loading.load_tokenizer(teacher.recipe.model, teacher.recipe.revision)
     encoded = encode_for_teacher(examples, tokenizer, small.identity.max_length)
     tokens = {text.sample_key: len(text.input_ids) for text in encoded}
