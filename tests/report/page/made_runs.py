@@ -128,7 +128,7 @@ def make_evaluation(
         arms.append(
             ArmEvaluation(
                 arm=arm,
-                quality={"loss": 3 - index / 2},
+                quality={"loss": 3 - index / 2, "bits_per_byte": 1.5 - index / 4},
                 similarity={teacher: _similarity(with_projector=index > 0)},
                 problems=score,
                 tasks={"made": {"acc": index / 2}},

@@ -10,7 +10,7 @@ from kvgraft.report.notes import NOTES_FILE
 from kvgraft.report.page import page_of_comparison, render_page
 from kvgraft.report.page.data import CurveFigure, PageData, TextFigure, Words
 from tests.report.page.made_comparison import make_comparison, remove_runs
-from tests.report.page.made_runs import held_out_loss
+from tests.report.page.made_runs import held_out_loss, make_evaluation
 
 ARMS = ["baseline", "mismatched", "kv", "own"]
 
@@ -71,6 +71,39 @@ def test_notes_commands_and_machines_are_shown(tmp_path: Path) -> None:
     html = render_page(page)
     assert "a processor, 2 CPUs, 16 GB, a card" in html
     assert comparison.command in html.replace("&#39;", "'")
+
+
+def test_evaluations_of_single_runs_are_shown_by_arm_and_seed(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    comparison = make_comparison(folder)
+    for arm, trained_as, seed, answer in (
+        ("baseline", "baseline", 0, ""),
+        ("own", "kv", 0, "#### 4"),
+        ("own", "kv", 1, ""),
+    ):
+        make_evaluation(folder / arm / f"seed-{seed}", {trained_as: answer}, problems=4)
+    page = page_of_comparison(comparison, folder, with_strips=False)
+    tables = shown(page, "evaluation")
+    assert list(tables) == [
+        "Exact match on 4 problems of word_problems, 2 solved ones before each",
+        "Bits per byte of held-out text",
+    ]
+    match, bits = tables.values()
+    assert match.rows == [
+        ["baseline", "0.0% (0/4)", "-", "0.0%"],
+        ["own", "100.0% (4/4)", "0.0% (0/4)", "50.0% (70.7%)"],
+    ]
+    assert bits.rows[1] == ["own", "1.500", "1.500", "1.500 (0.000)"]
+    assert f"kvgraft evaluate {folder / 'own' / 'seed-1'} --only gsm8k" in match.command
+    make_evaluation(folder / "kv" / "seed-0", {"kv": "#### 4"}, problems=2)
+    assert len(shown(page_of_comparison(comparison, folder, with_strips=False), "evaluation")) == 3
+
+
+def test_a_comparison_without_evaluations_says_how_to_make_them(tmp_path: Path) -> None:
+    page = page_of_comparison(make_comparison(tmp_path / "out"), tmp_path / "out", with_strips=False)
+    (section,) = (part for part in page.sections if part.name == "evaluation")
+    assert section.missing.values["command"].startswith("kvgraft evaluate ")
+    assert "No run of this comparison was evaluated" in render_page(page)
 
 
 def test_a_comparison_without_its_runs_is_shown_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -84,7 +84,7 @@ def test_what_evaluate_wrote_is_shown(tmp_path: Path) -> None:
     assert table.rows[1][1:3] == ["100.0% (30/30)", f"{interval.low:.1%} – 100.0%"]  # noqa: RUF001
     assert table.rows[0][1] == "0.0% (0/30)"
     assert table.command.endswith("--only gsm8k --problems 30 --shots 2 --batch-size 16")
-    assert quality.rows == [["baseline", "3.000"], ["kv", "2.500"]]
+    assert quality.rows == [["baseline", "3.000", "1.500"], ["kv", "2.500", "1.250"]]
     assert (tasks.columns[1], tasks.rows[1][1]) == ("made: acc", "0.500")
     maps = {figure.title.english: figure for figure in figures(page, HeatMapFigure)}
     assert len(maps) == 7

@@ -12,7 +12,8 @@ from kvgraft.compare.comparison import Comparison
 from kvgraft.errors import ReportError
 from kvgraft.recipe import Recipe
 from kvgraft.report.notes import added_notes, noticed
-from kvgraft.report.page.commands import report_command
+from kvgraft.report.page.commands import evaluate_command, report_command
+from kvgraft.report.page.comparison_evaluation import evaluation_tables
 from kvgraft.report.page.comparison_tables import (
     VERDICTS,
     arm_table,
@@ -42,7 +43,7 @@ def page_of_comparison(comparison: Comparison, folder: Path, with_strips: bool =
         with_strips: whether to load the tokenizers and show a text in both.
 
     Raises:
-        ReportError: the comparison's recipe, or a run in ``folder``, is none that this version can read.
+        ReportError: the comparison's recipe, or a run or evaluation in ``folder``, is none that this version can read.
     """
     recipe = _recipe(comparison, folder)
     cells = _read_cells(comparison, folder)
@@ -64,6 +65,15 @@ def page_of_comparison(comparison: Comparison, folder: Path, with_strips: bool =
             Phrase("What moves the student"),
             [*share_curves(measured, command), *share_table(comparison, command)],
             missing=Phrase("No arm of this run has a second loss part whose share was measured."),
+        ),
+        Section(
+            "evaluation",
+            Phrase("Evaluation"),
+            evaluation_tables(cells),
+            missing=Phrase(
+                "No run of this comparison was evaluated: {command} does it for one.",
+                {"command": evaluate_command(first.path if first is not None else folder / "ARM" / "seed-0")},
+            ),
         ),
         Section("layers", Phrase("Layers"), layer_maps(comparison.teachers, command)),
         Section(

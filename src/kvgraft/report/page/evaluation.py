@@ -89,7 +89,7 @@ def _exact_match(run: RunFolder, part: SavedPart[ProblemScore]) -> TableFigure:
     return TableFigure(
         title=Phrase("Exact match on {data}, {shots} solved problems before each, seed {seed}", values),
         note=Phrase("Sums are worked out for the student (calculator).") if asked.get("calculator") else None,
-        command=_problems_command(run, asked),
+        command=problems_command(run, asked),
         columns=[
             Phrase("arm"),
             Phrase("exact match"),
@@ -167,7 +167,7 @@ def _samples(run: RunFolder, evaluation: SavedEvaluation) -> list[Figure]:
         SamplesFigure(
             title=Phrase("Answers of every arm, seed {seed}", _seed(run)),
             note=Phrase("{shown} of {all} problems; all answers are in {file}.", counts),
-            command=_problems_command(run, asked),
+            command=problems_command(run, asked),
             samples=[
                 SampleText(
                     prompt,
@@ -180,7 +180,8 @@ def _samples(run: RunFolder, evaluation: SavedEvaluation) -> list[Figure]:
     ]
 
 
-def _problems_command(run: RunFolder, asked: Mapping[str, Any]) -> str:
+def problems_command(run: RunFolder, asked: Mapping[str, Any]) -> str:
+    """Asks the students of ``run`` the problems again as they were ``asked``."""
     options = ["--only", "gsm8k"]
     if asked.get("data") not in (None, run.recipe.data.held_out or run.recipe.data.train):
         options += ["--data", str(asked["data"])]

@@ -165,6 +165,20 @@ CHINESE = {
     ),
     "Sums are worked out for the student (calculator).": "算式由计算器代学生求值。",
     "exact match": "完全匹配",
+    "Exact match on {problems} problems of {data}, {shots} solved ones before each": (
+        "{data} 的 {problems} 道题上的完全匹配率，每题前有 {shots} 道例题"
+    ),
+    "Exact match on {problems} problems of {data}, {shots} solved ones before each, with the calculator": (
+        "{data} 的 {problems} 道题上的完全匹配率，每题前有 {shots} 道例题，算式由计算器求值"
+    ),
+    "Bits per byte of held-out text": "留出文本的每字节比特数",
+    "Of the runs that were evaluated; mean, and in brackets the standard deviation between seeds.": (
+        "仅含已评测的运行；平均值，括号内为种子间标准差。"
+    ),
+    "mean": "平均值",
+    "No run of this comparison was evaluated: {command} does it for one.": (
+        "这次比较中还没有运行被评测：{command} 可评测其中一个。"
+    ),
     "95 % interval (Wilson)": "95 % 区间（Wilson）",
     "with a final number": "给出最终数字",
     "empty answers": "空回答",
