@@ -17,6 +17,7 @@ from kvgraft.data.datasets import Example
 from kvgraft.distill.build import build_projector
 from kvgraft.distill.objectives import projector_direction
 from kvgraft.distill.relations import require_relation_heads
+from kvgraft.distill.trackers import tracker_problems
 from kvgraft.errors import KVGraftError, RecipeError
 from kvgraft.kv import KVGeometry
 from kvgraft.memory import PeakMemory
@@ -110,7 +111,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
     Bytes of KV are estimated from the first few hundred texts. Memory leaves activations out.
     """
-    problems: list[str] = []
+    problems = tracker_problems(recipe.training.report_to)
     train: list[Example] = []
     held_out: list[Example] = []
     student_config = None

@@ -15,11 +15,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from kvgraft.data.batch_plan import plan_batches
 from kvgraft.data.batching import EncodedExample
 from kvgraft.distill.build import build_distillation
-from kvgraft.distill.callbacks import InterruptCallback, MetricsCallback, ProgressCallback
+from kvgraft.distill.callbacks import EvaluateLastCallback, InterruptCallback, MetricsCallback, ProgressCallback
 from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, PlannedBatches, TeacherSource
 from kvgraft.distill.logit_part import LogitPart
 from kvgraft.distill.logit_sources import LogitSource
 from kvgraft.distill.model import DistillationModel
+from kvgraft.distill.trackers import others_than_tensorboard, tracker_callbacks
 from kvgraft.distill.trainer import PROJECTOR_FOLDER, KVTrainer
 from kvgraft.errors import RecipeError, TrainingInterruptedError
 from kvgraft.models.loading import load_weights
@@ -123,8 +124,10 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path, callbacks: 
             data.tokenizer,
             data_collator=data.collator,
             callbacks=[
+                *tracker_callbacks(recipe.training.report_to, folder),
                 ProgressCallback(advance),
                 MetricsCallback(folder / "metrics.jsonl", arm),
+                EvaluateLastCallback(),
                 interrupt,
                 *callbacks,
             ],
@@ -143,8 +146,6 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path, callbacks: 
             raise TrainingInterruptedError(
                 f"stopped at step {trainer.state.global_step} of {steps} of arm {arm}; a checkpoint is in {checkpoints}"
             )
-        if steps % recipe.training.evaluate_every:
-            trainer.evaluate()
     trainer.save_model(str(folder / STUDENT_FOLDER))
     if trainer.is_world_process_zero():
         _keep_projector_beside(folder)
@@ -184,7 +185,8 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         save_total_limit=2,
         logging_steps=max(1, min(10, training.evaluate_every)),
         bf16=training.bf16,
-        report_to=training.report_to or "none",
+        report_to=others_than_tensorboard(training.report_to) or "none",
+        run_name=str(output.parent),
         seed=recipe.seed,
         data_seed=recipe.seed,
         remove_unused_columns=False,

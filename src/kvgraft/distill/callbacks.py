@@ -82,6 +82,15 @@ class MetricsCallback(TrainerCallback):
             append_metrics(self._path, {"arm": self._arm, "step": state.global_step, "seconds": seconds, **logs})
 
 
+class EvaluateLastCallback(TrainerCallback):
+    """Measures the last step too, while the trackers are still open."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for it."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
 class InterruptCallback(TrainerCallback):
     """On Ctrl-C, finish the step, leave a checkpoint and stop; a second Ctrl-C stops at once."""
 

@@ -38,7 +38,8 @@ class KVTrainer(Trainer):
         gradient_shares: for parts ``kv`` and ``logit``, the share of the student's gradient norm that the part is to
             have where both losses' gradients are measured; its weight is set then, before the schedule.
         measure_shares_every: steps between measurements of each loss part's share of the student's gradient; 0 never.
-        The others are the Trainer's.
+
+    The others are the Trainer's.
     """
 
     optimizer: torch.optim.Optimizer | None

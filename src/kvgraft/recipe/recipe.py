@@ -125,9 +125,10 @@ class Recipe(Section):
     def fingerprint(self) -> str:
         """Identity of the run: sha256 of every field that changes what an arm computes.
 
-        Arms may be added to a run, so they do not count.
+        Arms may be added to a run, and it may be watched elsewhere, so neither counts.
         """
-        return hashlib.sha256(self.model_dump_json(exclude={"name", "store", "arms"}).encode()).hexdigest()
+        unwatched = self.model_copy(update={"training": self.training.model_copy(update={"report_to": []})})
+        return hashlib.sha256(unwatched.model_dump_json(exclude={"name", "store", "arms"}).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""

@@ -332,6 +332,7 @@ class TrainingRecipe(Section):
     longest; ``buckets``: texts of like length; ``packed``: several texts in one row, each read as if it stood alone,
     where the student's architecture allows that. The latter two take ``tokens_per_batch``, padding included and counted
     over the same as ``batch_size``; default ``batch_size`` times the mean length of a text.
+    ``report_to`` names trackers as transformers does; ``tensorboard`` writes into each arm's folder.
     """
 
     steps: Positive = 300
@@ -349,7 +350,7 @@ class TrainingRecipe(Section):
     save_every: Positive = 100
     eval_batch_size: Positive = 16
     bf16: bool = False
-    report_to: list[str] = []
+    report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
 
     @model_validator(mode="after")
     def _tokens_need_batching(self) -> TrainingRecipe:
