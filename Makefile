@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODELS := $(VENV)/.models
+DOCS := $(VENV)/.docs
 OLDEST := .venv-oldest
 
-.PHONY: help setup models browser demo test bench checkstyle test-oldest clean
+.PHONY: help setup models browser demo test bench docs checkstyle test-oldest clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -38,6 +39,15 @@ test: models ## all tests, on two processes
 bench: models ## speed and size: tables, and benchmarks.json; give the machine nothing else to do
 	$(BIN)/python benchmarks/run.py --output benchmarks.json
 
+docs: $(DOCS) ## the documentation as a site in site/; any warning fails
+	$(BIN)/zensical build --clean --strict > $(VENV)/docs.log 2>&1 || (cat $(VENV)/docs.log; false)
+	# Docstrings that cannot be read are only printed.
+	! grep '^griffe:' $(VENV)/docs.log
+
+$(DOCS): $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $(DOCS)
+
 checkstyle: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,4 +59,4 @@ test-oldest: ## contact with transformers' insides, on the oldest release that i
 	$(OLDEST)/bin/pytest tests/models tests/graft tests/distill tests/test_run.py
 
 clean: ## remove environments, runs and stores
-	rm -rf $(VENV) $(OLDEST) runs stores
+	rm -rf $(VENV) $(OLDEST) runs stores site
