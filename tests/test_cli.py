@@ -116,3 +116,9 @@ def test_errors_come_without_a_traceback(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "error: no recipe at" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_compare_without_a_recipe_asks_for_one() -> None:
+    result = runner.invoke(app, ["compare"])
+    assert result.exit_code == 2
+    assert "RECIPE" in result.output

@@ -44,7 +44,7 @@ def repeat_options(arguments: list[str], options: tuple[str, ...]) -> list[str]:
     """``arguments`` with each of ``options`` repeated before every value that follows it."""
     repeated: list[str] = []
     option = ""
-    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "-"][1:], strict=True):
         if argument in options:
             if following.startswith("-"):
                 raise typer.BadParameter(f"{argument} is followed by no value")
