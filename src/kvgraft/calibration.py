@@ -135,7 +135,9 @@ def _measure_capture(recipe: Recipe, folder: Path) -> CaptureCalibration:
         phase_seconds=dict(seconds),
         text_share=len(prepared.texts.train) / len(texts.train),
         teachers={
-            teacher.recipe.name: _teacher_calibration(recipe, teacher, texts, seconds) for teacher in prepared.teachers
+            teacher.recipe.name: _teacher_calibration(recipe, teacher, texts, seconds)
+            for teacher in prepared.teachers
+            if isinstance(teacher.train.store, KVStore)
         },
         peak=peak_memory(),
     )
@@ -146,6 +148,8 @@ def _teacher_calibration(
 ) -> TeacherCalibration:
     name = teacher.recipe.name
     train, held_out = teacher.train.store, teacher.held_out.store
+    assert isinstance(train, KVStore)
+    assert isinstance(held_out, KVStore)
     held_out_seconds = seconds[f"capture {name} (held-out text)"]
     bytes_per_token = stored_bytes_per_token(train.identity.geometry, train.identity.dtype)
     return TeacherCalibration(

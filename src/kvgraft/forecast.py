@@ -43,8 +43,11 @@ def _peak_memory(store: StoreRecipe, calibration: Calibration) -> PeakMemory:
     capture, training = calibration.capture, calibration.training
     # A shard gathers in memory until it is full; that of the few texts never was.
     gathering = max(
-        _more_bytes(teacher, store.shard_megabytes * _MEGABYTE, missing_only=True)
-        for teacher in capture.teachers.values()
+        (
+            _more_bytes(teacher, store.shard_megabytes * _MEGABYTE, missing_only=True)
+            for teacher in capture.teachers.values()
+        ),
+        default=0,
     )
     # Training reads the stores through maps of their files.
     mapped = sum(_more_bytes(teacher) for teacher in capture.teachers.values())

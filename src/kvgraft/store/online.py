@@ -15,7 +15,8 @@ from kvgraft.data.spans import EncodedText
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV
 from kvgraft.store.fill import counted_tokens, kv_of_texts
-from kvgraft.store.format import Moments, StoreIdentity, short_key
+from kvgraft.store.format import StoreIdentity, short_key
+from kvgraft.store.moments import Moments
 from kvgraft.store.reader import KVStatistics, StoredSample, StoredTokens
 
 
@@ -55,8 +56,11 @@ class OnlineKV:
                 where = f"teacher {self.teacher}, text {short_key(text.sample_key)}"
                 self._held[text.sample_key] = kv.require_finite(where)
 
-    def read(self, key: str, layers: Sequence[int] | None = None) -> StoredSample:
-        """One text's KV in float32, in ``layers`` (default all that are captured); the teacher runs unless it is held.
+    def read(self, key: str, layers: Sequence[int] | None = None, *, as_stored: bool = False) -> StoredSample:
+        """One text's KV in ``layers`` (default all that are captured); the teacher runs unless it is held.
+
+        Args:
+            as_stored: give the teacher's own dtype and not float32.
 
         Raises:
             StoreError: the text is none of this run's.
@@ -64,8 +68,10 @@ class OnlineKV:
         text = self._text(key)
         if key not in self._held:
             self.hold([key])
-        kv = self._held[key].to(torch.float32).select_layers(self.identity.layers if layers is None else layers)
-        return StoredSample(kv, text.spans, text.truncated_bytes, text.text_bytes)
+        kv = self._held[key].select_layers(self.identity.layers if layers is None else layers)
+        return StoredSample(
+            kv if as_stored else kv.to(torch.float32), text.spans, text.truncated_bytes, text.text_bytes
+        )
 
     def read_tokens(self, key: str) -> StoredTokens:
         """The token spans of one text; the teacher is not run."""
@@ -100,8 +106,8 @@ class OnlineKV:
             self.hold(texts[index].sample_key for index in bucket)
             for kv in self._held.values():
                 keys, values = kv.flatten()
-                tokens = torch.stack([keys[0], values[0]], dim=2).transpose(0, 1)
-                total = total.merge(Moments.of(tokens[counted_tokens(len(tokens))]))
+                numbers = torch.stack([keys[0], values[0]], dim=1)
+                total = total.merge(Moments.of(numbers, counted_tokens(numbers.shape[2])))
         return total
 
     def _text(self, key: str) -> EncodedText:
