@@ -25,8 +25,10 @@ from transformers import PreTrainedModel
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText, encode_with_spans
 from kvgraft.graft.sources import graft_stored
+from kvgraft.identify import identify
 from kvgraft.models.loading import load_model, load_tokenizer
-from kvgraft.prepare import identify, load_examples_of, store_kv
+from kvgraft.prepare import load_examples_of
+from kvgraft.prepare_kv import store_kv
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import load_recipe
 from kvgraft.store.reader import KVStore

@@ -27,8 +27,9 @@ from kvgraft.data.spans import EncodedText
 from kvgraft.distill.arms import build_arm
 from kvgraft.distill.dataset import DistillationDataset
 from kvgraft.distill.model import DistillationModel
+from kvgraft.identify import identify
 from kvgraft.models.capture import capture
-from kvgraft.prepare import PreparedTeacher, identify, prepare, read_texts
+from kvgraft.prepare import PreparedTeacher, prepare, read_texts
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.run import arm_data
 from kvgraft.store.fill import encode_for_teacher

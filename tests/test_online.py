@@ -11,9 +11,10 @@ from kvgraft.cli import app
 from kvgraft.distill.dataset import DistillationDataset
 from kvgraft.errors import RecipeError, StoreError
 from kvgraft.fit.data import prepare_fit
+from kvgraft.identify import identify
 from kvgraft.models.capture import capture
 from kvgraft.plan import make_plan
-from kvgraft.prepare import identify, prepare
+from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe
 from kvgraft.run import arm_data, run
 from kvgraft.store.online import OnlineKV

@@ -192,7 +192,7 @@ def _measure_training(recipe: Recipe, folder: Path) -> TrainingCalibration:
 
 
 class _StepClock(TrainerCallback):
-    """Times the parts of a training and ends it after ``steps``, with a checkpoint."""
+    """Times the parts of a training and ends it after ``steps``, with an evaluation and a checkpoint."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -206,11 +206,11 @@ class _StepClock(TrainerCallback):
         first = ends[0] - at["train"]
         return ArmCalibration(
             setup=at["ready"] - self._started,
-            evaluation=at["evaluated again"] - at["trained"],
+            evaluation=at["evaluated again"] - ends[-1],
             first_step=first,
             step=(ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else first,
-            checkpoint=at["saved"] - ends[-1],
-            closing=finished - at["evaluated again"],
+            checkpoint=at["saved"] - at["evaluated again"],
+            closing=finished - at["saved"],
         )
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -219,7 +219,7 @@ class _StepClock(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The first evaluation comes before any step, and is slower than those after it."""
-        self._note("evaluated again" if "trained" in self._at else "evaluated")
+        self._note("evaluated again" if self._step_ends else "evaluated")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The first batch is not read yet."""
@@ -229,16 +229,13 @@ class _StepClock(TrainerCallback):
         """One step done."""
         self._step_ends.append(time.perf_counter())
         if len(self._step_ends) == self._steps:
+            control.should_evaluate = True
             control.should_save = True
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The checkpoint is on disk."""
         self._note("saved")
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """All steps are done."""
-        self._note("trained")
 
     def _note(self, what: str) -> None:
         self._at.setdefault(what, time.perf_counter())

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,14 +14,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from kvgraft.align.evidence import EVIDENCE_METHODS, LayerEvidence, evidence_path
 from kvgraft.align.layers import map_layers
 from kvgraft.data.batching import EncodedExample, encode_example
-from kvgraft.data.chat import template_fingerprint
 from kvgraft.data.datasets import Example, load_train_and_held_out
-from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
 from kvgraft.distill.objectives import projector_direction
 from kvgraft.errors import DataError, RecipeError
-from kvgraft.kv import KVGeometry
+from kvgraft.identify import IdentifiedModel, identify
 from kvgraft.models import loading
 from kvgraft.models.capture import kv_geometry
 from kvgraft.models.cut import chosen_layers, cut_config, cut_model, origin_layers
@@ -31,12 +28,11 @@ from kvgraft.models.lora import add_lora
 from kvgraft.models.packing import require_exact_packing
 from kvgraft.models.students import new_student, student_config
 from kvgraft.prepare_embeddings import prepare_embeddings
+from kvgraft.prepare_kv import online_kv, store_kv, store_likelihoods
 from kvgraft.processes import process_state
 from kvgraft.projector.settings import Direction
-from kvgraft.recipe import Recipe, StoreRecipe, StudentRecipe, TeacherRecipe
-from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, kv_store_folder
-from kvgraft.store.format import StoreIdentity, text_fingerprint
-from kvgraft.store.likelihoods import TokenLikelihoods, fill_likelihoods
+from kvgraft.recipe import Recipe, StudentRecipe, TeacherRecipe
+from kvgraft.store.fill import FillReport, encode_for_teacher
 from kvgraft.store.online import OnlineKV
 from kvgraft.store.reader import KVStore
 
@@ -217,114 +213,6 @@ def existing_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
     return None if name is None else loading.load_tokenizer(name, recipe.student.revision)
 
 
-@dataclass(frozen=True)
-class IdentifiedModel:
-    """A model whose KV is to be stored, known well enough to find its store; its weights are not loaded yet."""
-
-    recipe: TeacherRecipe
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    fingerprint: str
-    tokenizer_fingerprint: str
-    load: Callable[[], PreTrainedModel]
-
-    @property
-    def geometry(self) -> KVGeometry:
-        """Layers and heads of the model."""
-        return kv_geometry(self.config)
-
-    @property
-    def context(self) -> int | None:
-        """Most tokens that the model reads, where its config says."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
-
-
-def identify(model: TeacherRecipe) -> IdentifiedModel:
-    """Config, tokenizer and fingerprints of ``model``; ``load`` gives the model itself, once."""
-
-    @lru_cache(1)
-    def load() -> PreTrainedModel:
-        device = model.device
-        if device == "auto" and process_state().num_processes > 1:
-            device = str(process_state().device)
-        return loading.load_model(
-            model.model,
-            model.revision,
-            dtype=model.dtype,
-            device=device,
-            quantization=model.quantization,
-            device_map=model.device_map,
-        )
-
-    tokenizer = loading.load_tokenizer(model.model, model.revision)
-    # Weights in few bits give other KV.
-    numbers = model.dtype if model.quantization is None else f"{model.dtype}, {model.quantization}"
-    return IdentifiedModel(
-        recipe=model,
-        config=loading.load_config(model.model, model.revision),
-        tokenizer=tokenizer,
-        fingerprint=f"{loading.fingerprint(model.model, model.revision)} in {numbers}",
-        tokenizer_fingerprint=loading.tokenizer_fingerprint(tokenizer),
-        load=load,
-    )
-
-
-def store_kv(
-    model: IdentifiedModel, examples: list[Example], layers: tuple[int, ...], max_length: int, settings: StoreRecipe
-) -> tuple[KVStore, FillReport]:
-    """The store of ``model``'s KV over ``examples``, filled where it is not yet; several processes share the work."""
-    encoded = encode_for_teacher(examples, model.tokenizer, max_length)
-    identity = _identity(model, examples, encoded, layers, max_length, settings.dtype)
-    return fill_store(
-        kv_store_folder(settings.path, model.recipe.name, identity),
-        identity,
-        model.recipe.name,
-        model.load,
-        encoded,
-        shard_bytes=settings.shard_megabytes * 1_000_000,
-        token_budget=settings.token_budget,
-        verify=settings.verify,
-    )
-
-
-def _online_kv(
-    model: IdentifiedModel, examples: list[Example], layers: tuple[int, ...], max_length: int, recipe: Recipe
-) -> tuple[OnlineKV, FillReport]:
-    """``model`` itself in place of a store, and what it has cost so far: nothing."""
-    encoded = encode_for_teacher(examples, model.tokenizer, max_length)
-    by_key = {text.sample_key: text for text in encoded}
-    kv = OnlineKV(
-        model.recipe.name,
-        _identity(model, examples, encoded, layers, max_length, "float32"),
-        model.load,
-        by_key,
-        recipe.kv_loss.calibration_texts,
-        recipe.store.token_budget,
-    )
-    return kv, FillReport(0, 0.0, sum(bool(text.truncated_bytes) for text in by_key.values()))
-
-
-def _identity(
-    model: IdentifiedModel,
-    examples: list[Example],
-    encoded: list[EncodedText],
-    layers: tuple[int, ...],
-    max_length: int,
-    dtype: str,
-) -> StoreIdentity:
-    return StoreIdentity(
-        model=model.fingerprint,
-        tokenizer=model.tokenizer_fingerprint,
-        text=text_fingerprint(text.sample_key for text in encoded),
-        layers=layers,
-        num_kv_heads=model.geometry.num_kv_heads,
-        head_dim=model.geometry.head_dim,
-        dtype=dtype,
-        max_length=max_length,
-        template=template_fingerprint(examples, model.tokenizer),
-    )
-
-
 def _prepare_teacher(
     recipe: Recipe, model: IdentifiedModel, texts: Texts, student: PretrainedConfig, phases: Phases
 ) -> PreparedTeacher:
@@ -345,12 +233,12 @@ def _prepare_teacher(
             likelihoods = None
             store: KVStore | OnlineKV
             if online:
-                store, report = _online_kv(model, examples, layers, max_length, recipe)
+                store, report = online_kv(model, examples, layers, max_length, recipe)
             else:
                 store, report = store_kv(model, examples, layers, max_length, recipe.store)
                 # Held-out text measures each teacher by itself and needs no weights.
                 if recipe.kv_loss.combine == "confidence" and examples is texts.train_examples:
-                    likelihoods = _store_likelihoods(model, examples, store, recipe.store)
+                    likelihoods = store_likelihoods(model, examples, store, recipe.store)
         teacher_layers = [teacher_layer for _, teacher_layer in layer_map]
         skipped = alignment.skip_first_tokens
         return TeacherSource(teacher.name, store, teacher_layers, alignment.tokens, skipped, likelihoods), report
@@ -395,17 +283,6 @@ def find_layer_evidence(recipe: Recipe, model: IdentifiedModel, texts: Texts, di
         alignment.skip_first_tokens,
         direction,
     )
-
-
-def _store_likelihoods(
-    model: IdentifiedModel, examples: list[Example], store: KVStore, settings: StoreRecipe
-) -> TokenLikelihoods:
-    """How likely ``model`` finds the tokens of ``store``, filled where it is not yet known."""
-    encoded = encode_for_teacher(examples, model.tokenizer, store.identity.max_length)
-    with process_state().main_process_first():
-        return fill_likelihoods(
-            store.folder, model.recipe.name, model.load, encoded, token_budget=settings.token_budget
-        )
 
 
 def _require_long_context(recipe: Recipe, model: IdentifiedModel, texts: Texts) -> None:

@@ -22,7 +22,8 @@ from kvgraft.recipe import Recipe
 from kvgraft.store.format import write_atomically
 
 if TYPE_CHECKING:
-    from kvgraft.prepare import IdentifiedModel, Texts
+    from kvgraft.identify import IdentifiedModel
+    from kvgraft.prepare import Texts
 
 
 def prepare_embeddings(

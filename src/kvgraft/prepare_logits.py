@@ -13,7 +13,8 @@ from kvgraft.data.spans import EncodedText
 from kvgraft.distill.logit_part import LogitPart, LogitTeacher
 from kvgraft.distill.logit_sources import LogitSource, require_logit_coverage
 from kvgraft.errors import RecipeError
-from kvgraft.prepare import IdentifiedModel, Prepared, identify, teacher_max_length
+from kvgraft.identify import IdentifiedModel, identify
+from kvgraft.prepare import Prepared, teacher_max_length
 from kvgraft.processes import process_state
 from kvgraft.recipe import LogitLossRecipe, Recipe, TeacherRecipe
 from kvgraft.store.fill import encode_for_teacher, store_folder

@@ -10,9 +10,10 @@ import torch
 from kvgraft.compare.matrix import plan_matrix
 from kvgraft.distill.arms import build_arm
 from kvgraft.errors import AlignmentError
+from kvgraft.identify import identify
 from kvgraft.models.embeddings import EmbeddingStart, aligned_embeddings, principal_rows, start_embeddings
 from kvgraft.models.students import new_student
-from kvgraft.prepare import identify, make_student, prepare
+from kvgraft.prepare import make_student, prepare
 from kvgraft.recipe import Recipe, StudentRecipe
 from kvgraft.report.tables import markdown
 from kvgraft.run import arm_data, run

@@ -7,12 +7,12 @@ import torch
 from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
+from kvgraft.identify import identify
 from kvgraft.models import placement
 from kvgraft.models.capture import KVRecorder, capture
 from kvgraft.models.head import head_of, hidden_states
 from kvgraft.models.likelihood import token_log_likelihood
 from kvgraft.models.loading import load_model
-from kvgraft.prepare import identify
 from kvgraft.recipe import TeacherRecipe
 
 INPUT_IDS = torch.arange(24).view(2, 12) + 3

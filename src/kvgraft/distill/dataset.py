@@ -139,6 +139,11 @@ class DistillationDataset(Dataset[dict[str, Any]]):
         """Bytes of all texts whose tokens carry a label."""
         return sum(example.predicted_bytes for example in self.examples)
 
+    @property
+    def runs_teachers(self) -> bool:
+        """Whether reading a text runs a teacher."""
+        return any(isinstance(source.store, OnlineKV) for source in self.sources)
+
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Samples of one batch, as a DataLoader asks for them."""
         for source in self.sources:
@@ -237,13 +242,18 @@ class PlannedBatches(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.plan)
 
+    @property
+    def runs_teachers(self) -> bool:
+        """Whether reading a text runs a teacher."""
+        return self.dataset.runs_teachers
+
     def epochs(self, batches: int) -> float:
         """How often the first ``batches`` batches read the texts."""
         return self._texts_read[batches] / len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rows = self.plan[index]
-        samples = [self.dataset[text] for row in rows for text in row]
+        samples = self.dataset.__getitems__([text for row in rows for text in row])
         return self.collator(samples, [len(row) for row in rows] if self.packed else None)
 
 

@@ -82,8 +82,10 @@ class KVTrainer(Trainer):
         # Before the schedule; those of gradient_shares change as training goes on.
         self.part_weights = {"kv": model.kv_weight, "logit": model.logit_weight}
         self.measure_shares_every = measure_shares_every
-        self._read_ahead = ReadAheadCallback()
-        self.add_callback(self._read_ahead)
+        # A teacher that runs as its texts are read would run in a thread, which capture cannot be watched from.
+        self._read_ahead = None if train_dataset.runs_teachers else ReadAheadCallback()
+        if self._read_ahead is not None:
+            self.add_callback(self._read_ahead)
         self._num_kv_tokens: dict[str, Tensor] = {}
         self._num_logit_targets: dict[str, Tensor] = {}
         self._num_taught_tokens: Tensor | None = None
@@ -128,11 +130,11 @@ class KVTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
-        """The micro-batches of one step, read while the step before ran.
+        """The micro-batches of one step, read while the step before ran where no teacher has to run for it.
 
         Counts their aligned tokens over all processes beside the labelled ones.
         """
-        batches = self._read_ahead.batches(epoch_iterator, num_batches)
+        batches = epoch_iterator if self._read_ahead is None else self._read_ahead.batches(epoch_iterator, num_batches)
         samples, num_items = super().get_batch_samples(batches, num_batches, device)
         self._summed_steps += 1
         self._add_parts(_count_tokens(samples, device))

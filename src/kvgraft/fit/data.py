@@ -15,19 +15,18 @@ from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
 from kvgraft.errors import RecipeError
+from kvgraft.identify import IdentifiedModel, identify
 from kvgraft.kv import KV
 from kvgraft.prepare import (
-    IdentifiedModel,
     Phases,
     find_layer_evidence,
-    identify,
     layer_map_of,
     load_examples_of,
     read_texts,
     require_coverage,
-    store_kv,
     teacher_max_length,
 )
+from kvgraft.prepare_kv import store_kv
 from kvgraft.projector.projector import with_previous_tokens
 from kvgraft.projector.scenario import AblationData
 from kvgraft.projector.settings import Direction

@@ -19,11 +19,12 @@ from kvgraft.graft.cache import cache_from_kv, project
 from kvgraft.graft.grafter import SETTINGS_FILE, Grafter
 from kvgraft.graft.pieces import concatenate, with_own_tokens
 from kvgraft.graft.sources import own_beginning, stored_kv
+from kvgraft.identify import identify
 from kvgraft.kv import KV
 from kvgraft.models.cache import GraftedCache, context_length
 from kvgraft.models.capture import kv_geometry
 from kvgraft.models.loading import load_model, load_tokenizer
-from kvgraft.prepare import identify, store_kv
+from kvgraft.prepare_kv import store_kv
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.run import RECIPE_FILE

@@ -1,0 +1,67 @@
+"""A model that a recipe names: what it is, without its weights, and how to load them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvgraft.kv import KVGeometry
+from kvgraft.models import loading
+from kvgraft.models.capture import kv_geometry
+from kvgraft.processes import process_state
+from kvgraft.recipe import TeacherRecipe
+
+
+@dataclass(frozen=True)
+class IdentifiedModel:
+    """A model whose KV is to be stored, known well enough to find its store; its weights are not loaded yet."""
+
+    recipe: TeacherRecipe
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    tokenizer_fingerprint: str
+    load: Callable[[], PreTrainedModel]
+
+    @property
+    def geometry(self) -> KVGeometry:
+        """Layers and heads of the model."""
+        return kv_geometry(self.config)
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens that the model reads, where its config says."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+
+def identify(model: TeacherRecipe) -> IdentifiedModel:
+    """Config, tokenizer and fingerprints of ``model``; ``load`` gives the model itself, once."""
+
+    @lru_cache(1)
+    def load() -> PreTrainedModel:
+        device = model.device
+        if device == "auto" and process_state().num_processes > 1:
+            device = str(process_state().device)
+        return loading.load_model(
+            model.model,
+            model.revision,
+            dtype=model.dtype,
+            device=device,
+            quantization=model.quantization,
+            device_map=model.device_map,
+        )
+
+    tokenizer = loading.load_tokenizer(model.model, model.revision)
+    # Weights in few bits give other KV.
+    numbers = model.dtype if model.quantization is None else f"{model.dtype}, {model.quantization}"
+    return IdentifiedModel(
+        recipe=model,
+        config=loading.load_config(model.model, model.revision),
+        tokenizer=tokenizer,
+        fingerprint=f"{loading.fingerprint(model.model, model.revision)} in {numbers}",
+        tokenizer_fingerprint=loading.tokenizer_fingerprint(tokenizer),
+        load=load,
+    )
