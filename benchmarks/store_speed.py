@@ -4,7 +4,8 @@
 
 Random numbers in the shape of SmolLM2-135M's KV (30 layers, 3 heads of 64), float16 on disk, float32 in memory, texts
 in random order. The cold reads are after the kernel was asked to forget the files. Caching fills a store with
-SmolLM2-135M's KV of random tokens, and is set beside capturing it alone.
+SmolLM2-135M's KV of random tokens, and is set beside capturing it alone. Together fills a store of log-probabilities by
+the same pass, and is set beside a pass for each.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ import numpy as np
 import torch
 import typer
 from interleaved import interleaved_medians
+from transformers import PreTrainedModel
 
 from kvgraft.data.batching import pad_texts
 from kvgraft.data.spans import EncodedText, sample_key
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture, kv_geometry
 from kvgraft.models.loading import load_model
-from kvgraft.store.fill import fill_store
+from kvgraft.store.fill import StoreToFill, fill_stores
+from kvgraft.store.fill_kv import KVStoreToFill, fill_store
+from kvgraft.store.fill_logits import LogitStoreToFill
 from kvgraft.store.format import StoreIdentity
+from kvgraft.store.logits import LogitIdentity
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
 
@@ -44,15 +49,19 @@ def main(
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 5,
     folder: Annotated[Path | None, typer.Option(help="Where to write; default the system's temporary folder.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="A dtype of the store; may be repeated.")] = None,
-    only: Annotated[Literal["rates", "caching"] | None, typer.Option(help="Half of what there is to measure.")] = None,
+    only: Annotated[
+        Literal["rates", "caching", "together"] | None, typer.Option(help="A third of what there is to measure.")
+    ] = None,
     processor_time: Annotated[bool, typer.Option(help="Count what all threads compute, and not time passed.")] = False,
 ) -> None:
     """Print the ratios in Markdown."""
     clock = time.process_time if processor_time else time.perf_counter
-    if only != "caching":
+    if only in (None, "rates"):
         typer.echo(measure(texts, repeats, folder, dtype or DTYPES, clock)["table"])
-    if only != "rates":
+    if only in (None, "caching"):
         typer.echo(measure_caching(repeats, folder, clock)["table"])
+    if only in (None, "together"):
+        typer.echo(measure_together(repeats, folder, clock)["table"])
 
 
 def measure(
@@ -167,12 +176,7 @@ def measure_caching(
 ) -> dict[str, object]:
     """Seconds of capturing texts, and of filling a store with what is captured; their ratio, and ``table``."""
     model = load_model(MODEL, None, dtype="float32", device="cpu")
-    geometry = kv_geometry(model.config)
-    ids = torch.randint(0, model.config.vocab_size, (texts, tokens), generator=torch.Generator().manual_seed(0))
-    spans = np.stack([np.arange(tokens), np.arange(tokens) + 1], axis=1).astype(np.int32)
-    encoded = [EncodedText(row.tolist(), spans, 0, tokens, sample_key(str(row.tolist()))) for row in ids]
-    layers, heads, width = tuple(range(geometry.num_layers)), geometry.num_kv_heads, geometry.head_dim
-    identity = StoreIdentity("model", "tokenizer", "text", layers, heads, width, "float16", tokens)
+    encoded, identity = _random_texts(model, texts, tokens)
     batch = texts // 2
 
     def plain() -> None:
@@ -190,6 +194,44 @@ def measure_caching(
         seconds = interleaved_medians(ways, repeats, clock=clock)
     ratio = seconds["caching"] / seconds["capture"]
     return {"seconds": seconds, "ratio": ratio, "table": f"caching over capture: {ratio:.3f} of its time"}
+
+
+def measure_together(
+    repeats: int = 5,
+    folder: Path | None = None,
+    clock: Clock = time.perf_counter,
+    texts: int = 4,
+    tokens: int = 192,
+) -> dict[str, object]:
+    """Seconds of filling a KV store and a logit store by a pass for each, and by one; their ratio, and ``table``."""
+    model = load_model(MODEL, None, dtype="float32", device="cpu")
+    encoded, identity = _random_texts(model, texts, tokens)
+    logits = LogitIdentity("model", "tokenizer", "text", tokens, model.config.vocab_size, top_k=32)
+
+    def fill(root: Path, together: bool) -> None:
+        shutil.rmtree(root, ignore_errors=True)
+        kv_store = KVStoreToFill(root / "kv", identity, 8_000_000)
+        logit_store = LogitStoreToFill(root / "logits", logits, 8_000_000)
+        passes: list[list[StoreToFill]] = [[kv_store, logit_store]] if together else [[kv_store], [logit_store]]
+        for stores in passes:
+            fill_stores(stores, "teacher", lambda: model, encoded, token_budget=texts // 2 * tokens)
+
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        ways = {"two": lambda: fill(Path(root) / "two", False), "one": lambda: fill(Path(root) / "one", True)}
+        seconds = interleaved_medians(ways, repeats, clock=clock)
+    ratio = seconds["one"] / seconds["two"]
+    table = f"KV and log-probabilities by one pass: {ratio:.3f} of the time of two"
+    return {"seconds": seconds, "ratio": ratio, "table": table}
+
+
+def _random_texts(model: PreTrainedModel, texts: int, tokens: int) -> tuple[list[EncodedText], StoreIdentity]:
+    """Texts of random tokens of ``model``, and what a float16 store of all its KV over them is."""
+    geometry = kv_geometry(model.config)
+    ids = torch.randint(0, model.config.vocab_size, (texts, tokens), generator=torch.Generator().manual_seed(0))
+    spans = np.stack([np.arange(tokens), np.arange(tokens) + 1], axis=1).astype(np.int32)
+    encoded = [EncodedText(row.tolist(), spans, 0, tokens, sample_key(str(row.tolist()))) for row in ids]
+    layers, heads, width = tuple(range(geometry.num_layers)), geometry.num_kv_heads, geometry.head_dim
+    return encoded, StoreIdentity("model", "tokenizer", "text", layers, heads, width, "float16", tokens)
 
 
 if __name__ == "__main__":

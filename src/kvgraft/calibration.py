@@ -16,15 +16,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kvgraft.data.datasets import Example
 from kvgraft.distill.arms import train_arm
+from kvgraft.identify import identify
 from kvgraft.memory import PeakMemory, peak_memory
-from kvgraft.models import loading
 from kvgraft.plan import existing_parent
 from kvgraft.prepare import PreparedTeacher, Texts, prepare, read_texts
+from kvgraft.prepare_log_probs import log_probs_to_fill, stores_log_probs
 from kvgraft.progress import progress_bar
 from kvgraft.recipe import Recipe
 from kvgraft.run import arm_data
 from kvgraft.store.fill import encode_for_teacher, store_folder
 from kvgraft.store.format import read_manifest, stored_bytes_per_token, text_fingerprint
+from kvgraft.store.logits import LogitManifest
 from kvgraft.store.reader import KVStore
 
 # One step that is slower than the others, and three to take the mean of.
@@ -34,10 +36,14 @@ _HELD_OUT_BATCHES = 2
 
 @dataclass(frozen=True)
 class StorePart:
-    """KV of a teacher over the training or the held-out text: all of it, and what has to be captured yet."""
+    """KV of a teacher over the training or the held-out text: all of it, and what has to be captured yet.
+
+    ``pass_tokens`` is what the teacher has to read: texts that lack their KV or the log-probabilities that arms need.
+    """
 
     tokens: int
     missing_tokens: int
+    pass_tokens: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class TeacherCalibration:
 
     Attributes:
         load_seconds: until the teacher could run.
-        tokens_per_second: capture and writing.
+        tokens_per_second: capture and writing, of log-probabilities too where arms need them from a store.
         bytes_per_token: on disk, of KV alone.
         once_bytes: on disk for each store beside it, much the same however many tokens it holds.
         captured_tokens: in each of the two small stores.
@@ -166,14 +172,22 @@ def _teacher_calibration(
 
 
 def store_part(recipe: Recipe, teacher: PreparedTeacher, small: KVStore, examples: Sequence[Example]) -> StorePart:
-    """Tokens of ``examples`` in a store like ``small``, and how many of them the recipe's own store lacks."""
-    tokenizer = loading.load_tokenizer(teacher.recipe.model, teacher.recipe.revision)
-    encoded = encode_for_teacher(examples, tokenizer, small.identity.max_length)
+    """Tokens of ``examples`` in a store like ``small``, and how many of them the recipe's own stores lack."""
+    model, max_length = identify(teacher.recipe), small.identity.max_length
+    encoded = encode_for_teacher(examples, model.tokenizer, max_length)
     tokens = {text.sample_key: len(text.input_ids) for text in encoded}
     identity = replace(small.identity, text=text_fingerprint(tokens))
     manifest = read_manifest(store_folder(recipe.store.path, teacher.recipe.name, identity))
-    stored = {} if manifest is None else manifest.samples
-    return StorePart(sum(tokens.values()), sum(count for key, count in tokens.items() if key not in stored))
+    stored = set() if manifest is None else set(manifest.samples)
+    read = stored
+    if stores_log_probs(recipe):
+        logits = LogitManifest.read(log_probs_to_fill(model, examples, encoded, max_length, recipe).folder)
+        read = set() if logits is None else stored & set(logits.samples)
+    return StorePart(
+        sum(tokens.values()),
+        sum(count for key, count in tokens.items() if key not in stored),
+        sum(count for key, count in tokens.items() if key not in read),
+    )
 
 
 def _measure_training(recipe: Recipe, folder: Path) -> TrainingCalibration:

@@ -88,7 +88,7 @@ def _seconds(recipe: Recipe, calibration: Calibration) -> dict[str, float]:
 
 def _capture_seconds(phase: str, measured: float, teachers: Mapping[str, TeacherCalibration]) -> dict[str, float]:
     for name, teacher in teachers.items():
-        missing = [part.missing_tokens for part in teacher.whole]
+        missing = [part.pass_tokens for part in teacher.whole]
         for index, part in enumerate(_PARTS):
             if phase == f"capture {name} ({part} text)":
                 # The teacher is loaded once, for the first of its stores that lacks something.

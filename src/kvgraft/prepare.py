@@ -28,7 +28,8 @@ from kvgraft.models.lora import add_lora
 from kvgraft.models.packing import require_exact_packing
 from kvgraft.models.students import new_student, student_config
 from kvgraft.prepare_embeddings import prepare_embeddings
-from kvgraft.prepare_kv import online_kv, store_kv, store_likelihoods
+from kvgraft.prepare_kv import online_kv, store_kv, store_kv_and_log_probs, store_likelihoods
+from kvgraft.prepare_log_probs import needs_log_probs, reads_one_vocabulary, stores_log_probs
 from kvgraft.processes import process_state
 from kvgraft.projector.settings import Direction
 from kvgraft.recipe import Recipe, StudentRecipe, TeacherRecipe
@@ -128,6 +129,8 @@ def prepare(recipe: Recipe, texts: Texts | None = None) -> Prepared:
         with phases.timed(f"identify {teacher.name}"):
             models.append(identify(teacher))
             _require_long_context(recipe, models[-1], texts)
+            if needs_log_probs(recipe):
+                reads_one_vocabulary(recipe, teacher.name, texts.tokenizer, models[-1].tokenizer)
     teachers = [_prepare_teacher(recipe, model, texts, config, phases) for model in models]
     embeddings = None
     if recipe.student.embeddings_from is not None:
@@ -235,7 +238,10 @@ def _prepare_teacher(
             if online:
                 store, report = online_kv(model, examples, layers, max_length, recipe)
             else:
-                store, report = store_kv(model, examples, layers, max_length, recipe.store)
+                if stores_log_probs(recipe):
+                    store, report = store_kv_and_log_probs(model, examples, layers, max_length, recipe)
+                else:
+                    store, report = store_kv(model, examples, layers, max_length, recipe.store)
                 # Held-out text measures each teacher by itself and needs no weights.
                 if recipe.kv_loss.combine == "confidence" and examples is texts.train_examples:
                     likelihoods = store_likelihoods(model, examples, store, recipe.store)

@@ -6,9 +6,11 @@ from kvgraft.data.chat import template_fingerprint
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.identify import IdentifiedModel
+from kvgraft.prepare_log_probs import log_probs_to_fill
 from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, StoreRecipe
-from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, kv_store_folder
+from kvgraft.store.fill import FillReport, StoreToFill, encode_for_teacher, fill_stores
+from kvgraft.store.fill_kv import KVStoreToFill, kv_store_folder
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.likelihoods import TokenLikelihoods, fill_likelihoods
 from kvgraft.store.online import OnlineKV
@@ -20,17 +22,20 @@ def store_kv(
 ) -> tuple[KVStore, FillReport]:
     """The store of ``model``'s KV over ``examples``, filled where it is not yet; several processes share the work."""
     encoded = encode_for_teacher(examples, model.tokenizer, max_length)
-    identity = _identity(model, examples, encoded, layers, max_length, settings.dtype)
-    return fill_store(
-        kv_store_folder(settings.path, model.recipe.name, identity),
-        identity,
-        model.recipe.name,
-        model.load,
-        encoded,
-        shard_bytes=settings.shard_megabytes * 1_000_000,
-        token_budget=settings.token_budget,
-        verify=settings.verify,
-    )
+    store = _kv_to_fill(model, examples, encoded, layers, max_length, settings)
+    (report,) = fill_stores([store], model.recipe.name, model.load, encoded, token_budget=settings.token_budget)
+    return store.open(), report
+
+
+def store_kv_and_log_probs(
+    model: IdentifiedModel, examples: list[Example], layers: tuple[int, ...], max_length: int, recipe: Recipe
+) -> tuple[KVStore, FillReport]:
+    """As :func:`store_kv`; the same pass of ``model`` fills the logit store of ``recipe`` too."""
+    encoded = encode_for_teacher(examples, model.tokenizer, max_length)
+    store = _kv_to_fill(model, examples, encoded, layers, max_length, recipe.store)
+    stores: list[StoreToFill] = [store, log_probs_to_fill(model, examples, encoded, max_length, recipe)]
+    report, _ = fill_stores(stores, model.recipe.name, model.load, encoded, token_budget=recipe.store.token_budget)
+    return store.open(), report
 
 
 def online_kv(
@@ -48,6 +53,19 @@ def online_kv(
         recipe.store.token_budget,
     )
     return kv, FillReport(0, 0.0, sum(bool(text.truncated_bytes) for text in by_key.values()))
+
+
+def _kv_to_fill(
+    model: IdentifiedModel,
+    examples: list[Example],
+    encoded: list[EncodedText],
+    layers: tuple[int, ...],
+    max_length: int,
+    settings: StoreRecipe,
+) -> KVStoreToFill:
+    identity = _identity(model, examples, encoded, layers, max_length, settings.dtype)
+    folder = kv_store_folder(settings.path, model.recipe.name, identity)
+    return KVStoreToFill(folder, identity, settings.shard_megabytes * 1_000_000, settings.verify)
 
 
 def _identity(

@@ -35,6 +35,17 @@ def test_every_arm_with_every_seed_in_a_folder_of_its_own(recipe: Path) -> None:
     assert matrix.notes == ()
 
 
+def test_arms_that_learn_from_stored_logits_run_first(recipe: Path) -> None:
+    arms = ["baseline", "kv", "logits", "kv_logits"]
+    matrix = plan_matrix(recipe, arms=arms, seeds=[3, 4], controls=False)
+    assert [(cell.arm.name, cell.seed) for cell in matrix.cells] == [
+        (arm, seed) for seed in (3, 4) for arm in ("logits", "kv_logits", "baseline", "kv")
+    ]
+    assert [arm.name for arm in matrix.arms] == arms
+    online = plan_matrix(recipe, ["logit_loss.source=online"], arms=arms, seeds=[3], controls=False)
+    assert [cell.arm.name for cell in online.cells] == arms
+
+
 def test_a_command_says_the_recipe_of_its_cell(recipe: Path) -> None:
     matrix = plan_matrix(recipe, ["training.steps=7"], arms=["own:values_only 'alignment.layers=[[0, 1]]'"], seeds=[3])
     for cell in matrix.cells:

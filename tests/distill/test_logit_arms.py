@@ -102,9 +102,25 @@ def test_different_tokenizers_and_the_loss_falls_on_a_repeated_batch(
 
 
 def test_one_vocabulary_is_asked_for_where_the_loss_needs_it(tiny_recipe: Callable[..., Recipe]) -> None:
-    prepared = prepare(tiny_recipe(arms=["logits"]))
+    recipe = tiny_recipe(arms=["logits"])
     with pytest.raises(RecipeError, match=r"forward_kl .* teacher org/teacher-1.0 has another tokenizer .* 300 tokens"):
-        arm_data(prepared)
+        prepare(recipe)
+    # Known before any teacher ran.
+    assert not recipe.store.path.exists()
+
+
+def test_one_pass_of_the_teacher_fills_both_stores(
+    shared_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for alone in ("capture", "hidden_states"):
+        monkeypatch.setattr(f"kvgraft.store.fill.{alone}", lambda *_, **__: pytest.fail("a pass for one store"))
+    data = arm_data(prepare(shared_recipe(arms=["logits", "kv"])))
+    for kv, logits in (
+        (data.train_sources, data.train_logit_sources),
+        (data.held_out_sources, data.held_out_logit_sources),
+    ):
+        assert logits[0].store is not None
+        assert logits[0].store.num_tokens == kv[0].store.num_tokens > 0
 
 
 def test_stored_targets_stand_where_the_student_predicts(shared_recipe: Callable[..., Recipe]) -> None:

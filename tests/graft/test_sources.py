@@ -14,7 +14,7 @@ from kvgraft.graft import graft, graft_live, graft_stored, live_kv, own_beginnin
 from kvgraft.models import loading
 from kvgraft.models.capture import capture, kv_geometry
 from kvgraft.projector.projector import KVDimensionProjector
-from kvgraft.store.fill import fill_store
+from kvgraft.store.fill_kv import fill_store
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
 

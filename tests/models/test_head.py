@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from kvgraft.errors import ModelError
-from kvgraft.models.head import head_of, hidden_states, record_hidden
+from kvgraft.models.capture import capture
+from kvgraft.models.head import head_of, hidden_states, kv_and_hidden_states, record_hidden
 
 SIZES = {
     "vocab_size": 90,
@@ -50,6 +51,21 @@ def test_logits_are_the_models_own(name: str) -> None:
     expected = model(input_ids=input_ids, attention_mask=mask).logits
     found = head_of(model).logits(hidden_states(model, input_ids, mask).flatten(0, 1))
     torch.testing.assert_close(found, expected.flatten(0, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, soft cap", "gpt2"])
+def test_one_pass_gives_kv_and_hidden_states_as_two_do(name: str) -> None:
+    model, fresh = random_model(CONFIGS[name]), random_model(CONFIGS[name])
+    input_ids = torch.arange(12).reshape(2, 6) * 7 % 90
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    # The fresh model's head was never checked, and its check is a pass too.
+    kv, hidden = kv_and_hidden_states(fresh, input_ids, mask, [1, 0])
+    expected = capture(model, input_ids, mask, layers=[1, 0])
+    assert torch.equal(hidden, hidden_states(model, input_ids, mask))
+    assert torch.equal(kv.keys, expected.keys)
+    assert torch.equal(kv.values, expected.values)
+    assert torch.equal(kv.positions, expected.positions)
+    assert kv.layers == (1, 0)
 
 
 def test_hidden_states_keep_their_gradient() -> None:

@@ -14,10 +14,13 @@ from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.processes import process_state
 from kvgraft.store import fill as filling
-from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store
-from kvgraft.store.format import read_manifest
+from kvgraft.store.fill import FillReport, encode_for_teacher, fill_stores
+from kvgraft.store.fill_kv import KVStoreToFill
+from kvgraft.store.fill_logits import LogitStoreToFill
+from kvgraft.store.format import read_manifest, text_fingerprint
+from kvgraft.store.logits import LogitIdentity
 from kvgraft.store.reader import KVStore
-from kvgraft.store.writer import share_folder
+from kvgraft.store.shares import share_folder
 from tests.store.test_fill import identity, teacher
 
 TEXTS = [f"{number} apples and {number * 7} pears" + " in a basket" * (number % 3) for number in range(12)]
@@ -28,23 +31,32 @@ def encoded() -> list[EncodedText]:
 
 
 def fill(folder: Path) -> tuple[KVStore, FillReport]:
-    """A pass of the teacher and a shard for every text."""
+    """A pass of the teacher and a shard for every text, of KV and of log-probabilities."""
     texts = encoded()
-    return fill_store(folder, identity(texts), "tiny", teacher, texts, shard_bytes=1, token_budget=1)
+    store = KVStoreToFill(folder, identity(texts), shard_bytes=1)
+    report, _ = fill_stores([store, logits_beside(folder)], "tiny", teacher, texts, token_budget=1)
+    return store.open(), report
+
+
+def logits_beside(folder: Path) -> LogitStoreToFill:
+    """The logit store that goes with the KV store in ``folder``."""
+    fingerprint = text_fingerprint(text.sample_key for text in encoded())
+    identity = LogitIdentity("model", "tokenizer", fingerprint, max_length=64, vocabulary=200, top_k=8)
+    return LogitStoreToFill(folder.with_name(f"{folder.name}-logits"), identity, shard_bytes=1)
 
 
 def kill_second_process_after(batches: int, folder: Path) -> None:
-    capture, done = filling.capture, []
+    run, done = filling.kv_and_hidden_states, []
 
-    def capture_or_die(*args, **options):
+    def run_or_die(*args, **options):
         if process_state().process_index == 1 and len(done) == batches:
             while len(read_manifest(share_folder(folder, 1)).samples) < batches:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         done.append(1)
-        return capture(*args, **options)
+        return run(*args, **options)
 
-    filling.capture = capture_or_die
+    filling.kv_and_hidden_states = run_or_die
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.errors import KVGraftError
 from kvgraft.models.capture import capture
-from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
+from kvgraft.store.fill import FillReport, encode_for_teacher, store_folder
+from kvgraft.store.fill_kv import fill_store
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from kvgraft.store.format import Manifest, read_manifest
-from kvgraft.store.writer import KVStoreWriter, share_folder
-from tests.store.process import encoded, fill
+from kvgraft.store.logits import LogitManifest
+from kvgraft.store.shares import share_folder
+from kvgraft.store.writer import KVStoreWriter
+from tests.store.process import encoded, fill, logits_beside
 from tests.store.test_fill import identity
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -40,6 +42,11 @@ def require_same_content(folder: Path, other: Path) -> None:
         assert torch.equal(one.kv.values, expected.kv.values)
         assert (one.spans == expected.spans).all()
     assert store.num_tokens == whole.num_tokens
+    logits, whole_logits = logits_beside(folder).open(), logits_beside(other).open()
+    assert logits.num_tokens == whole_logits.num_tokens == store.num_tokens
+    for key in whole.keys():  # noqa: SIM118
+        assert torch.equal(logits.words(key), whole_logits.words(key))
+        assert torch.equal(logits.token_log_likelihood(key), whole_logits.token_log_likelihood(key))
     torch.testing.assert_close(store.statistics().variance, whole.statistics().variance)
 
 
@@ -50,12 +57,15 @@ def test_one_process_is_killed_and_only_the_rest_is_done_again(tmp_path: Path) -
     assert len(second) == 2
     assert not first.keys() & second.keys()
     assert not manifest_of(folder).complete
+    second_logits = LogitManifest.read(share_folder(logits_beside(folder).folder, 1))
+    assert second_logits is not None
+    assert second_logits.samples.keys() == second.keys()
 
     assert fill_in_two_processes(folder, ACCELERATE) == 0
     assert (folder / "processes").read_text() == "2"
     kept = sum(sample.tokens for sample in [*first.values(), *second.values()])
     assert int((folder / "tokens").read_text()) == sum(len(text.input_ids) for text in encoded()) - kept
-    assert not list(folder.glob("share-*"))
+    assert not list(tmp_path.glob("*/share-*"))
     require_same_content(folder, whole)
 
 

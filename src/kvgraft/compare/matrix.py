@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvgraft.compare.arms import BASELINE, ComparisonArm, choose_arms
 from kvgraft.errors import RecipeError
+from kvgraft.prepare_log_probs import stores_log_probs
 from kvgraft.recipe import Recipe, load_recipe
 
 # What a loss is measured on; another makes another scale.
@@ -37,7 +38,8 @@ class Matrix:
 
     Attributes:
         against: the arm that the others are compared with.
-        cells: in the order in which they run: all arms of a seed, then those of the next.
+        cells: in the order in which they run: all arms of a seed, then those of the next. Arms that learn from logits
+            come first, so that the pass of a teacher that stores its KV stores these too.
         notes: what a reader has to know of the arms.
         command: runs all of it, and goes on with it.
     """
@@ -96,7 +98,14 @@ def plan_matrix(
         seeds=tuple(seeds),
         against=against,
         folder=folder,
-        cells=tuple(_cell(arm, seed, recipe, overrides, folder) for seed in seeds for arm in kept),
+        cells=tuple(
+            cell
+            for seed in seeds
+            for cell in sorted(
+                (_cell(arm, seed, recipe, overrides, folder) for arm in kept),
+                key=lambda cell: not stores_log_probs(cell.recipe),
+            )
+        ),
         notes=tuple(notes),
         command=_command(recipe, overrides, arms, seeds, folder, against, controls),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
-from kvgraft.models.capture import decoder_of
+from kvgraft.kv import KV
+from kvgraft.models.capture import decoder_of, record_kv
 from kvgraft.models.placement import input_device
 
 # Tokens and relative error of the check that a head gives the model's own logits.
@@ -138,15 +139,38 @@ def record_hidden(model: PreTrainedModel) -> Iterator[RecordedHidden]:
 @torch.no_grad()
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Last hidden states ``[batch, tokens, hidden_size]`` where the head is, without gradient and without any logit."""
-    device = input_device(model)
-    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    input_ids, attention_mask, position_ids = _inputs(model, input_ids, attention_mask)
+    # Asked first: a head that is not checked yet is, by a pass of its own.
+    device = head_of(model).weight.device
     with record_hidden(model) as recorded:
         decoder_of(model)(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
     # The last layer of a model over several devices may lie on another than its head.
-    return recorded.states.to(head_of(model).weight.device)
+    return recorded.states.to(device)
+
+
+@torch.no_grad()
+def kv_and_hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]
+) -> tuple[KV, Tensor]:
+    """What :func:`~kvgraft.models.capture.capture` and :func:`hidden_states` give, bit for bit, from one pass.
+
+    Raises:
+        ModelError: as :func:`~kvgraft.models.capture.record_kv` and :func:`head_of`.
+    """
+    head_of(model)
+    with record_kv(model, layers) as recorder:
+        hidden = hidden_states(model, input_ids, attention_mask)
+    _, attention_mask, position_ids = _inputs(model, input_ids, attention_mask)
+    return recorder.kv(attention_mask, position_ids), hidden
+
+
+def _inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask and positions where ``model`` takes them; positions count real tokens."""
+    device = input_device(model)
+    attention_mask = attention_mask.to(device)
+    return input_ids.to(device), attention_mask, (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 @torch.no_grad()

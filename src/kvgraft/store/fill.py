@@ -1,17 +1,16 @@
-"""Fill a store: run the teacher once over every text that the store does not hold yet."""
+"""Fill stores: run the teacher once over every text that one of them does not hold yet."""
 
 from __future__ import annotations
 
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,16 +21,12 @@ from kvgraft.data.spans import EncodedText
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture
+from kvgraft.models.head import hidden_states, kv_and_hidden_states
 from kvgraft.processes import from_main_process, process_state
 from kvgraft.progress import progress_bar
-from kvgraft.store.format import READABLE_VERSIONS, StoreIdentity, damage, read_manifest, read_quantizer
-from kvgraft.store.reader import KVStore
-from kvgraft.store.writer import KVStoreWriter, share_folder
+from kvgraft.store.shares import share_folder
 
 logger = logging.getLogger(__name__)
-
-# The first tokens of a text are attention sinks whose norms are unlike the rest; they stay out of the statistics.
-_SINK_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,59 @@ class FillReport:
         return self.tokens / self.seconds if self.tokens else None
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a pass of the teacher gave for one text; None is what no store asked for.
+
+    ``kv`` has batch 1, no padding, and lies in memory; ``hidden [tokens, hidden_size]`` is what the head reads.
+    """
+
+    kv: KV | None = None
+    hidden: Tensor | None = None
+
+
+class Writer(AbstractContextManager[Any], Protocol):
+    """What writes a store; it saves what is whole when it is left."""
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` that were not added yet, in their order."""
+
+    def adopt_shares(self) -> None:
+        """Take over what several processes wrote."""
+
+    def finish(self) -> None:
+        """Mark the store complete."""
+
+
+class StoreToFill(Protocol):
+    """A kind of store that a teacher's pass can fill.
+
+    Attributes:
+        content: what it holds, in words.
+        folder: where it is.
+        kv_layers: the layers whose KV it takes; none if it takes the last hidden states.
+        one_writer: whether processes cannot share the work.
+    """
+
+    @property
+    def content(self) -> str: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def kv_layers(self) -> tuple[int, ...]: ...
+    @property
+    def one_writer(self) -> bool: ...
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+
+    def writer(self, folder: Path) -> Any:
+        """A :class:`Writer` of the store, or of a share of it."""
+
+    def add(self, writer: Any, model: PreTrainedModel, text: EncodedText, found: Found) -> None:
+        """Hand what ``model`` gave for ``text`` to a writer."""
+
+
 class Hashed(Protocol):
     """What a store holds, told by a hash."""
 
@@ -63,88 +111,6 @@ def store_folder(path: Path, teacher: str, identity: Hashed) -> Path:
     return path / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', teacher)}-{identity.hash()}"
 
 
-def kv_store_folder(path: Path, teacher: str, identity: StoreIdentity) -> Path:
-    """As :func:`store_folder`, or where a complete store of the same numbers stands in an older format that is read."""
-    for version in READABLE_VERSIONS:
-        folder = store_folder(path, teacher, replace(identity, format_version=version))
-        manifest = read_manifest(folder)
-        if manifest is not None and manifest.complete:
-            return folder
-    return store_folder(path, teacher, identity)
-
-
-def fill_store(
-    folder: Path,
-    identity: StoreIdentity,
-    teacher: str,
-    load_teacher: Callable[[], PreTrainedModel],
-    texts: Sequence[EncodedText],
-    *,
-    shard_bytes: int,
-    token_budget: int,
-    verify: bool = True,
-) -> tuple[KVStore, FillReport]:
-    """The store of ``texts`` in ``folder``, made, continued, or opened as it is.
-
-    Where several processes run, all of them call this, and each runs the teacher over its share of the batches. A
-    quantised store is filled by the main process alone, since its scales come from the texts that it sees first.
-
-    Args:
-        folder: see :func:`kv_store_folder`.
-        identity: what the store holds.
-        teacher: name shown on the bar and in errors.
-        load_teacher: called only if some text is missing.
-        texts: as the teacher's tokenizer reads them.
-        shard_bytes: KV bytes after which a shard is written to disk.
-        token_budget: most tokens, padding included, in one pass of the teacher.
-        verify: compare every shard's checksum when the finished store is opened.
-
-    Raises:
-        StoreError, ModelError, KVGraftError: the store cannot be written, the model cannot be captured, or it gives
-            NaN or Inf (names teacher, text and layer). What was written stays and is not done again.
-    """
-    by_key = {text.sample_key: text for text in texts}
-    truncated = sum(bool(text.truncated_bytes) for text in by_key.values())
-    state = process_state()
-    if from_main_process(state.is_main_process and _is_finished(folder, identity, verify)):
-        logger.info("KV of %s over these %d texts is in %s; the teacher is not run", teacher, len(by_key), folder)
-        return KVStore.open(folder, identity, verify=False), FillReport(0, 0.0, truncated)
-    # The main process holds the store's lock until everything is in it.
-    with KVStoreWriter(folder, identity, shard_bytes) if state.is_main_process else nullcontext() as store:
-        missing = [by_key[key] for key in from_main_process([] if store is None else store.missing(by_key))]
-        if len(missing) < len(by_key):
-            logger.info("%d of %d texts are in %s already", len(by_key) - len(missing), len(by_key), folder)
-        model = load_teacher()
-        started = time.perf_counter()
-        buckets = length_buckets([len(text.input_ids) for text in missing], token_budget)
-        # Buckets come longest first, so that turns even the work out.
-        processes = 1 if identity.quantized else state.num_processes
-        share = [[missing[index] for index in bucket] for bucket in buckets[state.process_index :: processes]]
-        if store is not None and processes == 1:
-            _add_share(store, model, share, teacher)
-        elif processes > 1:
-            with KVStoreWriter(share_folder(folder, state.process_index), identity, shard_bytes) as writer:
-                _add_share(writer, model, share, teacher)
-        state.wait_for_everyone()
-        if store is not None:
-            store.adopt_shares()
-            store.finish()
-    state.wait_for_everyone()
-    report = FillReport(sum(len(text.input_ids) for text in missing), time.perf_counter() - started, truncated)
-    # Sizes are enough here: every shard was checked or written by these very processes.
-    return KVStore.open(folder, identity, verify=False), report
-
-
-def _is_finished(folder: Path, identity: StoreIdentity, verify: bool) -> bool:
-    """Whether ``folder`` holds the complete and sound store, so that the writer has nothing to do."""
-    manifest = read_manifest(folder)
-    if manifest is None or not manifest.complete or manifest.identity.difference(identity):
-        return False
-    if manifest.quantizer is not None and read_quantizer(folder, manifest) is None:
-        return False
-    return not any(damage(folder, name, shard, checksum=verify) for name, shard in manifest.shards.items())
-
-
 def encode_for_teacher(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[EncodedText]:
@@ -152,24 +118,135 @@ def encode_for_teacher(
     return [encode_text(example, tokenizer, max_length) for example in examples]
 
 
+def fill_stores(
+    stores: Sequence[StoreToFill],
+    teacher: str,
+    load_teacher: Callable[[], PreTrainedModel],
+    texts: Sequence[EncodedText],
+    *,
+    token_budget: int,
+) -> list[FillReport]:
+    """Make or continue ``stores``, all of the same teacher and ``texts``; what one of them holds already is left.
+
+    A text that several stores lack is read once for all of them. Where several processes run, all of them call this,
+    and each runs the teacher over its share of the batches, unless some store has one writer: the main process then
+    does everything.
+
+    Args:
+        stores: of different contents.
+        teacher: name shown on the bar and in errors.
+        load_teacher: called only if some text is missing.
+        texts: as the teacher's tokenizer reads them.
+        token_budget: most tokens, padding included, in one pass of the teacher.
+
+    Returns:
+        for each store the tokens that it lacked, and the seconds of the whole pass.
+
+    Raises:
+        StoreError, ModelError, KVGraftError: a store cannot be written, the model cannot be captured, or it gives
+            NaN or Inf (names teacher, text and layer). What was written stays and is not done again.
+    """
+    by_key = {text.sample_key: text for text in texts}
+    truncated = sum(bool(text.truncated_bytes) for text in by_key.values())
+    state = process_state()
+    finished = from_main_process([state.is_main_process and store.is_finished() for store in stores])
+    unfinished = [store for store, is_finished in zip(stores, finished, strict=True) if not is_finished]
+    for store in stores:
+        if store not in unfinished:
+            logger.info("%s of %s: these %d texts are in %s", store.content, teacher, len(by_key), store.folder)
+    if not unfinished:
+        logger.info("the teacher is not run")
+        return [FillReport(0, 0.0, truncated) for _ in stores]
+    with ExitStack() as opened:
+        # The main process holds the stores' locks until everything is in them.
+        mine = unfinished if state.is_main_process else []
+        writers: list[Writer] = [opened.enter_context(store.writer(store.folder)) for store in mine]
+        missing = from_main_process([writer.missing(by_key) for writer in writers])
+        for store, keys in zip(unfinished, missing, strict=True):
+            if len(keys) < len(by_key):
+                done = len(by_key) - len(keys)
+                logger.info("%s: %d of %d texts are in %s already", store.content, done, len(by_key), store.folder)
+        model = load_teacher()
+        started = time.perf_counter()
+        batches = _batches(by_key, missing, token_budget)
+        processes = 1 if any(store.one_writer for store in unfinished) else state.num_processes
+        # Buckets come longest first, so that turns even the work out.
+        share = batches[state.process_index :: processes]
+        if processes > 1:
+            with ExitStack() as own:
+                folders = [share_folder(store.folder, state.process_index) for store in unfinished]
+                shares = [
+                    own.enter_context(store.writer(folder)) for store, folder in zip(unfinished, folders, strict=True)
+                ]
+                _add_share(unfinished, shares, model, share, teacher)
+        elif state.is_main_process:
+            _add_share(unfinished, writers, model, share, teacher)
+        state.wait_for_everyone()
+        for writer in writers:
+            writer.adopt_shares()
+            writer.finish()
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - started
+    lacked = {
+        store.content: sum(len(by_key[key].input_ids) for key in keys)
+        for store, keys in zip(unfinished, missing, strict=True)
+    }
+    return [
+        FillReport(tokens, seconds if tokens else 0.0, truncated)
+        for tokens in (lacked.get(store.content, 0) for store in stores)
+    ]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Texts that go through the teacher together, and which of the unfinished stores lack them."""
+
+    stores: tuple[int, ...]
+    texts: list[EncodedText]
+
+
+def _batches(by_key: Mapping[str, EncodedText], missing: Sequence[Sequence[str]], token_budget: int) -> list[_Batch]:
+    lacked = [set(keys) for keys in missing]
+    lacking: dict[tuple[int, ...], list[EncodedText]] = {}
+    for key, text in by_key.items():
+        stores = tuple(number for number, keys in enumerate(lacked) if key in keys)
+        lacking.setdefault(stores, []).append(text)
+    return [
+        _Batch(stores, [texts[index] for index in bucket])
+        for stores, texts in lacking.items()
+        if stores
+        for bucket in length_buckets([len(text.input_ids) for text in texts], token_budget)
+    ]
+
+
 def _add_share(
-    writer: KVStoreWriter, model: PreTrainedModel, share: Sequence[Sequence[EncodedText]], teacher: str
+    stores: Sequence[StoreToFill], writers: Sequence[Any], model: PreTrainedModel, share: Sequence[_Batch], teacher: str
 ) -> None:
-    tokens = [sum(len(text.input_ids) for text in batch) for batch in share]
-    with progress_bar(f"capturing KV of {teacher}", sum(tokens), "tokens") as advance:
+    tokens = [sum(len(text.input_ids) for text in batch.texts) for batch in share]
+    contents = " and ".join(store.content for store in stores)
+    with progress_bar(f"capturing {contents} of {teacher}", sum(tokens), "tokens") as advance:
         for batch, size in zip(share, tokens, strict=True):
-            _add_batch(writer, model, batch, teacher)
+            lacking = [stores[number] for number in batch.stores]
+            for text, found in zip(batch.texts, _run(model, batch.texts, lacking), strict=True):
+                for number in batch.stores:
+                    try:
+                        stores[number].add(writers[number], model, text, found)
+                    except StoreError as error:
+                        raise StoreError(f"teacher {teacher}: {error}") from error
             advance(size)
 
 
-def _add_batch(writer: KVStoreWriter, model: PreTrainedModel, batch: Sequence[EncodedText], teacher: str) -> None:
-    found = kv_of_texts(model, batch, writer.identity.layers)
-    for text, kv in zip(batch, found, strict=True):
-        counted = counted_tokens(len(text.input_ids))
-        try:
-            writer.add(text.sample_key, kv, text.spans, text.truncated_bytes, text.text_bytes, counted)
-        except StoreError as error:
-            raise StoreError(f"teacher {teacher}: {error}") from error
+def _run(model: PreTrainedModel, texts: Sequence[EncodedText], stores: Sequence[StoreToFill]) -> list[Found]:
+    """What ``stores`` take of each text, from one pass of ``model``."""
+    layers = next((store.kv_layers for store in stores if store.kv_layers), ())
+    if all(store.kv_layers for store in stores):
+        return [Found(kv=kv) for kv in kv_of_texts(model, texts, layers)]
+    if not layers:
+        hidden = hidden_states(model, *pad_texts(texts))
+        return [Found(hidden=hidden[row, : len(text.input_ids)]) for row, text in enumerate(texts)]
+    kv, hidden = kv_and_hidden_states(model, *pad_texts(texts), layers)
+    by_text = _by_text(kv, texts)
+    return [Found(by_text[row], hidden[row, : len(text.input_ids)]) for row, text in enumerate(texts)]
 
 
 def kv_of_texts(model: PreTrainedModel, texts: Sequence[EncodedText], layers: Sequence[int]) -> list[KV]:
@@ -178,13 +255,12 @@ def kv_of_texts(model: PreTrainedModel, texts: Sequence[EncodedText], layers: Se
     Raises:
         ModelError: the model cannot be captured.
     """
-    kv = capture(model, *pad_texts(texts), layers=layers).to("cpu")
+    return _by_text(capture(model, *pad_texts(texts), layers=layers), texts)
+
+
+def _by_text(kv: KV, texts: Sequence[EncodedText]) -> list[KV]:
+    kv = kv.to("cpu")
     return [_one_text(kv, row, len(text.input_ids)) for row, text in enumerate(texts)]
-
-
-def counted_tokens(tokens: int) -> Tensor:
-    """bool ``[tokens]``: which tokens of a text count in mean and spread."""
-    return torch.arange(tokens) >= min(_SINK_TOKENS, tokens - 1)
 
 
 def _one_text(kv: KV, row: int, tokens: int) -> KV:

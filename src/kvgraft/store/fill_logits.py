@@ -2,28 +2,68 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvgraft.data.batching import length_buckets, pad_texts
 from kvgraft.data.spans import EncodedText
-from kvgraft.models.head import Head, head_of, hidden_states
-from kvgraft.progress import progress_bar
-from kvgraft.store.fill import FillReport
+from kvgraft.models.head import Head, head_of
+from kvgraft.store.fill import FillReport, Found, fill_stores
 from kvgraft.store.format import damage
 from kvgraft.store.logits import LogitIdentity, LogitManifest, LogitStore, LogitStoreWriter
 from kvgraft.store.top_log_probs import pack_top
 
-logger = logging.getLogger(__name__)
-
 # Logits are made for so many numbers at a time: 64 MB of them.
 _CHUNK_NUMBERS = 1 << 24
+
+
+@dataclass(frozen=True)
+class LogitStoreToFill:
+    """A logit store that :func:`~kvgraft.store.fill.fill_stores` makes, continues, or leaves as it is.
+
+    Args:
+        folder: the store's.
+        identity: what it holds.
+        shard_bytes: bytes after which a shard is written to disk.
+        verify: compare every shard's checksum where the store says that it is complete.
+    """
+
+    folder: Path
+    identity: LogitIdentity
+    shard_bytes: int
+    verify: bool = True
+    content: ClassVar[str] = "log-probabilities"
+    kv_layers: ClassVar[tuple[int, ...]] = ()
+    one_writer: ClassVar[bool] = False
+
+    def is_finished(self) -> bool:
+        """Whether the folder holds the complete and sound store, so that the writer has nothing to do."""
+        manifest = LogitManifest.read(self.folder)
+        if manifest is None or not manifest.complete or manifest.identity.difference(self.identity):
+            return False
+        return not any(
+            damage(self.folder, name, shard, checksum=self.verify) for name, shard in manifest.shards.items()
+        )
+
+    def writer(self, folder: Path) -> LogitStoreWriter:
+        """Writer of the store, or of a share of it."""
+        return LogitStoreWriter(folder, self.identity, self.shard_bytes)
+
+    def add(self, writer: LogitStoreWriter, model: PreTrainedModel, text: EncodedText, found: Found) -> None:
+        """Hand what ``model`` says of ``text`` to ``writer``."""
+        assert found.hidden is not None
+        head = head_of(model).cut(self.identity.vocabulary)
+        words, likelihood = log_probs_of_text(found.hidden, head, text.input_ids, self.identity)
+        writer.add(text.sample_key, words, likelihood, text.truncated_bytes, text.text_bytes)
+
+    def open(self) -> LogitStore:
+        """The store once it is filled: every shard was checked or written then, so that sizes are enough here."""
+        return LogitStore.open(self.folder, self.identity, verify=False)
 
 
 def fill_logit_store(
@@ -39,30 +79,11 @@ def fill_logit_store(
 ) -> tuple[LogitStore, FillReport]:
     """The logit store of ``texts`` in ``folder``, made, continued, or opened as it is.
 
-    Arguments and errors are those of :func:`kvgraft.store.fill.fill_store`.
+    Arguments are those of :class:`LogitStoreToFill` and :func:`~kvgraft.store.fill.fill_stores`, as are the errors.
     """
-    by_key = {text.sample_key: text for text in texts}
-    truncated = sum(bool(text.truncated_bytes) for text in by_key.values())
-    if _finished(folder, identity, verify):
-        logger.info("log-probabilities of %s are in %s; the teacher is not run", teacher, folder)
-        return LogitStore.open(folder, identity, verify=False), FillReport(0, 0.0, truncated)
-    with LogitStoreWriter(folder, identity, shard_bytes) as writer:
-        missing = [by_key[key] for key in writer.missing(by_key)]
-        tokens = sum(len(text.input_ids) for text in missing)
-        total = sum(len(text.input_ids) for text in by_key.values())
-        model = load_teacher()
-        head = head_of(model).cut(identity.vocabulary)
-        started = time.perf_counter()
-        with progress_bar(f"log-probabilities of {teacher}", total, "tokens", done=total - tokens) as advance:
-            for bucket in length_buckets([len(text.input_ids) for text in missing], token_budget):
-                batch = [missing[index] for index in bucket]
-                for text, hidden in zip(batch, _hidden_by_text(model, batch), strict=True):
-                    words, likelihood = log_probs_of_text(hidden, head, text.input_ids, identity)
-                    writer.add(text.sample_key, words, likelihood, text.truncated_bytes, text.text_bytes)
-                advance(sum(len(text.input_ids) for text in batch))
-        writer.finish()
-    seconds = time.perf_counter() - started
-    return LogitStore.open(folder, identity, verify=False), FillReport(tokens, seconds, truncated)
+    store = LogitStoreToFill(folder, identity, shard_bytes, verify)
+    (report,) = fill_stores([store], teacher, load_teacher, texts, token_budget=token_budget)
+    return store.open(), report
 
 
 @torch.no_grad()
@@ -82,15 +103,3 @@ def log_probs_of_text(
     own = torch.cat(likelihoods).roll(1)
     own[0] = 0.0
     return torch.cat(words).cpu(), own.cpu()
-
-
-def _hidden_by_text(model: PreTrainedModel, batch: Sequence[EncodedText]) -> list[Tensor]:
-    hidden = hidden_states(model, *pad_texts(batch))
-    return [hidden[index, : len(text.input_ids)] for index, text in enumerate(batch)]
-
-
-def _finished(folder: Path, identity: LogitIdentity, verify: bool) -> bool:
-    manifest = LogitManifest.read(folder)
-    if manifest is None or not manifest.complete or manifest.identity.difference(identity):
-        return False
-    return not any(damage(folder, name, shard, checksum=verify) for name, shard in manifest.shards.items())

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -36,6 +37,7 @@ from kvgraft.store.format import (
     write_atomically,
 )
 from kvgraft.store.lock import lock_folder, unlock_folder
+from kvgraft.store.shares import SHARE_PATTERN, next_shard_name, with_shards_of
 from kvgraft.store.top_log_probs import WORD_BYTES, unpack_top
 
 logger = logging.getLogger(__name__)
@@ -232,8 +234,8 @@ class _Pending:
 class LogitStoreWriter:
     """The one writer of a logit store's folder; use it in a ``with`` block, which holds the folder's lock.
 
-    As :class:`kvgraft.store.writer.KVStoreWriter`: an existing folder is continued, damaged shards are done again, and
-    only :meth:`finish` marks the store complete.
+    As :class:`kvgraft.store.writer.KVStoreWriter`: an existing folder is continued, damaged shards are done again, what
+    several processes left is taken over, and only :meth:`finish` marks the store complete.
     """
 
     def __init__(self, folder: Path, identity: LogitIdentity, shard_bytes: int) -> None:
@@ -243,6 +245,7 @@ class LogitStoreWriter:
         self._lock: int | None = lock_folder(folder)
         try:
             self._manifest = self._recover()
+            self.adopt_shares()
         except BaseException:
             self.close()
             raise
@@ -290,6 +293,14 @@ class LogitStoreWriter:
         ):
             self._flush()
 
+    def adopt_shares(self) -> None:
+        """Move the shards of every share into this store, and remove the shares' folders."""
+        for share in sorted(self.folder.glob(SHARE_PATTERN)):
+            with LogitStoreWriter(share, self.identity, self._shard_bytes) as other:
+                self._manifest = with_shards_of(self._manifest, self.folder, other._manifest, share, _SHARD_PATTERN)
+                self._manifest.write(self.folder)
+                shutil.rmtree(share)
+
     def finish(self) -> None:
         """Write what is left and mark the store complete."""
         self._flush()
@@ -307,7 +318,7 @@ class LogitStoreWriter:
             return
         pending, self._pending = self._pending, {}
         samples = list(pending.values())
-        name = f"logits-{1 + max((int(shard[7:-12]) for shard in self._manifest.shards), default=-1):05d}.safetensors"
+        name = next_shard_name(self._manifest.shards, _SHARD_PATTERN)
         tensors = {
             "words": torch.cat([sample.words for sample in samples]),
             "token_log_likelihood": torch.cat([sample.token_log_likelihood for sample in samples]),

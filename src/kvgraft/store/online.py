@@ -14,7 +14,8 @@ from kvgraft.data.batching import length_buckets
 from kvgraft.data.spans import EncodedText
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV
-from kvgraft.store.fill import counted_tokens, kv_of_texts
+from kvgraft.store.fill import kv_of_texts
+from kvgraft.store.fill_kv import counted_tokens
 from kvgraft.store.format import StoreIdentity, short_key
 from kvgraft.store.moments import Moments
 from kvgraft.store.reader import KVStatistics, StoredSample, StoredTokens

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kvgraft.store.format import Manifest, SampleEntry, ShardEntry, write_atomically, write_manifest
+from kvgraft.store.format import SHARD_PATTERN, Manifest, SampleEntry, ShardEntry, write_atomically, write_manifest
 from kvgraft.store.moments import Moments
+from kvgraft.store.shares import next_shard_name
 
 _DTYPE_CODES = {
     torch.float16: "F16",
@@ -49,7 +49,7 @@ def add_shard(folder: Path, manifest: Manifest, samples: list[PendingSample], mo
 
     Returns ``manifest`` with the shard, which is in the folder then.
     """
-    name = next_shard_name(manifest.shards)
+    name = next_shard_name(manifest.shards, SHARD_PATTERN)
     entry = _write_shard(folder / name, samples, moments)
     extended = _with_shard(manifest, name, entry, samples)
     try:
@@ -58,13 +58,6 @@ def add_shard(folder: Path, manifest: Manifest, samples: list[PendingSample], mo
         (folder / name).unlink(missing_ok=True)
         raise
     return extended
-
-
-def next_shard_name(shards: Iterable[str]) -> str:
-    """A name that no shard of ``shards`` has."""
-    # One past the highest and not the first gap: a dropped shard then seldom lends its name to other contents.
-    last = max((int(Path(name).stem.removeprefix("kv-")) for name in shards), default=-1)
-    return f"kv-{last + 1:05d}.safetensors"
 
 
 def _write_shard(path: Path, samples: list[PendingSample], moments: Moments) -> ShardEntry:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,12 +34,11 @@ from kvgraft.store.format import (
 from kvgraft.store.lock import lock_folder, unlock_folder
 from kvgraft.store.moments import Moments
 from kvgraft.store.quantize import Quantizer
-from kvgraft.store.shard import PendingSample, add_shard, next_shard_name
+from kvgraft.store.shard import PendingSample, add_shard
+from kvgraft.store.shares import SHARE_PATTERN, with_shards_of
 
 logger = logging.getLogger(__name__)
 
-# Where processes that fill one store together write, each in a folder of its own.
-SHARE_PATTERN = "share-*"
 # Tokens that a quantised store's scales and components come from: several times a head's width.
 CALIBRATION_TOKENS = 2048
 # Layer axis, keys (0) or values (1), token.
@@ -55,7 +53,7 @@ class KVStoreWriter:
 
     An existing folder is continued: leftovers of a killed run are removed, and shards that are missing or damaged are
     dropped with a warning, so that :meth:`missing` names exactly what has to be done again. What several processes left
-    in folders of their own (:func:`share_folder`) is taken over. Leaving the block writes
+    in folders of their own (:mod:`kvgraft.store.shares`) is taken over. Leaving the block writes
     what was added; only :meth:`finish` marks the store complete, which a reader asks for.
 
     The scales of a quantised store come from the first texts that are added to it and stay with its folder, so that a
@@ -177,7 +175,7 @@ class KVStoreWriter:
         self._end_writing()
         for share in sorted(self.folder.glob(SHARE_PATTERN)):
             with KVStoreWriter(share, self.identity, self._shard_bytes) as other:
-                self._manifest = _with_shards_of(self._manifest, self.folder, other._manifest, share)
+                self._manifest = with_shards_of(self._manifest, self.folder, other._manifest, share, SHARD_PATTERN)
                 write_manifest(self.folder, self._manifest)
                 shutil.rmtree(share)
 
@@ -288,11 +286,6 @@ class KVStoreWriter:
             logger.warning("could not save the last samples of %s after %s: %s", self.folder, repr(error), second)
 
 
-def share_folder(folder: Path, process: int) -> Path:
-    """Where process number ``process`` writes while several fill the store in ``folder``."""
-    return folder / SHARE_PATTERN.replace("*", f"{process:05d}")
-
-
 def _recover(folder: Path, identity: StoreIdentity) -> Manifest:
     """The manifest of what is usable in a locked folder, which then holds no other shard or temporary file."""
     manifest = read_manifest(folder)
@@ -349,21 +342,3 @@ def _first_not_finite(numbers: Tensor) -> _Place | None:
         return None
     layer, kind, token, *_ = (int(index) for index in (~torch.isfinite(numbers)).nonzero()[0])
     return layer, kind, token
-
-
-def _with_shards_of(manifest: Manifest, folder: Path, other: Manifest, share: Path) -> Manifest:
-    """``manifest`` of ``folder`` and the shards of ``other``, which are moved there from ``share``."""
-    shards, samples = dict(manifest.shards), dict(manifest.samples)
-    # A shard with a sample that is here already would count it twice; what else it holds is done again.
-    repeated = {sample.shard for key, sample in other.samples.items() if key in samples}
-    names = {}
-    for name, entry in other.shards.items():
-        if name not in repeated:
-            names[name] = next_shard_name(shards)
-            os.replace(share / name, folder / names[name])
-            shards[names[name]] = entry
-    for key, sample in other.samples.items():
-        if sample.shard in names:
-            samples[key] = sample.model_copy(update={"shard": names[sample.shard]})
-    complete = manifest.complete and not names
-    return manifest.model_copy(update={"complete": complete, "shards": shards, "samples": samples})
