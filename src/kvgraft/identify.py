@@ -52,6 +52,7 @@ def identify(model: TeacherRecipe) -> IdentifiedModel:
             device=device,
             quantization=model.quantization,
             device_map=model.device_map,
+            tensor_parallel=model.tensor_parallel,
         )
 
     tokenizer = loading.load_tokenizer(model.model, model.revision)

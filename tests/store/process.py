@@ -5,6 +5,7 @@ With KILL_AFTER the second process kills itself once that many of its batches ar
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,16 @@ from tests.store.test_fill import identity, teacher
 TEXTS = [f"{number} apples and {number * 7} pears" + " in a basket" * (number % 3) for number in range(12)]
 
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def run_in_two_processes(command: list[str], launcher: list[str] = TORCHRUN) -> int:
+    """Exit status of ``python -m COMMAND`` in two processes on the CPU."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    whole = [sys.executable, "-m", *launcher, "-m", *command]
+    return subprocess.run(whole, env=environment, timeout=300, check=False).returncode
+
+
 def encoded() -> list[EncodedText]:
     return encode_for_teacher([Example(text) for text in TEXTS], train_tokenizer(TEXTS, 300), 64)
 
@@ -41,7 +52,7 @@ def fill(folder: Path) -> tuple[KVStore, FillReport]:
 def logits_beside(folder: Path) -> LogitStoreToFill:
     """The logit store that goes with the KV store in ``folder``."""
     fingerprint = text_fingerprint(text.sample_key for text in encoded())
-    identity = LogitIdentity("model", "tokenizer", fingerprint, max_length=64, vocabulary=200, top_k=8)
+    identity = LogitIdentity("model", "tokenizer", fingerprint, max_length=64, vocabulary=300, top_k=8)
     return LogitStoreToFill(folder.with_name(f"{folder.name}-logits"), identity, shard_bytes=1)
 
 

@@ -1,8 +1,5 @@
 """Two processes that fill one store: disjoint shares, one manifest, the content of one process, and a kill between."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -11,18 +8,15 @@ from kvgraft.store.format import Manifest, read_manifest
 from kvgraft.store.logits import LogitManifest
 from kvgraft.store.shares import share_folder
 from kvgraft.store.writer import KVStoreWriter
-from tests.store.process import encoded, fill, logits_beside
+from tests.store.process import TORCHRUN, encoded, fill, logits_beside, run_in_two_processes
 from tests.store.test_fill import identity
 
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 # Without --multi_gpu it starts one process where there is no accelerator; port 0 is any that is free.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
 
 
 def fill_in_two_processes(folder: Path, launcher: list[str], *options: str) -> int:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", *launcher, "-m", "tests.store.process", str(folder), *options]
-    return subprocess.run(command, env=environment, timeout=300, check=False).returncode
+    return run_in_two_processes(["tests.store.process", str(folder), *options], launcher)
 
 
 def manifest_of(folder: Path) -> Manifest:

@@ -22,6 +22,7 @@ from kvgraft.errors import ModelError
 from kvgraft.kv import KV, KVGeometry
 from kvgraft.models.placement import input_device
 from kvgraft.models.rope import unrotate
+from kvgraft.models.tensor_parallel import whole_heads
 
 # Tokens and distance of the check that un-rotated keys do not depend on where a text stands.
 _PROBE_TOKENS, _PROBE_SHIFT, _PROBE_TOLERANCE = 8, 7, 0.05
@@ -56,7 +57,7 @@ def kv_geometry(config: PretrainedConfig) -> KVGeometry:
 class KVRecorder:
     """What one forward pass handed to attention; see :func:`record_kv`."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], rotated: bool) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], rotated: bool) -> None:
         self._model, self._layers, self._rotated = model, tuple(layers), rotated
         self._recorded: dict[int, tuple[Tensor, Tensor]] = {}
         self._rotations: dict[int, Rotation] = {}
@@ -88,6 +89,8 @@ class KVRecorder:
     def kv(self, attention_mask: Tensor, position_ids: Tensor | None = None) -> KV:
         """The recorded KV; ``position_ids`` default to ``0 .. tokens - 1``, as the model's own do.
 
+        Where several processes hold the model, each has to call this and gets all heads.
+
         Raises:
             ModelError: some layer handed nothing over, or in another shape than the config says.
         """
@@ -118,6 +121,9 @@ class KVRecorder:
             )
         geometry = kv_geometry(self._model.config)
         expected = (geometry.num_kv_heads, geometry.head_dim)
+        for layer, kinds in self._recorded.items():
+            keys, values = (whole_heads(self._model, kind, geometry.num_kv_heads) for kind in kinds)
+            self._recorded[layer] = (keys, values)
         for layer, (keys, values) in self._recorded.items():
             shapes = [(tensor.shape[1], tensor.shape[3]) for tensor in (keys, values)]
             if shapes != [expected, expected]:

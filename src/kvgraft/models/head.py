@@ -16,6 +16,7 @@ from kvgraft.errors import ModelError
 from kvgraft.kv import KV
 from kvgraft.models.capture import decoder_of, record_kv
 from kvgraft.models.placement import input_device
+from kvgraft.models.tensor_parallel import whole_parameter
 
 # Tokens and relative error of the check that a head gives the model's own logits.
 _PROBE_TOKENS, _PROBE_TOLERANCE = 8, 0.02
@@ -80,7 +81,7 @@ def head_of(model: PreTrainedModel) -> Head:
             covered; its logits would silently be others.
     """
     output = model.get_output_embeddings()
-    weight, bias = getattr(output, "weight", None), getattr(output, "bias", None)
+    weight, bias = whole_parameter(output, "weight"), whole_parameter(output, "bias")
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ModelError(f"{type(model).__name__} has no linear language-model head; logits cannot be distilled")
     if weight.is_meta:

@@ -19,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvgraft.errors import ModelError
+from kvgraft.models.capture import kv_geometry
 from kvgraft.models.lora import ADAPTER_WEIGHTS, load_adapters
 from kvgraft.models.placement import DeviceMap, Quantization, placement_options
+from kvgraft.models.tensor_parallel import tensor_parallel_options
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def load_model(
     device: str = "auto",
     quantization: Quantization | None = None,
     device_map: DeviceMap | None = None,
+    tensor_parallel: bool = False,
 ) -> PreTrainedModel:
     """Model ``name`` in evaluation mode.
 
@@ -65,6 +68,8 @@ def load_model(
         quantization: of the weights, see :func:`kvgraft.models.placement.placement_options`; default none.
         device_map: parts of the model and the devices they are on, in place of ``device``; ``auto`` fills the
             accelerators, then memory, then the disk.
+        tensor_parallel: share the model among all processes (:mod:`kvgraft.models.tensor_parallel`), in place of
+            ``device``; where there is one process, it is loaded as any other.
 
     Raises:
         ModelError: it cannot be found or loaded; says what the name was taken for.
@@ -73,6 +78,8 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch_dtype = getattr(torch, dtype)
     placement = placement_options(torch_dtype, device, quantization, device_map)
+    if tensor_parallel:
+        placement |= tensor_parallel_options(name, kv_geometry(load_config(name, revision)))
     model = _load(AutoModelForCausalLM.from_pretrained, name, revision, weights=True, dtype=torch_dtype, **placement)
     return model.eval() if placement else model.to(device).eval()
 

@@ -110,6 +110,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _shared_teachers_only_fill_stores(self) -> Recipe:
+        for teacher in self.teachers:
+            one_process = {
+                "kv_loss.source online": self.kv_loss.source == "online",
+                "logit_loss.source online": self.logit_loss.source == "online",
+                "kv_loss.combine confidence": self.kv_loss.combine == "confidence",
+                "alignment.layers cka and predictive": self.alignment_of(teacher).layers in EVIDENCE_METHODS,
+                "student.embeddings_from": self.student.embeddings_from == teacher.name,
+            }
+            asked = [name for name, is_asked in one_process.items() if is_asked]
+            if teacher.tensor_parallel and asked:
+                raise ValueError(
+                    f"teacher {teacher.name} has tensor_parallel, which fills stores of KV and log-probabilities, and "
+                    f"one process alone runs it for {', '.join(asked)}; leave one out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _embeddings_from_a_teacher(self) -> Recipe:
         names = [teacher.name for teacher in self.teachers]
         if self.student.embeddings_from not in (None, *names):

@@ -41,6 +41,7 @@ class TeacherRecipe(Section):
     ``quantization`` loads the weights in few bits (extra ``quantization``): ``8bit`` and ``4bit`` with bitsandbytes,
     ``torchao_8bit`` with torchao. ``device_map`` puts parts of the model on several devices, in memory or on disk:
     ``auto``, or parts and places as accelerate reads them; without it the whole model is on ``device``.
+    ``tensor_parallel`` shares the model among the processes that run, each with some of its heads.
     """
 
     name: str = Field(min_length=1)
@@ -50,6 +51,7 @@ class TeacherRecipe(Section):
     quantization: Literal["8bit", "4bit", "torchao_8bit"] | None = None
     device: str = "auto"
     device_map: Literal["auto"] | dict[str, int | str] | None = None
+    tensor_parallel: bool = False
     weight: Weight | None = None
     alignment: TeacherAlignmentRecipe = TeacherAlignmentRecipe()
     long_texts: Literal["refuse", "cut"] = "refuse"
@@ -59,6 +61,14 @@ class TeacherRecipe(Section):
         if self.device != "auto" and self.device_map is not None:
             raise ValueError(
                 f"device {self.device} and device_map {self.device_map} both say where the teacher is; leave one out"
+            )
+        device = None if self.device == "auto" else self.device
+        others = {"device": device, "device_map": self.device_map, "quantization": self.quantization}
+        given = [f"{name} {value}" for name, value in others.items() if value is not None]
+        if self.tensor_parallel and given:
+            raise ValueError(
+                "tensor_parallel puts a part of the weights as they are on each process's own device, and does not go "
+                f"with {', '.join(given)}; leave one out"
             )
         return self
 

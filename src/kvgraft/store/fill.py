@@ -22,6 +22,7 @@ from kvgraft.errors import StoreError
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture
 from kvgraft.models.head import hidden_states, kv_and_hidden_states
+from kvgraft.models.tensor_parallel import is_tensor_parallel
 from kvgraft.processes import from_main_process, process_state
 from kvgraft.progress import progress_bar
 from kvgraft.store.shares import share_folder
@@ -129,8 +130,8 @@ def fill_stores(
     """Make or continue ``stores``, all of the same teacher and ``texts``; what one of them holds already is left.
 
     A text that several stores lack is read once for all of them. Where several processes run, all of them call this,
-    and each runs the teacher over its share of the batches, unless some store has one writer: the main process then
-    does everything.
+    and each runs the teacher over its share of the batches. Where some store has one writer, the main process does
+    everything; where the processes hold one teacher together, all run it and the main process writes.
 
     Args:
         stores: of different contents.
@@ -155,7 +156,7 @@ def fill_stores(
         if store not in unfinished:
             logger.info("%s of %s: these %d texts are in %s", store.content, teacher, len(by_key), store.folder)
     if not unfinished:
-        logger.info("the teacher is not run")
+        logger.info("nothing of %s is missing: the teacher is not run", teacher)
         return [FillReport(0, 0.0, truncated) for _ in stores]
     with ExitStack() as opened:
         # The main process holds the stores' locks until everything is in them.
@@ -169,9 +170,10 @@ def fill_stores(
         model = load_teacher()
         started = time.perf_counter()
         batches = _batches(by_key, missing, token_budget)
-        processes = 1 if any(store.one_writer for store in unfinished) else state.num_processes
+        shared_model = is_tensor_parallel(model)
+        processes = 1 if shared_model or any(store.one_writer for store in unfinished) else state.num_processes
         # Buckets come longest first, so that turns even the work out.
-        share = batches[state.process_index :: processes]
+        share = batches if processes == 1 else batches[state.process_index :: processes]
         if processes > 1:
             with ExitStack() as own:
                 folders = [share_folder(store.folder, state.process_index) for store in unfinished]
@@ -179,7 +181,7 @@ def fill_stores(
                     own.enter_context(store.writer(folder)) for store, folder in zip(unfinished, folders, strict=True)
                 ]
                 _add_share(unfinished, shares, model, share, teacher)
-        elif state.is_main_process:
+        elif state.is_main_process or shared_model:
             _add_share(unfinished, writers, model, share, teacher)
         state.wait_for_everyone()
         for writer in writers:
@@ -228,7 +230,7 @@ def _add_share(
         for batch, size in zip(share, tokens, strict=True):
             lacking = [stores[number] for number in batch.stores]
             for text, found in zip(batch.texts, _run(model, batch.texts, lacking), strict=True):
-                for number in batch.stores:
+                for number in batch.stores if writers else ():
                     try:
                         stores[number].add(writers[number], model, text, found)
                     except StoreError as error:

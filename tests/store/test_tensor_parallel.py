@@ -1,0 +1,66 @@
+"""A teacher that two processes hold together: whole KV heads and whole distributions, written by one of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from kvgraft.errors import ModelError
+from kvgraft.models import tensor_parallel
+from kvgraft.models.loading import load_model
+from kvgraft.recipe import Recipe
+from tests.store.process import run_in_two_processes
+from tests.store.tensor_parallel import fill
+
+
+@pytest.fixture
+def plain(tiny_teacher: Path) -> PreTrainedModel:
+    # One process: as any other model.
+    return load_model(str(tiny_teacher), device="cpu", tensor_parallel=True)
+
+
+def test_two_processes_with_one_teacher_store_what_one_does(
+    tiny_teacher: Path, plain: PreTrainedModel, tmp_path: Path
+) -> None:
+    command = ["tests.store.tensor_parallel", str(tiny_teacher), str(tmp_path / "shared")]
+    assert run_in_two_processes(command) == 0
+    alone = fill(str(tiny_teacher), plain, tmp_path / "alone")
+    # Filled already, so that these only open it.
+    shared = fill(str(tiny_teacher), plain, tmp_path / "shared")
+    assert not list(tmp_path.glob("shared/*/share-*"))
+    (kv, log_probs), (whole_kv, whole_log_probs) = ([store.open() for store in both] for both in (shared, alone))
+    assert len(kv) == len(log_probs) == len(whole_kv) > 0
+    for key in whole_kv.keys():  # noqa: SIM118 - a store is not a mapping
+        found, expected = kv.read(key).kv, whole_kv.read(key).kv
+        torch.testing.assert_close(found.keys, expected.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            log_probs.token_log_likelihood(key), whole_log_probs.token_log_likelihood(key), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_heads_that_do_not_divide_are_refused(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ThreeProcesses:
+        num_processes = 3
+
+    monkeypatch.setattr(tensor_parallel, "process_state", ThreeProcesses)
+    with pytest.raises(ModelError, match=r"has 2 KV heads, which 3 processes cannot share evenly"):
+        load_model(str(tiny_teacher), device="cpu", tensor_parallel=True)
+
+
+def test_what_does_not_go_with_it_is_refused_by_name(tiny_recipe: Callable[..., Recipe], tiny_teacher: Path) -> None:
+    teacher = {"name": "shared", "model": str(tiny_teacher), "tensor_parallel": True}
+    assert tiny_recipe(teachers=[teacher]).teachers[0].tensor_parallel
+    for place in ({"device_map": "auto"}, {"quantization": "8bit"}, {"device": "cpu"}):
+        ((name, value),) = place.items()
+        with pytest.raises(ValueError, match=rf"does not go with {name} {value}"):
+            tiny_recipe(teachers=[{**teacher, **place}])
+    for changes, name in (
+        ({"kv_loss": {"source": "online"}}, "kv_loss.source online"),
+        ({"logit_loss": {"source": "online"}}, "logit_loss.source online"),
+        ({"kv_loss": {"combine": "confidence"}}, "kv_loss.combine confidence"),
+    ):
+        with pytest.raises(ValueError, match=f"teacher shared has tensor_parallel, .* for {name}"):
+            tiny_recipe(teachers=[teacher], **changes)
