@@ -1,7 +1,9 @@
+import pytest
 import torch
 
+from kvgraft.align.layers import map_layers
 from kvgraft.fit.data import KVRows
-from kvgraft.fit.scan import scan_layers
+from kvgraft.fit.scan import Scan, scan_layers
 
 
 class MadeUpPairs:
@@ -42,3 +44,20 @@ def test_finds_the_layer_that_predicts_and_the_layers_that_add() -> None:
 
 def test_never_chooses_more_layers_than_there_are() -> None:
     assert [len(layers) for layers in scan_layers(MadeUpPairs(), sources=9, tokens=300).chosen] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("direction", "layer_map", "suggested"),
+    [
+        # Each of the student's layers 0 and 2 is predicted best by teacher layer 1.
+        ("teacher_to_student", [(0, 0), (2, 2)], [(0, 1), (2, 1)]),
+        # Both teacher layers are predicted best by student layer 1; student layers 0 and 2 predict layer 3 best.
+        ("student_to_teacher", [(0, 0), (1, 0), (2, 3)], [(0, 3), (1, 0), (2, 3)]),
+    ],
+)
+def test_the_suggested_map_is_one_that_a_recipe_takes(direction: str, layer_map: list, suggested: list) -> None:
+    r2 = torch.tensor([[0.1, 0.9, 0.2], [0.1, 0.9, 0.2], [0.3, 0.8, 0.4]])[-len(layer_map) :]
+    scan = Scan(r2, r2, [[1]] * len(layer_map), r2.max(1, keepdim=True).values)
+    found = scan.suggested_layers(layer_map, direction)
+    assert found == suggested
+    assert map_layers(found, 3, 4) == suggested

@@ -227,10 +227,6 @@ def _report(
         )
         for index, layer in enumerate(targets)
     ]
-    best = [
-        (student, scan.best[index]) if forwards else (scan.best[index], teacher)
-        for index, (student, teacher) in enumerate(data.layer_map)
-    ]
     return FitReport(
         name=recipe.name,
         seed=recipe.seed,
@@ -246,6 +242,6 @@ def _report(
         parameters=projector.count_parameters(),
         sharing=projector.sharing,
         layers=layers,
-        suggested_layers=best,
+        suggested_layers=scan.suggested_layers(data.layer_map, recipe.fit.direction),
         seconds=dict(data.phases.seconds),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from kvgraft.fit.data import KVRows, PairDataset
 from kvgraft.progress import progress_bar
+from kvgraft.projector.settings import Direction
 
 # Principal components kept of each source layer's keys and values: what is left out hardly predicts anything, and the
 # products between all layers stay small.
@@ -38,6 +40,20 @@ class Scan:
     def best(self) -> list[int]:
         """For each target layer, the source layer that predicts it best."""
         return [layers[0] for layers in self.chosen]
+
+    def suggested_layers(self, layer_map: Sequence[tuple[int, int]], direction: Direction) -> list[tuple[int, int]]:
+        """Pairs (student layer, teacher layer), one for each student layer of ``layer_map``, as a recipe takes them.
+
+        Args:
+            layer_map: the map that was scanned: its student layers, or its teacher layers, are the targets.
+            direction: ``teacher_to_student``: the teacher layer that predicts each student layer best;
+                ``student_to_teacher``: the teacher layer, among those of the map, that each predicts best.
+        """
+        students, teachers = zip(*layer_map, strict=True)
+        if direction == "teacher_to_student":
+            return list(zip(students, self.best, strict=True))
+        r2 = self.keys_r2 + self.values_r2
+        return [(student, teachers[int(r2[:, student].argmax())]) for student in students]
 
 
 @torch.no_grad()
