@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from kvgraft.errors import ProjectorError
-from kvgraft.projector.closed_form import LeastSquares, choose_ridge
+from kvgraft.projector.closed_form import DEFAULT_RIDGE, LeastSquares, choose_ridge
 
 
 def sample(rows: int = 60, layers: int = 2, width: int = 7, out: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,6 +179,12 @@ def test_the_chosen_ridge_is_the_best_on_held_out_tokens_for_each_map() -> None:
     best = other.r2(*fit.solve(chosen))
     for ridge in (1e-6, 1e-2, 10.0):
         assert bool((other.r2(*fit.solve(ridge)) <= best + 1e-12).all())
+
+
+def test_without_held_out_tokens_there_is_nothing_to_choose_by() -> None:
+    fit = LeastSquares(2, 4, 3)
+    fit.add(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 3), torch.ones(1, 5, dtype=torch.bool))
+    assert choose_ridge(fit, LeastSquares(2, 4, 3)).tolist() == [DEFAULT_RIDGE] * 2
 
 
 def test_bad_weights_are_refused() -> None:

@@ -18,7 +18,7 @@ from kvgraft.distill.objectives import projector_direction
 from kvgraft.distill.relations import require_relation_heads
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture, kv_geometry
-from kvgraft.projector.closed_form import LeastSquares
+from kvgraft.projector.closed_form import LeastSquares, choose_ridge
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import KVLossRecipe, Recipe
 
@@ -26,6 +26,8 @@ from kvgraft.recipe import KVLossRecipe, Recipe
 _HARMFUL_OBJECTIVES = ("shared", "alternating")
 _CALIBRATION_TEXTS = 128
 _CALIBRATION_BATCH = 8
+# One batch in so many chooses the ridge strength; afterwards it is fitted on like the others.
+_HELD_OUT_EVERY = 4
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,7 @@ def build_distillation(
     else:
         pairs = _initial_kv(student, layer_maps, train, collator)
         scales = {name: KVScale.from_tokens(*_joined(pairs, name)) for name in layer_maps}
-        if loss.objective == "teacher_to_student":
+        if loss.objective == "teacher_to_student" or recipe.projector.init_method == "least_squares":
             _fit_closed_form(projector, pairs)
     return DistillationModel(
         student,
@@ -188,10 +190,13 @@ def _fit_closed_form(projector: KVDimensionProjector, pairs: InitialKV) -> None:
     forwards = projector.direction == "teacher_to_student"
     for name in projector.teachers:
         for kind, adapter in enumerate(projector.adapters(name)):
-            fit = LeastSquares(adapter.num_layers, adapter.in_dim, adapter.out_dim)
-            for batch in pairs:
+            fit, held_out = (LeastSquares(adapter.num_layers, adapter.in_dim, adapter.out_dim) for _ in range(2))
+            for index, batch in enumerate(pairs):
                 own, teachers = batch[name]
                 source, target = (teachers, own) if forwards else (own, teachers)
                 wanted = projector.targets_of(name, *target.flatten())
-                fit.add(source.flatten()[kind], wanted[kind], teachers.mask)
-            adapter.load_linear(*(tensor.float() for tensor in fit.solve()))
+                chooses_ridge = index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+                (held_out if chooses_ridge else fit).add(source.flatten()[kind], wanted[kind], teachers.mask)
+            ridge = choose_ridge(fit, held_out)
+            fit.merge(held_out)
+            adapter.load_linear(*(tensor.float() for tensor in fit.solve(ridge)))

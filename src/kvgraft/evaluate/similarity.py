@@ -23,7 +23,6 @@ KINDS: tuple[Kind, ...] = ("keys", "values")
 Batches = Iterable[dict[str, Any]]
 # Every fifth batch of the training text stays out of the fit and chooses its ridge.
 _KEPT_OUT_EVERY = 5
-_RIDGE = 1e-3
 
 
 class LayerSimilarity(BaseModel):
@@ -165,8 +164,7 @@ class _KindSimilarity:
     def solve(self) -> None:
         """Find the linear map; what comes next is held-out text."""
         fitting, choosing = self._fits
-        both_seen = bool((fitting.weight_sums > 0).all()) and bool((choosing.weight_sums > 0).all())
-        ridge = choose_ridge(fitting, choosing) if both_seen else _RIDGE
+        ridge = choose_ridge(fitting, choosing)
         fitting.merge(choosing)
         self._map = fitting.solve(ridge)
         layers = fitting.num_layers

@@ -91,10 +91,10 @@ class _Sums:
     def solve(self, ridge: float | None) -> ClosedForm:
         ridges, maps = [], []
         for fitted, held_out in zip(self.fitted, self.held_out, strict=True):
-            if ridge is None and bool((held_out.weight_sums > 0).all()):
+            if ridge is None:
                 chosen = choose_ridge(fitted, held_out)
             else:
-                chosen = torch.full((fitted.num_layers,), 1e-3 if ridge is None else ridge, dtype=torch.float64)
+                chosen = torch.full((fitted.num_layers,), ridge, dtype=torch.float64)
             fitted.merge(held_out)
             ridges.append(chosen)
             maps.append(fitted.solve(chosen))

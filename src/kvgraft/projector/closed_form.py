@@ -12,6 +12,8 @@ from kvgraft.errors import ProjectorError
 from kvgraft.projector.adapters import layer_sets
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# Where nothing was held out to choose by.
+DEFAULT_RIDGE = 1e-3
 
 
 class LeastSquares:
@@ -113,7 +115,7 @@ class LeastSquares:
         return self._squares_y + explained + self.weight_sums[:, None] * offset.square()
 
     @torch.no_grad()
-    def solve(self, ridge: float | Tensor = 1e-3) -> tuple[Tensor, Tensor]:
+    def solve(self, ridge: float | Tensor = DEFAULT_RIDGE) -> tuple[Tensor, Tensor]:
         """Weights ``[num_layers, out_dim, in_dim]`` and biases ``[num_layers, out_dim]``, float64.
 
         Args:
@@ -173,7 +175,12 @@ class LeastSquares:
 
 
 def choose_ridge(fit: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES) -> Tensor:
-    """For each map, the ridge strength ``[num_layers]`` whose map from ``fit`` errs least on ``held_out``."""
+    """For each map, the ridge strength ``[num_layers]`` whose map from ``fit`` errs least on ``held_out``.
+
+    :data:`DEFAULT_RIDGE` where one of the two has seen no token.
+    """
+    if not all(bool((seen.weight_sums > 0).all()) for seen in (fit, held_out)):
+        return torch.full((fit.num_layers,), DEFAULT_RIDGE, dtype=torch.float64)
     r2 = torch.stack([held_out.r2(*fit.solve(ridge)) for ridge in ridges])
     return torch.tensor(list(ridges), dtype=torch.float64)[r2.argmax(0)]
 
