@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from kvgraft.cli import app
+from kvgraft.distill.arms import training_arguments
 from kvgraft.distill.trackers import others_than_tensorboard, tracker_callbacks, tracker_problems
 from kvgraft.recipe import Recipe
 from kvgraft.report.log import read_metrics
@@ -82,6 +83,11 @@ def test_trackers_are_checked_before_anything_runs(tiny_recipe: Callable[..., Re
     planned = CliRunner().invoke(app, ["plan", str(tmp_path / "recipe.yaml"), "--set", "training.report_to=[neptune]"])
     assert planned.exit_code == 1
     assert "neptune is not installed" in planned.output
+
+
+def test_a_recipe_is_a_project_and_an_arm_a_run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    arguments = training_arguments(tiny_recipe(training={"report_to": []}), tmp_path / "kv" / "checkpoints")
+    assert (arguments.project, arguments.run_name) == ("tiny", str(tmp_path / "kv"))
 
 
 def test_trackers_do_not_make_another_run(tiny_recipe: Callable[..., Recipe]) -> None:

@@ -187,6 +187,8 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         bf16=training.bf16,
         report_to=others_than_tensorboard(training.report_to) or "none",
         run_name=str(output.parent),
+        # Trackio's, which no environment variable sets.
+        project=recipe.name,
         seed=recipe.seed,
         data_seed=recipe.seed,
         remove_unused_columns=False,
