@@ -27,10 +27,10 @@ from kvgraft.fit.measure import Fit, measure_fits
 from kvgraft.fit.run import build_projector
 from kvgraft.kv import KV
 from kvgraft.recipe import Recipe, load_recipe
+from kvgraft.store.few_bits import FEW_BITS_DTYPES, FewBitsQuantizer, calibrate, calibration_tokens
 from kvgraft.store.format import QUANTIZER_NAME
-from kvgraft.store.quantize import QUANTIZED_FORMATS, Quantizer
 from kvgraft.store.reader import KVStore, StoredSample
-from kvgraft.store.writer import CALIBRATION_TOKENS, KVStoreWriter
+from kvgraft.store.writer import KVStoreWriter
 
 # The first tokens of a text are attention sinks; a store leaves them out of its scales likewise.
 _SINK_TOKENS = 2
@@ -51,19 +51,22 @@ class CodedStore(KVStore):
         return replace(sample, kv=sample.kv.unflatten(keys, values, sample.kv.geometry))
 
 
-_CODERS: dict[tuple[Path, str, tuple[int, ...]], Quantizer] = {}
+_CODERS: dict[tuple[Path, str, tuple[int, ...]], FewBitsQuantizer] = {}
 
 
 def main(
     recipe: Annotated[Path, typer.Argument(help="A recipe for `kvgraft fit`.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Change one field: a.b=value.")] = None,
     texts: Annotated[int, typer.Option(help="Training texts to fit on.")] = 110,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Measure this one; default all.")] = None,
 ) -> None:
     """Print the table in Markdown."""
-    typer.echo(measure(recipe, overrides or [], texts)["table"])
+    typer.echo(measure(recipe, overrides or [], texts, dtypes or FEW_BITS_DTYPES)["table"])
 
 
-def measure(recipe: Path, overrides: Sequence[str], texts: int = 110) -> dict[str, object]:
+def measure(
+    recipe: Path, overrides: Sequence[str], texts: int = 110, dtypes: Sequence[str] = FEW_BITS_DTYPES
+) -> dict[str, object]:
     """Ratios to float16 by dtype, and ``table``."""
     loaded = load_recipe(recipe, overrides)
     data = prepare_fit(loaded)
@@ -76,7 +79,7 @@ def measure(recipe: Path, overrides: Sequence[str], texts: int = 110) -> dict[st
     half, _ = written_bytes(data.held_out.teacher.store, "float16")
     exact = fit_through(loaded, data, None, texts)
     result: dict[str, object] = {}
-    for dtype in (None, *QUANTIZED_FORMATS):
+    for dtype in (None, *dtypes):
         fit = exact if dtype is None else fit_through(loaded, data, dtype, texts)
         shards, once = (half, 0) if dtype is None else written_bytes(data.held_out.teacher.store, dtype)
         found, best = ((mean(one.keys_r2), mean(one.values_r2)) for one in (fit, exact))
@@ -133,11 +136,9 @@ def _coded_store(store: KVStore, dtype: str, layers: Sequence[int]) -> CodedStor
     chosen: list[Tensor] = []
     for key in store.keys():  # noqa: SIM118 - a store is not a mapping
         chosen.append(_packed(store.read(key, layers).kv)[:, :, _SINK_TOKENS:])
-        if sum(tokens.shape[2] for tokens in chosen) >= CALIBRATION_TOKENS:
+        if sum(tokens.shape[2] for tokens in chosen) >= calibration_tokens(dtype):
             break
-    _CODERS[store.folder, dtype, tuple(layers)] = Quantizer.calibrate(
-        dtype, torch.cat(chosen, 2), store.identity.head_dim
-    )
+    _CODERS[store.folder, dtype, tuple(layers)] = calibrate(dtype, torch.cat(chosen, 2), store.identity.head_dim)
     return CodedStore(store.folder, store.manifest, dtype=dtype, coded_layers=tuple(layers))
 
 

@@ -137,7 +137,7 @@ def test_one_token_and_a_file_of_a_quantizer() -> None:
 
 @pytest.fixture
 def early_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "CALIBRATION_TOKENS", 8)
+    monkeypatch.setattr(writer_module, "calibration_tokens", lambda dtype: 8)
 
 
 @pytest.mark.usefixtures("early_scales")

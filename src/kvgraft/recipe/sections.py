@@ -324,12 +324,12 @@ class LogitLossRecipe(Section):
 class StoreRecipe(Section):
     """Where the teachers' KV is kept. Each teacher and text set gets its own folder below ``path``.
 
-    ``int8`` and ``float8`` take 0.52 of the bytes of ``float16``, ``int4`` 0.29; docs/performance.md has what they
-    lose.
+    ``int8`` and ``float8`` take 0.52 of the bytes of ``float16``, ``int4`` 0.29, ``compact`` 0.056; docs/performance.md
+    has what they lose.
     """
 
     path: Path = Path("stores")
-    dtype: Literal["float16", "bfloat16", "float32", "int8", "float8", "int4"] = "float16"
+    dtype: Literal["float16", "bfloat16", "float32", "int8", "float8", "int4", "compact"] = "float16"
     shard_megabytes: Positive = 64
     token_budget: Positive = 2048
     verify: bool = True

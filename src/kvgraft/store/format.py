@@ -4,7 +4,7 @@ A folder holds ``manifest.json`` and shards ``kv-00000.safetensors``. A shard ha
 
 * ``kv`` ``[tokens, layers * 2 * kv_dim]``: one contiguous run of as many rows as a sample has tokens, which holds
   ``[layers, 2, tokens, kv_dim]``, keys (0) and values (1), so that a layer of a sample is one run as well; in a
-  quantised store the last axis is the ``record_bytes`` of :mod:`kvgraft.store.quantize`;
+  quantised store the last axis is the ``record_bytes`` of :mod:`kvgraft.store.few_bits`;
 * ``spans`` ``[tokens, 2]`` int32: the bytes of the text that each token stands for;
 * ``count`` ``[1]`` int64, ``mean`` and ``m2`` ``[layers, 2, kv_dim]`` float64: moments of the tokens that count.
 
@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
-from kvgraft.store.quantize import QUANTIZED_FORMATS, Quantizer
+from kvgraft.store.few_bits import FEW_BITS_DTYPES, FewBitsQuantizer, quantizer_from_bytes, record_bytes
 
 FORMAT_VERSION = 2
 # Newest first. Their stores hold the same numbers in another order.
@@ -43,7 +43,7 @@ STORE_DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
-    **dict.fromkeys(QUANTIZED_FORMATS, torch.uint8),
+    **dict.fromkeys(FEW_BITS_DTYPES, torch.uint8),
 }
 _FIELD_LABELS = {
     "model": "the teacher",
@@ -120,8 +120,8 @@ class StoreIdentity:
 
     @property
     def quantized(self) -> bool:
-        """Whether numbers are kept in a few bits, as :mod:`kvgraft.store.quantize` does it."""
-        return self.dtype in QUANTIZED_FORMATS
+        """Whether numbers are kept in a few bits, as :mod:`kvgraft.store.few_bits` does it."""
+        return self.dtype in FEW_BITS_DTYPES
 
     def hash(self) -> str:
         """16 hexadecimal digits that name this identity's folder."""
@@ -206,8 +206,8 @@ class Manifest(BaseModel):
 
 def stored_bytes_per_token(geometry: KVGeometry, dtype: str) -> int:
     """Bytes that a store of ``dtype`` takes for the KV of one token."""
-    if dtype in QUANTIZED_FORMATS:
-        return 2 * geometry.num_layers * QUANTIZED_FORMATS[dtype].record_bytes(geometry.kv_dim)
+    if dtype in FEW_BITS_DTYPES:
+        return 2 * geometry.num_layers * record_bytes(dtype, geometry.kv_dim)
     return geometry.bytes_per_token(STORE_DTYPES[dtype].itemsize)
 
 
@@ -253,7 +253,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomically(folder / MANIFEST_NAME, [memoryview(manifest.model_dump_json(indent=1).encode())])
 
 
-def read_quantizer(folder: Path, manifest: Manifest) -> Quantizer | None:
+def read_quantizer(folder: Path, manifest: Manifest) -> FewBitsQuantizer | None:
     """The quantizer that ``manifest`` names, or None where its file is missing or not the one named."""
     path = folder / QUANTIZER_NAME
     if manifest.quantizer is None or not path.is_file():
@@ -261,7 +261,7 @@ def read_quantizer(folder: Path, manifest: Manifest) -> Quantizer | None:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != manifest.quantizer:
         return None
-    return Quantizer.from_bytes(manifest.identity.dtype, content)
+    return quantizer_from_bytes(manifest.identity.dtype, content)
 
 
 def write_atomically(path: Path, chunks: Sequence[memoryview]) -> str:

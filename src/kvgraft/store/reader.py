@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV
+from kvgraft.store.few_bits import FewBitsQuantizer
 from kvgraft.store.format import (
     MANIFEST_NAME,
     QUANTIZER_NAME,
@@ -27,7 +28,6 @@ from kvgraft.store.format import (
     short_key,
 )
 from kvgraft.store.moments import Moments
-from kvgraft.store.quantize import Quantizer
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class KVStore:
 
     folder: Path
     manifest: Manifest
-    quantizer: Quantizer | None = None
+    quantizer: FewBitsQuantizer | None = None
     # Open files per process: a forked worker opens its own and leaves its parent's alone.
     _handles: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV
+from kvgraft.store.few_bits import calibrate, calibration_tokens
 from kvgraft.store.format import (
     FORMAT_VERSION,
     QUANTIZER_NAME,
@@ -33,14 +34,11 @@ from kvgraft.store.format import (
 )
 from kvgraft.store.lock import lock_folder, unlock_folder
 from kvgraft.store.moments import Moments
-from kvgraft.store.quantize import Quantizer
 from kvgraft.store.shard import PendingSample, add_shard
 from kvgraft.store.shares import SHARE_PATTERN, with_shards_of
 
 logger = logging.getLogger(__name__)
 
-# Tokens that a quantised store's scales and components come from: several times a head's width.
-CALIBRATION_TOKENS = 2048
 # Layer axis, keys (0) or values (1), token.
 _Place = tuple[int, int, int]
 
@@ -165,8 +163,10 @@ class KVStoreWriter:
         self._pending[key] = PendingSample(key, stored, counted, span_tensor, truncated_bytes, text_bytes)
         self._pending_bytes += stored.nbytes
         self._moments = moments
-        if not self._ready and sum(sample.tokens for sample in self._pending.values()) >= CALIBRATION_TOKENS:
-            self._calibrate()
+        if not self._ready:
+            waiting = sum(sample.tokens for sample in self._pending.values())
+            if waiting >= calibration_tokens(self.identity.dtype):
+                self._calibrate()
         if self._ready and self._pending_bytes >= self._shard_bytes:
             self._start_writing()
 
@@ -243,7 +243,7 @@ class KVStoreWriter:
         samples = self._pending.values()
         counted = torch.cat([sample.kv[:, :, sample.counted] for sample in samples], dim=2)
         tokens = counted if counted.shape[2] else torch.cat([sample.kv for sample in samples], dim=2)
-        self._quantizer = Quantizer.calibrate(self.identity.dtype, tokens, self.identity.head_dim)
+        self._quantizer = calibrate(self.identity.dtype, tokens, self.identity.head_dim)
         try:
             pending = {sample.key: replace(sample, kv=self._encoded(sample.key, sample.kv)) for sample in samples}
             digest = write_atomically(self.folder / QUANTIZER_NAME, [memoryview(self._quantizer.to_bytes())])
