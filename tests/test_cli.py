@@ -42,6 +42,8 @@ def test_plan_tells_sizes_without_running_anything(recipe_file: Path, tmp_path: 
     assert not (tmp_path / "stores").exists()
     shown = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration"]).output
     assert "0 <- 0, 1 <- 3" in shown
+    fewer = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", "--json", "--set", "store.dtype=compact"])
+    assert json.loads(fewer.stdout)["teachers"][0]["kv_bytes_per_token"] == 2 * 2 * 2
 
 
 def test_plan_does_not_load_what_memory_cannot_hold(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

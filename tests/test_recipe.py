@@ -98,6 +98,7 @@ def test_fingerprint_follows_what_is_computed(tmp_path: Path) -> None:
     plain = load_recipe(path).fingerprint()
     assert load_recipe(path, ["store.path=elsewhere", "name=other", "arms=[kv]"]).fingerprint() == plain
     assert load_recipe(path, ["seed=1"]).fingerprint() != plain
+    assert load_recipe(path, ["store.dtype=compact"]).fingerprint() != plain
 
 
 @pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")))

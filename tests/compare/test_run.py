@@ -15,6 +15,7 @@ from kvgraft.compare.comparison import Comparison
 from kvgraft.distill.callbacks import InterruptCallback
 from kvgraft.recipe import Recipe
 from kvgraft.report.log import read_metrics
+from kvgraft.store.format import read_manifest
 
 runner = CliRunner()
 
@@ -101,6 +102,18 @@ def test_a_comparison_stopped_and_gone_on_with(
     result_file.write_text(result_file.read_text().replace('"format_version": 1', '"format_version": 9'))
     newer = runner.invoke(app, [*with_baseline(command), "--no-train"])
     assert "written by a newer kvgraft (format 9" in str(newer.exception)
+
+
+def test_an_arm_with_another_dtype_reads_a_store_of_its_own(command: list[str], tmp_path: Path) -> None:
+    command = [*command, "--arms", "compact:kv store.dtype=compact", "--against", "kv"]
+    done = runner.invoke(app, command)
+    assert done.exit_code == 0, done.output
+    stores = [read_manifest(folder) for folder in (tmp_path / "stores").iterdir()]
+    # Training and held-out text each.
+    assert sorted(store.identity.dtype for store in stores if store) == ["compact"] * 2 + ["float16"] * 2
+    statistics = Comparison.read(tmp_path / "out" / "comparison.json").arms[1].statistics
+    assert statistics.difference is not None
+    assert statistics.difference.mean != 0
 
 
 def test_without_training_what_has_not_finished_is_named(command: list[str], tmp_path: Path) -> None:

@@ -143,10 +143,11 @@ class Recipe(Section):
     def fingerprint(self) -> str:
         """Identity of the run: sha256 of every field that changes what an arm computes.
 
-        Arms may be added to a run, and it may be watched elsewhere, so neither counts.
+        Arms may be added to a run, and it may be watched elsewhere, so neither counts. Of the store, only its dtype.
         """
         unwatched = self.model_copy(update={"training": self.training.model_copy(update={"report_to": []})})
-        return hashlib.sha256(unwatched.model_dump_json(exclude={"name", "store", "arms"}).encode()).hexdigest()
+        fields = unwatched.model_dump_json(exclude={"name", "store", "arms"})
+        return hashlib.sha256(f"{fields} {self.store.dtype}".encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
