@@ -201,7 +201,7 @@ def measure_together(
     folder: Path | None = None,
     clock: Clock = time.perf_counter,
     texts: int = 4,
-    tokens: int = 192,
+    tokens: int = 96,
 ) -> dict[str, object]:
     """Seconds of filling a KV store and a logit store by a pass for each, and by one; their ratio, and ``table``."""
     model = load_model(MODEL, None, dtype="float32", device="cpu")
