@@ -104,7 +104,7 @@ class CompactQuantizer:
         boundaries = ((levels[:, 1:] + levels[:, :-1]) / 2)[self.bits]
         codes = torch.searchsorted(boundaries, (standard / unit.float()).transpose(-1, -2).contiguous())
         records = torch.cat([unit.view(torch.uint8), self._packed(codes.transpose(-1, -2))], -1)
-        return records.unflatten(-1, (2, -1)).transpose(1, 2).contiguous()
+        return _parted(records).contiguous()
 
     def decode(self, records: Tensor, layers: Sequence[int] | None = None) -> Tensor:
         """Float32 numbers ``[layers, 2, tokens, kv_dim]`` of ``records [layers, 2, tokens, record_bytes]``.
@@ -116,7 +116,7 @@ class CompactQuantizer:
         whole = _joined(records)
         standard = _levels()[bits[:, None], _unpacked(whole[..., _UNIT_BYTES:], bits)]
         standard = standard * self.halves(records)[:, 0].float() * self.deviation[chosen][:, None]
-        numbers = (standard @ self.components[chosen]).unflatten(-1, (2, -1)).transpose(1, 2)
+        numbers = _parted(standard @ self.components[chosen])
         return numbers * self.spread[chosen][:, :, None, None] + self.center[chosen][:, :, None]
 
     def halves(self, records: Tensor) -> Tensor:
@@ -167,6 +167,11 @@ def _places(bits: Tensor) -> tuple[Tensor, Tensor]:
     """The byte in which each code of ``bits [layers, kept]`` begins, and at which bit of it."""
     start = bits.cumsum(-1) - bits
     return start // 8, start % 8
+
+
+def _parted(joined: Tensor) -> Tensor:
+    """``[layers, tokens, 2 * width]`` to ``[layers, 2, tokens, width]``, keys first."""
+    return joined.reshape(*joined.shape[:-1], 2, -1).transpose(1, 2)
 
 
 def _joined(tokens: Tensor) -> Tensor:
