@@ -24,6 +24,7 @@ from kvgraft.models.attention import read_attention
 from kvgraft.progress import progress_bar
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.projector.settings import teacher_config_from
+from kvgraft.projector.sharing import parameters_by_sharing
 from kvgraft.recipe import Recipe
 from kvgraft.report.fit import FitReport, LayerFit, write_fit
 from kvgraft.run import open_run_folder
@@ -241,6 +242,7 @@ def _report(
         alignment_dropped=dict(data.alignment.dropped),
         parameters=projector.count_parameters(),
         sharing=projector.sharing,
+        parameters_by_sharing=parameters_by_sharing(projector),
         layers=layers,
         suggested_layers=scan.suggested_layers(data.layer_map, recipe.fit.direction),
         seconds=dict(data.phases.seconds),

@@ -52,6 +52,7 @@ class FitReport(_Record):
     alignment_dropped: dict[str, int] = {}
     parameters: int
     sharing: str
+    parameters_by_sharing: dict[str, int] = {}
     layers: list[LayerFit]
     suggested_layers: list[tuple[int, int]]
     seconds: dict[str, float]
@@ -128,6 +129,9 @@ def fit_markdown(report: FitReport) -> str:
     lines = [summary(report), "", "| " + " | ".join(name for name, _ in _COLUMNS) + " |"]
     lines += ["|" + " ---: |" * len(_COLUMNS)]
     lines += ["| " + " | ".join(row) + " |" for row in fit_rows(report)]
+    if report.parameters_by_sharing:
+        counts = ", ".join(f"{name} {count:,}" for name, count in report.parameters_by_sharing.items())
+        lines += ["", f"Parameters by `projector.sharing`: {counts}."]
     fallen = report.cosine_falls_where_r2_rises
     if fallen:
         lines += ["", f"Attention output is further off than with least squares although R2 rose in layers {fallen}."]
