@@ -99,7 +99,7 @@ def main(
     )
 
     def load(changes: list[str]) -> Recipe:
-        loaded = load_recipe(recipe, [*(overrides or []), *changes])
+        loaded = load_recipe(recipe, [*changes, *(overrides or [])])
         loaded = swapped(loaded) if swap else loaded
         return with_layers(loaded, layers)
 
