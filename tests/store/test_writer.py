@@ -109,6 +109,16 @@ from kvgraft.store.writer import KVStoreWriter
 from tests.store import test_writer as t
 
 folder, adds, in_write = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "in_write"
+fsync = os.fsync
+
+
+def kill_in_second_shard(descriptor):
+    # The thread that writes may still be with the folder of the first.
+    if "kv-00001" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+
+
 with KVStoreWriter(folder, t.IDENTITY, t.SHARD_BYTES) as writer:
     for index in range(7):
         if index == adds:
@@ -116,7 +126,7 @@ with KVStoreWriter(folder, t.IDENTITY, t.SHARD_BYTES) as writer:
                 time.sleep(0.01)
             if not in_write:
                 os.kill(os.getpid(), signal.SIGKILL)
-            os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+            os.fsync = kill_in_second_shard
         t.add(writer, index)
 """
 
