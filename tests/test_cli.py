@@ -124,3 +124,12 @@ def test_compare_without_a_recipe_asks_for_one() -> None:
     result = runner.invoke(app, ["compare"])
     assert result.exit_code == 2
     assert "RECIPE" in result.output
+
+
+def test_fit_and_graft_run_a_recipe(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(fit_recipe(store={"path": str(tmp_path / "stores")}).to_yaml())
+    for command, written in (("fit", "fit.md"), ("graft", "graft.md")):
+        folder = tmp_path / command
+        ran = CliRunner().invoke(app, [command, str(tmp_path / "recipe.yaml"), "--output", str(folder)])
+        assert ran.exit_code == 0, ran.output
+        assert (folder / written).is_file()
