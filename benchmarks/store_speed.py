@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ from kvgraft.data.spans import EncodedText, sample_key
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture, kv_geometry
 from kvgraft.models.loading import load_model
-from kvgraft.store.fill import StoreToFill, fill_stores
-from kvgraft.store.fill_kv import KVStoreToFill, fill_store
+from kvgraft.store.fill import StoreToFill, fill_store, fill_stores
+from kvgraft.store.fill_kv import KVStoreToFill
 from kvgraft.store.fill_logits import LogitStoreToFill
 from kvgraft.store.format import StoreIdentity
 from kvgraft.store.logits import LogitIdentity
@@ -185,9 +185,8 @@ def measure_caching(
 
     def fill(root: Path) -> None:
         shutil.rmtree(root, ignore_errors=True)
-        fill_store(
-            root, identity, "teacher", lambda: model, encoded, shard_bytes=8_000_000, token_budget=batch * tokens
-        )
+        store = KVStoreToFill(root, identity, 8_000_000)
+        fill_store(store, "teacher", lambda: model, encoded, token_budget=batch * tokens)
 
     with tempfile.TemporaryDirectory(dir=folder) as root:
         ways = {"capture": plain, "caching": lambda: fill(Path(root) / "store")}
@@ -212,7 +211,7 @@ def measure_together(
         shutil.rmtree(root, ignore_errors=True)
         kv_store = KVStoreToFill(root / "kv", identity, 8_000_000)
         logit_store = LogitStoreToFill(root / "logits", logits, 8_000_000)
-        passes: list[list[StoreToFill]] = [[kv_store, logit_store]] if together else [[kv_store], [logit_store]]
+        passes: list[list[StoreToFill[Any]]] = [[kv_store, logit_store]] if together else [[kv_store], [logit_store]]
         for stores in passes:
             fill_stores(stores, "teacher", lambda: model, encoded, token_budget=texts // 2 * tokens)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvgraft.data.chat import template_fingerprint
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
@@ -9,7 +11,7 @@ from kvgraft.identify import IdentifiedModel
 from kvgraft.prepare_log_probs import log_probs_to_fill
 from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, StoreRecipe
-from kvgraft.store.fill import FillReport, StoreToFill, encode_for_teacher, fill_stores
+from kvgraft.store.fill import FillReport, StoreToFill, encode_for_teacher, fill_store, fill_stores
 from kvgraft.store.fill_kv import KVStoreToFill, kv_store_folder
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.likelihoods import TokenLikelihoods, fill_likelihoods
@@ -23,8 +25,7 @@ def store_kv(
     """The store of ``model``'s KV over ``examples``, filled where it is not yet; several processes share the work."""
     encoded = encode_for_teacher(examples, model.tokenizer, max_length)
     store = _kv_to_fill(model, examples, encoded, layers, max_length, settings)
-    (report,) = fill_stores([store], model.recipe.name, model.load, encoded, token_budget=settings.token_budget)
-    return store.open(), report
+    return fill_store(store, model.recipe.name, model.load, encoded, token_budget=settings.token_budget)
 
 
 def store_kv_and_log_probs(
@@ -33,7 +34,7 @@ def store_kv_and_log_probs(
     """As :func:`store_kv`; the same pass of ``model`` fills the logit store of ``recipe`` too."""
     encoded = encode_for_teacher(examples, model.tokenizer, max_length)
     store = _kv_to_fill(model, examples, encoded, layers, max_length, recipe.store)
-    stores: list[StoreToFill] = [store, log_probs_to_fill(model, examples, encoded, max_length, recipe)]
+    stores: list[StoreToFill[Any]] = [store, log_probs_to_fill(model, examples, encoded, max_length, recipe)]
     report, _ = fill_stores(stores, model.recipe.name, model.load, encoded, token_budget=recipe.store.token_budget)
     return store.open(), report
 

@@ -13,7 +13,7 @@ from kvgraft.identify import IdentifiedModel, identify
 from kvgraft.prepare import Prepared, teacher_max_length
 from kvgraft.prepare_log_probs import log_probs_to_fill, needs_log_probs, reads_one_vocabulary
 from kvgraft.recipe import Recipe
-from kvgraft.store.fill import encode_for_teacher, fill_stores
+from kvgraft.store.fill import encode_for_teacher, fill_store
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def _source(recipe: Recipe, model: IdentifiedModel, examples: list[Example], sha
     if recipe.logit_loss.source == "store":
         store = log_probs_to_fill(model, examples, encoded, max_length, recipe)
         # Where the KV is stored too, one pass has filled both.
-        fill_stores([store], model.recipe.name, model.load, encoded, token_budget=recipe.store.token_budget)
-        opened = store.open()
+        budget = recipe.store.token_budget
+        opened, _ = fill_store(store, model.recipe.name, model.load, encoded, token_budget=budget)
     chunks = recipe.logit_loss.form == "chunk_likelihood"
     return LogitSource(model.recipe.name, {text.sample_key: text for text in encoded}, shared, chunks, opened)
 

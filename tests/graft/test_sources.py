@@ -14,7 +14,8 @@ from kvgraft.graft import graft, graft_live, graft_stored, live_kv, own_beginnin
 from kvgraft.models import loading
 from kvgraft.models.capture import capture, kv_geometry
 from kvgraft.projector.projector import KVDimensionProjector
-from kvgraft.store.fill_kv import fill_store
+from kvgraft.store.fill import fill_store
+from kvgraft.store.fill_kv import KVStoreToFill
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
 
@@ -59,9 +60,8 @@ class Pair:
             dtype="float32",
             max_length=128,
         )
-        store, _ = fill_store(
-            folder, identity, "t", lambda: self.teacher, encoded, shard_bytes=1 << 20, token_budget=512
-        )
+        to_fill = KVStoreToFill(folder, identity, shard_bytes=1 << 20)
+        store, _ = fill_store(to_fill, "t", lambda: self.teacher, encoded, token_budget=512)
         return store
 
 

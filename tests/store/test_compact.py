@@ -13,14 +13,12 @@ from torch import Tensor
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
-from kvgraft.store import writer as writer_module
 from kvgraft.store.compact import CompactQuantizer, _levels, _normal_errors, compact_record_bytes
 from kvgraft.store.format import stored_bytes_per_token
 from kvgraft.store.quantize import QUANTIZED_FORMATS, Quantizer
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
-from tests.store.test_quantize import shard_names
-from tests.store.test_writer import IDENTITY, KEYS, SHARD_BYTES, add, assert_same_content, fill, make_kv
+from tests.store.test_writer import IDENTITY, KEYS, SHARD_BYTES, add, fill, make_kv
 
 LAYERS, KV_DIM, HIDDEN = 2, 64, 48
 
@@ -187,12 +185,7 @@ def test_constant_channels_one_token_and_a_file_of_a_quantizer() -> None:
     assert torch.isfinite(of_one.decode(of_one.encode(tokens))).all()
 
 
-@pytest.fixture
-def early_components(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "calibration_tokens", lambda dtype: 8)
-
-
-@pytest.mark.usefixtures("early_components")
+@pytest.mark.usefixtures("early_calibration")
 def test_a_store_reads_as_its_quantizer_and_layers_read_alone(tmp_path: Path) -> None:
     store = fill(tmp_path, list(range(7)), replace(IDENTITY, dtype="compact"))
     assert isinstance(store.quantizer, CompactQuantizer)
@@ -208,29 +201,7 @@ def test_a_store_reads_as_its_quantizer_and_layers_read_alone(tmp_path: Path) ->
     torch.testing.assert_close(store.statistics().variance, plain.variance)
 
 
-@pytest.mark.usefixtures("early_components")
-def test_a_continued_store_has_the_same_bits(tmp_path: Path) -> None:
-    identity = replace(IDENTITY, dtype="compact")
-    for indices in ([0, 1, 2, 3], [4], [5, 6]):
-        with KVStoreWriter(tmp_path / "parts", identity, 60) as writer:
-            for index in indices:
-                add(writer, index)
-            if indices[-1] == 6:
-                writer.finish()
-    parts, whole = KVStore.open(tmp_path / "parts", identity), fill(tmp_path / "whole", list(range(7)), identity)
-    assert len(shard_names(tmp_path / "parts")) > 2
-    assert_same_content(parts, whole)
-
-    lost_shard = shard_names(tmp_path / "parts")[0]
-    (tmp_path / "parts" / lost_shard).unlink()
-    with KVStoreWriter(tmp_path / "parts", identity, 60) as writer:
-        for key in reversed(writer.missing(KEYS)):
-            add(writer, KEYS.index(key))
-        writer.finish()
-    assert_same_content(KVStore.open(tmp_path / "parts", identity), whole)
-
-
-@pytest.mark.usefixtures("early_components")
+@pytest.mark.usefixtures("early_calibration")
 def test_numbers_too_large_to_code_are_refused(tmp_path: Path) -> None:
     with KVStoreWriter(tmp_path, replace(IDENTITY, dtype="compact"), SHARD_BYTES) as writer:
         for index in range(4):

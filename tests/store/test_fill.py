@@ -12,8 +12,8 @@ from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.errors import KVGraftError
 from kvgraft.models.capture import capture
-from kvgraft.store.fill import FillReport, encode_for_teacher, store_folder
-from kvgraft.store.fill_kv import fill_store
+from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
+from kvgraft.store.fill_kv import KVStoreToFill
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
 
@@ -46,7 +46,8 @@ def identity(texts: list[EncodedText]) -> StoreIdentity:
 
 def fill(folder: Path, load=teacher, token_budget: int = 40) -> tuple[KVStore, FillReport]:
     texts = encoded()
-    return fill_store(folder, identity(texts), "tiny", load, texts, shard_bytes=1000, token_budget=token_budget)
+    store = KVStoreToFill(folder, identity(texts), shard_bytes=1000)
+    return fill_store(store, "tiny", load, texts, token_budget=token_budget)
 
 
 @pytest.mark.parametrize("token_budget", [1, 40, 10_000])

@@ -10,8 +10,8 @@ from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.errors import StoreError
-from kvgraft.store.fill import encode_for_teacher
-from kvgraft.store.fill_logits import fill_logit_store
+from kvgraft.store.fill import encode_for_teacher, fill_store
+from kvgraft.store.fill_logits import LogitStoreToFill
 from kvgraft.store.format import text_fingerprint
 from kvgraft.store.logits import LogitIdentity, LogitStore, LogitStoreWriter
 from tests.store.test_fill import TEXTS, teacher
@@ -31,9 +31,8 @@ def identity(top_k: int = 8, temperature: float = 1.0) -> LogitIdentity:
 
 
 def fill(folder: Path, wanted: LogitIdentity | None = None, load=teacher, token_budget: int = 40):
-    return fill_logit_store(
-        folder, wanted or identity(), "tiny", load, encoded(), shard_bytes=300, token_budget=token_budget
-    )
+    store = LogitStoreToFill(folder, wanted or identity(), shard_bytes=300)
+    return fill_store(store, "tiny", load, encoded(), token_budget=token_budget)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

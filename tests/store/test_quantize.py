@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
-from kvgraft.store import writer as writer_module
 from kvgraft.store.format import stored_bytes_per_token
 from kvgraft.store.quantize import QUANTIZED_FORMATS, Quantizer
 from kvgraft.store.reader import KVStore
@@ -135,12 +134,7 @@ def test_one_token_and_a_file_of_a_quantizer() -> None:
         assert torch.isfinite(again.decode(records)).all()
 
 
-@pytest.fixture
-def early_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "calibration_tokens", lambda dtype: 8)
-
-
-@pytest.mark.usefixtures("early_scales")
+@pytest.mark.usefixtures("early_calibration")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_store_gives_back_what_was_added_up_to_its_bits(tmp_path: Path, dtype: str) -> None:
     identity = replace(IDENTITY, dtype=dtype)
@@ -159,12 +153,12 @@ def test_a_store_gives_back_what_was_added_up_to_its_bits(tmp_path: Path, dtype:
     assert store.total_bytes == on_disk + (tmp_path / "quantizer.safetensors").stat().st_size
 
 
-@pytest.mark.usefixtures("early_scales")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_continued_store_has_the_same_bits(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.usefixtures("early_calibration")
+@pytest.mark.parametrize(("dtype", "shard_bytes"), [*((dtype, 300) for dtype in DTYPES), ("compact", 60)])
+def test_a_continued_store_has_the_same_bits(tmp_path: Path, dtype: str, shard_bytes: int) -> None:
     identity = replace(IDENTITY, dtype=dtype)
     for indices in ([0, 1, 2, 3], [4], [5, 6]):
-        with KVStoreWriter(tmp_path / "parts", identity, 300) as writer:
+        with KVStoreWriter(tmp_path / "parts", identity, shard_bytes) as writer:
             for index in indices:
                 add(writer, index)
             if indices[-1] == 6:
@@ -176,7 +170,7 @@ def test_a_continued_store_has_the_same_bits(tmp_path: Path, dtype: str) -> None
 
     lost = shard_names(tmp_path / "parts")[0]
     (tmp_path / "parts" / lost).unlink()
-    with KVStoreWriter(tmp_path / "parts", identity, 300) as writer:
+    with KVStoreWriter(tmp_path / "parts", identity, shard_bytes) as writer:
         for key in reversed(writer.missing(KEYS)):
             add(writer, KEYS.index(key))
         writer.finish()
@@ -195,7 +189,7 @@ def test_too_few_texts_for_scales_are_not_written_unless_they_are_all(tmp_path: 
     assert len(KVStore.open(tmp_path, identity)) == 1
 
 
-@pytest.mark.usefixtures("early_scales")
+@pytest.mark.usefixtures("early_calibration")
 def test_without_its_quantizer_a_store_is_refused_and_made_anew(tmp_path: Path) -> None:
     identity = replace(IDENTITY, dtype="int8")
     fill(tmp_path, list(range(7)), identity)
@@ -209,7 +203,7 @@ def test_without_its_quantizer_a_store_is_refused_and_made_anew(tmp_path: Path) 
     assert_same_content(fill(tmp_path, list(range(7)), identity), fill(tmp_path / "whole", list(range(7)), identity))
 
 
-@pytest.mark.usefixtures("early_scales")
+@pytest.mark.usefixtures("early_calibration")
 def test_numbers_too_large_to_code_are_refused(tmp_path: Path) -> None:
     identity = replace(IDENTITY, dtype="int8")
     with KVStoreWriter(tmp_path, identity, SHARD_BYTES) as writer:

@@ -92,20 +92,14 @@ def plan_matrix(
         notes += _notes_on(arm, base, load_recipe(recipe, [*overrides, *arm.overrides]))
     for note in notes:
         logger.warning("%s", note)
+    cells = [_cell(arm, seed, recipe, overrides, folder) for seed in seeds for arm in kept]
     return Matrix(
         recipe=base,
         arms=tuple(kept),
         seeds=tuple(seeds),
         against=against,
         folder=folder,
-        cells=tuple(
-            cell
-            for seed in seeds
-            for cell in sorted(
-                (_cell(arm, seed, recipe, overrides, folder) for arm in kept),
-                key=lambda cell: not stores_log_probs(cell.recipe),
-            )
-        ),
+        cells=tuple(sorted(cells, key=lambda cell: (seeds.index(cell.seed), not stores_log_probs(cell.recipe)))),
         notes=tuple(notes),
         command=_command(recipe, overrides, arms, seeds, folder, against, controls),
     )

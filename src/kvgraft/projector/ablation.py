@@ -259,11 +259,11 @@ def build_adapter(
     return adapter
 
 
-def solve_least_squares(data: AblationData, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+def solve_least_squares(data: AblationData) -> tuple[Tensor, Tensor]:
     """Weights ``[layers, out_dim, in_dim]`` and biases ``[layers, out_dim]`` of the best linear maps."""
     solver = LeastSquares(data.num_layers, data.x.shape[3], data.y.shape[3])
     solver.add(data.x, data.y, torch.ones(1, data.x.shape[2], dtype=torch.bool))
-    return solver.solve(ridge)
+    return solver.solve()
 
 
 def target_variance(y: Tensor) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +28,8 @@ from kvgraft.progress import progress_bar
 from kvgraft.store.shares import share_folder
 
 logger = logging.getLogger(__name__)
+
+_Opened = TypeVar("_Opened", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Writer(AbstractContextManager[Any], Protocol):
         """Mark the store complete."""
 
 
-class StoreToFill(Protocol):
+class StoreToFill(Protocol[_Opened]):
     """A kind of store that a teacher's pass can fill.
 
     Attributes:
@@ -99,6 +101,9 @@ class StoreToFill(Protocol):
     def add(self, writer: Any, model: PreTrainedModel, text: EncodedText, found: Found) -> None:
         """Hand what ``model`` gave for ``text`` to a writer."""
 
+    def open(self) -> _Opened:
+        """The store once it is filled."""
+
 
 class Hashed(Protocol):
     """What a store holds, told by a hash."""
@@ -119,8 +124,21 @@ def encode_for_teacher(
     return [encode_text(example, tokenizer, max_length) for example in examples]
 
 
+def fill_store(
+    store: StoreToFill[_Opened],
+    teacher: str,
+    load_teacher: Callable[[], PreTrainedModel],
+    texts: Sequence[EncodedText],
+    *,
+    token_budget: int,
+) -> tuple[_Opened, FillReport]:
+    """:func:`fill_stores` for ``store`` alone, which is then opened."""
+    (report,) = fill_stores([store], teacher, load_teacher, texts, token_budget=token_budget)
+    return store.open(), report
+
+
 def fill_stores(
-    stores: Sequence[StoreToFill],
+    stores: Sequence[StoreToFill[Any]],
     teacher: str,
     load_teacher: Callable[[], PreTrainedModel],
     texts: Sequence[EncodedText],
@@ -222,7 +240,11 @@ def _batches(by_key: Mapping[str, EncodedText], missing: Sequence[Sequence[str]]
 
 
 def _add_share(
-    stores: Sequence[StoreToFill], writers: Sequence[Any], model: PreTrainedModel, share: Sequence[_Batch], teacher: str
+    stores: Sequence[StoreToFill[Any]],
+    writers: Sequence[Any],
+    model: PreTrainedModel,
+    share: Sequence[_Batch],
+    teacher: str,
 ) -> None:
     tokens = [sum(len(text.input_ids) for text in batch.texts) for batch in share]
     contents = " and ".join(store.content for store in stores)
@@ -238,7 +260,7 @@ def _add_share(
             advance(size)
 
 
-def _run(model: PreTrainedModel, texts: Sequence[EncodedText], stores: Sequence[StoreToFill]) -> list[Found]:
+def _run(model: PreTrainedModel, texts: Sequence[EncodedText], stores: Sequence[StoreToFill[Any]]) -> list[Found]:
     """What ``stores`` take of each text, from one pass of ``model``."""
     layers = next((store.kv_layers for store in stores if store.kv_layers), ())
     if all(store.kv_layers for store in stores):

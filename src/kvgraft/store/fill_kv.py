@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -12,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvgraft.data.spans import EncodedText
-from kvgraft.store.fill import FillReport, Found, fill_stores, store_folder
-from kvgraft.store.format import READABLE_VERSIONS, StoreIdentity, damage, read_manifest, read_quantizer
+from kvgraft.store.fill import Found, store_folder
+from kvgraft.store.format import READABLE_VERSIONS, StoreIdentity, is_whole, read_manifest, read_quantizer
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
 
@@ -51,13 +50,11 @@ class KVStoreToFill:
     def is_finished(self) -> bool:
         """Whether the folder holds the complete and sound store, so that the writer has nothing to do."""
         manifest = read_manifest(self.folder)
-        if manifest is None or not manifest.complete or manifest.identity.difference(self.identity):
+        if manifest is None or manifest.identity.difference(self.identity):
             return False
         if manifest.quantizer is not None and read_quantizer(self.folder, manifest) is None:
             return False
-        return not any(
-            damage(self.folder, name, shard, checksum=self.verify) for name, shard in manifest.shards.items()
-        )
+        return is_whole(self.folder, manifest, checksum=self.verify)
 
     def writer(self, folder: Path) -> KVStoreWriter:
         """Writer of the store, or of a share of it."""
@@ -82,26 +79,6 @@ def kv_store_folder(path: Path, teacher: str, identity: StoreIdentity) -> Path:
         if manifest is not None and manifest.complete:
             return folder
     return store_folder(path, teacher, identity)
-
-
-def fill_store(
-    folder: Path,
-    identity: StoreIdentity,
-    teacher: str,
-    load_teacher: Callable[[], PreTrainedModel],
-    texts: Sequence[EncodedText],
-    *,
-    shard_bytes: int,
-    token_budget: int,
-    verify: bool = True,
-) -> tuple[KVStore, FillReport]:
-    """The store of ``texts`` in ``folder``, made, continued, or opened as it is.
-
-    Arguments are those of :class:`KVStoreToFill` and :func:`~kvgraft.store.fill.fill_stores`, and so are the errors.
-    """
-    store = KVStoreToFill(folder, identity, shard_bytes, verify)
-    (report,) = fill_stores([store], teacher, load_teacher, texts, token_budget=token_budget)
-    return store.open(), report
 
 
 def counted_tokens(tokens: int) -> Tensor:

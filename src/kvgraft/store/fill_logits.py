@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from kvgraft.data.spans import EncodedText
 from kvgraft.models.head import Head, head_of
-from kvgraft.store.fill import FillReport, Found, fill_stores
-from kvgraft.store.format import damage
+from kvgraft.store.fill import Found
+from kvgraft.store.format import is_whole
 from kvgraft.store.logits import LogitIdentity, LogitManifest, LogitStore, LogitStoreWriter
 from kvgraft.store.top_log_probs import pack_top
 
@@ -44,11 +44,9 @@ class LogitStoreToFill:
     def is_finished(self) -> bool:
         """Whether the folder holds the complete and sound store, so that the writer has nothing to do."""
         manifest = LogitManifest.read(self.folder)
-        if manifest is None or not manifest.complete or manifest.identity.difference(self.identity):
+        if manifest is None or manifest.identity.difference(self.identity):
             return False
-        return not any(
-            damage(self.folder, name, shard, checksum=self.verify) for name, shard in manifest.shards.items()
-        )
+        return is_whole(self.folder, manifest, checksum=self.verify)
 
     def writer(self, folder: Path) -> LogitStoreWriter:
         """Writer of the store, or of a share of it."""
@@ -64,26 +62,6 @@ class LogitStoreToFill:
     def open(self) -> LogitStore:
         """The store once it is filled: every shard was checked or written then, so that sizes are enough here."""
         return LogitStore.open(self.folder, self.identity, verify=False)
-
-
-def fill_logit_store(
-    folder: Path,
-    identity: LogitIdentity,
-    teacher: str,
-    load_teacher: Callable[[], PreTrainedModel],
-    texts: Sequence[EncodedText],
-    *,
-    shard_bytes: int,
-    token_budget: int,
-    verify: bool = True,
-) -> tuple[LogitStore, FillReport]:
-    """The logit store of ``texts`` in ``folder``, made, continued, or opened as it is.
-
-    Arguments are those of :class:`LogitStoreToFill` and :func:`~kvgraft.store.fill.fill_stores`, as are the errors.
-    """
-    store = LogitStoreToFill(folder, identity, shard_bytes, verify)
-    (report,) = fill_stores([store], teacher, load_teacher, texts, token_budget=token_budget)
-    return store.open(), report
 
 
 @torch.no_grad()

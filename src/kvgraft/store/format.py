@@ -20,10 +20,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -290,6 +290,21 @@ def write_atomically(path: Path, chunks: Sequence[memoryview]) -> str:
         raise
     _sync_folder(path.parent)
     return digest.hexdigest()
+
+
+class ListedShards(Protocol):
+    """What the manifests of all kinds of stores say of their shards."""
+
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def shards(self) -> Mapping[str, ShardEntry]: ...
+
+
+def is_whole(folder: Path, manifest: ListedShards, *, checksum: bool) -> bool:
+    """Whether ``manifest`` says that it is complete and :func:`damage` finds nothing in any shard."""
+    shards = manifest.shards.items()
+    return manifest.complete and not any(damage(folder, name, shard, checksum=checksum) for name, shard in shards)
 
 
 def damage(folder: Path, name: str, shard: ShardEntry, *, checksum: bool = True) -> str | None:
