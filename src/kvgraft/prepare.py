@@ -28,8 +28,8 @@ from kvgraft.models.lora import add_lora
 from kvgraft.models.packing import require_exact_packing
 from kvgraft.models.students import new_student, student_config
 from kvgraft.prepare_embeddings import prepare_embeddings
-from kvgraft.prepare_kv import online_kv, store_kv, store_kv_and_log_probs, store_likelihoods
-from kvgraft.prepare_log_probs import needs_log_probs, reads_one_vocabulary, stores_log_probs
+from kvgraft.prepare_kv import online_kv, store_for_training
+from kvgraft.prepare_log_probs import needs_log_probs, reads_one_vocabulary
 from kvgraft.processes import process_state
 from kvgraft.projector.settings import Direction
 from kvgraft.recipe import Recipe, StudentRecipe, TeacherRecipe
@@ -238,13 +238,11 @@ def _prepare_teacher(
             if online:
                 store, report = online_kv(model, examples, layers, max_length, recipe)
             else:
-                if stores_log_probs(recipe):
-                    store, report = store_kv_and_log_probs(model, examples, layers, max_length, recipe)
-                else:
-                    store, report = store_kv(model, examples, layers, max_length, recipe.store)
                 # Held-out text measures each teacher by itself and needs no weights.
-                if recipe.kv_loss.combine == "confidence" and examples is texts.train_examples:
-                    likelihoods = store_likelihoods(model, examples, store, recipe.store)
+                weighted = recipe.kv_loss.combine == "confidence" and examples is texts.train_examples
+                store, report, likelihoods = store_for_training(
+                    model, examples, layers, max_length, recipe, with_likelihoods=weighted
+                )
         teacher_layers = [teacher_layer for _, teacher_layer in layer_map]
         skipped = alignment.skip_first_tokens
         return TeacherSource(teacher.name, store, teacher_layers, alignment.tokens, skipped, likelihoods), report

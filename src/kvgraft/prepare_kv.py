@@ -8,13 +8,12 @@ from kvgraft.data.chat import template_fingerprint
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.identify import IdentifiedModel
-from kvgraft.prepare_log_probs import log_probs_to_fill
-from kvgraft.processes import process_state
+from kvgraft.prepare_log_probs import log_probs_to_fill, stores_log_probs
 from kvgraft.recipe import Recipe, StoreRecipe
 from kvgraft.store.fill import FillReport, StoreToFill, encode_for_teacher, fill_store, fill_stores
 from kvgraft.store.fill_kv import KVStoreToFill, kv_store_folder
 from kvgraft.store.format import StoreIdentity, text_fingerprint
-from kvgraft.store.likelihoods import TokenLikelihoods, fill_likelihoods
+from kvgraft.store.likelihoods import LikelihoodsToFill, TokenLikelihoods
 from kvgraft.store.online import OnlineKV
 from kvgraft.store.reader import KVStore
 
@@ -28,15 +27,29 @@ def store_kv(
     return fill_store(store, model.recipe.name, model.load, encoded, token_budget=settings.token_budget)
 
 
-def store_kv_and_log_probs(
-    model: IdentifiedModel, examples: list[Example], layers: tuple[int, ...], max_length: int, recipe: Recipe
-) -> tuple[KVStore, FillReport]:
-    """As :func:`store_kv`; the same pass of ``model`` fills the logit store of ``recipe`` too."""
+def store_for_training(
+    model: IdentifiedModel,
+    examples: list[Example],
+    layers: tuple[int, ...],
+    max_length: int,
+    recipe: Recipe,
+    *,
+    with_likelihoods: bool,
+) -> tuple[KVStore, FillReport, TokenLikelihoods | None]:
+    """As :func:`store_kv`; the same pass of ``model`` gives all else that ``recipe`` keeps of it.
+
+    That is the logit store of its logit arms, and ``with_likelihoods`` how likely the model finds each token.
+    """
     encoded = encode_for_teacher(examples, model.tokenizer, max_length)
     store = _kv_to_fill(model, examples, encoded, layers, max_length, recipe.store)
-    stores: list[StoreToFill[Any]] = [store, log_probs_to_fill(model, examples, encoded, max_length, recipe)]
-    report, _ = fill_stores(stores, model.recipe.name, model.load, encoded, token_budget=recipe.store.token_budget)
-    return store.open(), report
+    likelihoods = LikelihoodsToFill(store.folder, tuple(text.sample_key for text in encoded))
+    stores: list[StoreToFill[Any]] = [store]
+    if stores_log_probs(recipe):
+        stores.append(log_probs_to_fill(model, examples, encoded, max_length, recipe))
+    if with_likelihoods:
+        stores.append(likelihoods)
+    report, *_ = fill_stores(stores, model.recipe.name, model.load, encoded, token_budget=recipe.store.token_budget)
+    return store.open(), report, likelihoods.open() if with_likelihoods else None
 
 
 def online_kv(
@@ -88,14 +101,3 @@ def _identity(
         max_length=max_length,
         template=template_fingerprint(examples, model.tokenizer),
     )
-
-
-def store_likelihoods(
-    model: IdentifiedModel, examples: list[Example], store: KVStore, settings: StoreRecipe
-) -> TokenLikelihoods:
-    """How likely ``model`` finds the tokens of ``store``, filled where it is not yet known."""
-    encoded = encode_for_teacher(examples, model.tokenizer, store.identity.max_length)
-    with process_state().main_process_first():
-        return fill_likelihoods(
-            store.folder, model.recipe.name, model.load, encoded, token_budget=settings.token_budget
-        )

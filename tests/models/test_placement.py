@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kvgraft.errors import ModelError
 from kvgraft.identify import identify
 from kvgraft.models import placement
 from kvgraft.models.capture import KVRecorder, capture
 from kvgraft.models.head import head_of, hidden_states
-from kvgraft.models.likelihood import token_log_likelihood
 from kvgraft.models.loading import load_model
 from kvgraft.recipe import TeacherRecipe
 
@@ -38,6 +37,16 @@ def plain(tiny_teacher: Path) -> PreTrainedModel:
     return load_model(str(tiny_teacher), device="cpu")
 
 
+@pytest.fixture(scope="module")
+def in_blocks_of_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama whose weights bitsandbytes can pack for processors with bfloat16 instructions."""
+    folder = tmp_path_factory.mktemp("blocks")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes)).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, ON_DISK], ids=["auto", "cpu", "disk"])
 def test_where_the_parts_are_does_not_change_what_they_compute(
     tiny_teacher: Path, plain: PreTrainedModel, device_map: object
@@ -48,8 +57,6 @@ def test_where_the_parts_are_does_not_change_what_they_compute(
     kv, expected = capture(spread, INPUT_IDS, MASK), capture(plain, INPUT_IDS, MASK)
     assert torch.equal(kv.keys, expected.keys)
     assert torch.equal(kv.values, expected.values)
-    own, expected_own = (token_log_likelihood(model, INPUT_IDS, MASK) for model in (spread, plain))
-    torch.testing.assert_close(own, expected_own, equal_nan=True)
     torch.testing.assert_close(hidden_states(spread, INPUT_IDS, MASK), hidden_states(plain, INPUT_IDS, MASK))
 
 
@@ -64,7 +71,6 @@ def test_layers_of_several_devices_are_brought_to_one(plain: PreTrainedModel) ->
 
 def test_a_head_on_disk_is_named(tiny_teacher: Path) -> None:
     model = load_model(str(tiny_teacher), device_map={**ON_DISK, "lm_head": "disk"})
-    assert torch.isfinite(token_log_likelihood(model, INPUT_IDS)[:, 1:]).all()
     with pytest.raises(ModelError, match="put lm_head on a device in device_map"):
         head_of(model)
 
@@ -76,10 +82,11 @@ def test_a_head_on_disk_is_named(tiny_teacher: Path) -> None:
 )
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_few_bits_give_nearly_the_same_kv(
-    tiny_teacher: Path, plain: PreTrainedModel, quantization: placement.Quantization, package: str, largest: float
+    in_blocks_of_64: Path, quantization: placement.Quantization, package: str, largest: float
 ) -> None:
     pytest.importorskip(package)
-    model = load_model(str(tiny_teacher), device="cpu", quantization=quantization)
+    plain = load_model(str(in_blocks_of_64), device="cpu")
+    model = load_model(str(in_blocks_of_64), device="cpu", quantization=quantization)
     assert not model.training
     kv, expected = capture(model, INPUT_IDS, MASK), capture(plain, INPUT_IDS, MASK)
     for one, other in ((kv.keys, expected.keys), (kv.values, expected.values)):

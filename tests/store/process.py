@@ -19,6 +19,7 @@ from kvgraft.store.fill import FillReport, encode_for_teacher, fill_stores
 from kvgraft.store.fill_kv import KVStoreToFill
 from kvgraft.store.fill_logits import LogitStoreToFill
 from kvgraft.store.format import read_manifest, text_fingerprint
+from kvgraft.store.likelihoods import LikelihoodsToFill
 from kvgraft.store.logits import LogitIdentity
 from kvgraft.store.reader import KVStore
 from kvgraft.store.shares import share_folder
@@ -42,10 +43,12 @@ def encoded() -> list[EncodedText]:
 
 
 def fill(folder: Path) -> tuple[KVStore, FillReport]:
-    """A pass of the teacher and a shard for every text, of KV and of log-probabilities."""
+    """A pass of the teacher and a shard for every text, of KV, of log-probabilities and of token likelihoods."""
     texts = encoded()
     store = KVStoreToFill(folder, identity(texts), shard_bytes=1)
-    report, _ = fill_stores([store, logits_beside(folder)], "tiny", teacher, texts, token_budget=1)
+    likelihoods = LikelihoodsToFill(folder, tuple(text.sample_key for text in texts))
+    stores = [store, logits_beside(folder), likelihoods]
+    report, *_ = fill_stores(stores, "tiny", teacher, texts, token_budget=1)
     return store.open(), report
 
 

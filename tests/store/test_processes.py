@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from kvgraft.store.format import Manifest, read_manifest
+from kvgraft.store.likelihoods import TokenLikelihoods
 from kvgraft.store.logits import LogitManifest
 from kvgraft.store.shares import share_folder
 from kvgraft.store.writer import KVStoreWriter
@@ -41,6 +42,10 @@ def require_same_content(folder: Path, other: Path) -> None:
     for key in whole.keys():  # noqa: SIM118
         assert torch.equal(logits.words(key), whole_logits.words(key))
         assert torch.equal(logits.token_log_likelihood(key), whole_logits.token_log_likelihood(key))
+    likelihoods, whole_likelihoods = TokenLikelihoods.open(folder), TokenLikelihoods.open(other)
+    assert likelihoods.missing(whole.keys()) == []
+    for key in whole.keys():  # noqa: SIM118
+        torch.testing.assert_close(likelihoods.read(key), whole_likelihoods.read(key), equal_nan=True)
     torch.testing.assert_close(store.statistics().variance, whole.statistics().variance)
 
 

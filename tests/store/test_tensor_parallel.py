@@ -30,7 +30,9 @@ def test_two_processes_with_one_teacher_store_what_one_does(
     # Filled already, so that these only open it.
     shared = fill(str(tiny_teacher), plain, tmp_path / "shared")
     assert not list(tmp_path.glob("shared/*/share-*"))
-    (kv, log_probs), (whole_kv, whole_log_probs) = ([store.open() for store in both] for both in (shared, alone))
+    (kv, log_probs, likelihoods), (whole_kv, whole_log_probs, whole_likelihoods) = (
+        [store.open() for store in stores] for stores in (shared, alone)
+    )
     assert len(kv) == len(log_probs) == len(whole_kv) > 0
     for key in whole_kv.keys():  # noqa: SIM118 - a store is not a mapping
         found, expected = kv.read(key).kv, whole_kv.read(key).kv
@@ -38,6 +40,9 @@ def test_two_processes_with_one_teacher_store_what_one_does(
         torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(
             log_probs.token_log_likelihood(key), whole_log_probs.token_log_likelihood(key), atol=1e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(
+            likelihoods.read(key), whole_likelihoods.read(key), atol=1e-5, rtol=1e-5, equal_nan=True
         )
 
 
@@ -60,7 +65,6 @@ def test_what_does_not_go_with_it_is_refused_by_name(tiny_recipe: Callable[..., 
     for changes, name in (
         ({"kv_loss": {"source": "online"}}, "kv_loss.source online"),
         ({"logit_loss": {"source": "online"}}, "logit_loss.source online"),
-        ({"kv_loss": {"combine": "confidence"}}, "kv_loss.combine confidence"),
     ):
         with pytest.raises(ValueError, match=f"teacher shared has tensor_parallel, .* for {name}"):
             tiny_recipe(teachers=[teacher], **changes)

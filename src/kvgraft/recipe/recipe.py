@@ -115,14 +115,13 @@ class Recipe(Section):
             one_process = {
                 "kv_loss.source online": self.kv_loss.source == "online",
                 "logit_loss.source online": self.logit_loss.source == "online",
-                "kv_loss.combine confidence": self.kv_loss.combine == "confidence",
                 "alignment.layers cka and predictive": self.alignment_of(teacher).layers in EVIDENCE_METHODS,
                 "student.embeddings_from": self.student.embeddings_from == teacher.name,
             }
             asked = [name for name, is_asked in one_process.items() if is_asked]
             if teacher.tensor_parallel and asked:
                 raise ValueError(
-                    f"teacher {teacher.name} has tensor_parallel, which fills stores of KV and log-probabilities, and "
+                    f"teacher {teacher.name} has tensor_parallel, which fills stores, and "
                     f"one process alone runs it for {', '.join(asked)}; leave one out"
                 )
         return self

@@ -1,4 +1,4 @@
-"""A teacher's log-likelihood of each token, beside its KV: one number a token, added to a store that is there already.
+"""A teacher's log-likelihood of each token, beside its KV: one number a token, also added to a store that is there.
 
 A store's folder holds them in ``likelihoods-<digits>.safetensors``: for each sample key float32 ``[tokens]``, NaN for
 the first. The digits are the first of the file's sha256, so that a damaged file is known by its name.
@@ -7,29 +7,28 @@ the first. The digits are the first of the file's sha256, so that a damaged file
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvgraft.data.batching import length_buckets, pad_texts
 from kvgraft.data.spans import EncodedText
 from kvgraft.errors import StoreError
-from kvgraft.models.likelihood import token_log_likelihood
-from kvgraft.progress import progress_bar
+from kvgraft.models.head import Head, head_of
+from kvgraft.store.fill import Found
 from kvgraft.store.format import short_key, write_atomically
-
-logger = logging.getLogger(__name__)
 
 _PATTERN = "likelihoods-*.safetensors"
 _NAME_DIGITS = 16
 # Tokens after which what was computed goes to disk, so that a kill costs little.
 _TOKENS_PER_FILE = 500_000
+# Tokens whose logits are held at a time.
+_CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -75,63 +74,96 @@ class TokenLikelihoods:
         return self.numbers[key]
 
 
-def fill_likelihoods(
-    folder: Path,
-    teacher: str,
-    load_teacher: Callable[[], PreTrainedModel],
-    texts: Sequence[EncodedText],
-    *,
-    token_budget: int,
-) -> TokenLikelihoods:
-    """The token likelihoods of ``texts`` in the store ``folder``; what is there already is not computed again.
+@dataclass(frozen=True)
+class LikelihoodsToFill:
+    """Token likelihoods that :func:`~kvgraft.store.fill.fill_stores` computes where ``folder`` lacks them.
 
     Args:
-        folder: of the store that holds the teacher's KV over these texts.
-        teacher: name shown on the bar and in errors.
-        load_teacher: called only if some text is missing.
-        texts: as the teacher's tokenizer reads them.
-        token_budget: most tokens, padding included, in one pass of the teacher.
-
-    Raises:
-        StoreError, ModelError: a damaged file, a full disk, a model that gives NaN or logits that are not covered.
+        folder: of the store that holds the teacher's KV over the same texts.
     """
-    by_key = {text.sample_key: text for text in texts}
-    missing = [by_key[key] for key in TokenLikelihoods.open(folder).missing(by_key)]
-    if not missing:
-        return TokenLikelihoods.open(folder)
-    model = load_teacher()
-    waiting: dict[str, Tensor] = {}
-    total = sum(len(text.input_ids) for text in missing)
-    with progress_bar(f"token likelihoods of {teacher}", total, "tokens") as advance:
-        for bucket in length_buckets([len(text.input_ids) for text in missing], token_budget):
-            batch = [missing[index] for index in bucket]
-            waiting.update(_likelihoods_of(model, batch, teacher))
-            if sum(len(numbers) for numbers in waiting.values()) >= _TOKENS_PER_FILE:
-                _write(folder, waiting)
-                waiting = {}
-            advance(sum(len(text.input_ids) for text in batch))
-    if waiting:
-        _write(folder, waiting)
-    return TokenLikelihoods.open(folder)
+
+    folder: Path
+    keys: tuple[str, ...]
+    content: ClassVar[str] = "token likelihoods"
+    kv_layers: ClassVar[tuple[int, ...]] = ()
+    one_writer: ClassVar[bool] = False
+
+    def is_finished(self) -> bool:
+        """Whether the folder has those of every text."""
+        return not self.open().missing(self.keys)
+
+    def writer(self, folder: Path) -> LikelihoodWriter:
+        """Writer into the store's own folder, for a share too: each file is named by its content."""
+        return LikelihoodWriter(self.folder)
+
+    def add(self, writer: LikelihoodWriter, model: PreTrainedModel, text: EncodedText, found: Found) -> None:
+        """Hand what ``model`` says of ``text`` to ``writer``."""
+        assert found.hidden is not None
+        writer.add(text.sample_key, likelihoods_of_text(found.hidden, head_of(model), text.input_ids))
+
+    def open(self) -> TokenLikelihoods:
+        """All that the folder holds."""
+        return TokenLikelihoods.open(self.folder)
 
 
-def _likelihoods_of(model: PreTrainedModel, batch: Sequence[EncodedText], teacher: str) -> dict[str, Tensor]:
-    input_ids, mask = pad_texts(batch)
-    found = token_log_likelihood(model, input_ids, mask).cpu()
-    numbers = {}
-    for row, text in enumerate(batch):
-        numbers[text.sample_key] = found[row, : len(text.input_ids)].clone()
-        if not torch.isfinite(numbers[text.sample_key][1:]).all():
+class LikelihoodWriter:
+    """Adds token likelihoods to the folder of a store; what came before it is left saves what it was given."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._waiting: dict[str, Tensor] = {}
+
+    def __enter__(self) -> LikelihoodWriter:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._write()
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` that are not on disk, each once."""
+        return TokenLikelihoods.open(self._folder).missing(keys)
+
+    def add(self, key: str, numbers: Tensor) -> None:
+        """Keep ``numbers [tokens]`` of one text.
+
+        Raises:
+            StoreError: one is not finite, or the disk is full.
+        """
+        if not torch.isfinite(numbers[1:]).all():
             raise StoreError(
-                f"teacher {teacher} gives token likelihoods that are not finite for text {short_key(text.sample_key)}; "
-                "load it in float32 or bfloat16, or leave this text out"
+                f"token likelihoods of text {short_key(key)} are not finite; load the teacher in float32 or bfloat16, "
+                "or leave this text out"
             )
-    return numbers
+        self._waiting[key] = numbers
+        if sum(len(waiting) for waiting in self._waiting.values()) >= _TOKENS_PER_FILE:
+            self._write()
+
+    def adopt_shares(self) -> None:
+        """Nothing to do: all processes write into one folder."""
+
+    def finish(self) -> None:
+        """Write what waits."""
+        self._write()
+
+    def _write(self) -> None:
+        if self._waiting:
+            content = save(self._waiting)
+            write_atomically(self._folder / _file_name(content), [memoryview(content)])
+            self._waiting = {}
 
 
-def _write(folder: Path, numbers: Mapping[str, Tensor]) -> None:
-    content = save(dict(numbers))
-    write_atomically(folder / _file_name(content), [memoryview(content)])
+@torch.no_grad()
+def likelihoods_of_text(hidden: Tensor, head: Head, input_ids: Sequence[int]) -> Tensor:
+    """Log-likelihoods ``[tokens]`` of one text from its ``hidden [tokens, width]``: on the CPU, NaN for the first."""
+    next_ids = torch.tensor(input_ids[1:], device=hidden.device)
+    found = [
+        head.log_likelihood(states, ids)
+        for states, ids in zip(
+            torch.split(hidden[:-1], _CHUNK_TOKENS), torch.split(next_ids, _CHUNK_TOKENS), strict=True
+        )
+    ]
+    return torch.cat([torch.full((1,), float("nan")), *(part.cpu() for part in found)])
 
 
 def _file_name(content: bytes) -> str:
