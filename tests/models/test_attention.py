@@ -4,8 +4,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV
+from kvgraft.models import attention
 from kvgraft.models.attention import attention_output_cosine, read_attention
-from kvgraft.models.capture import capture, record_kv
+from kvgraft.models.capture import capture, intercepted_attention, record_kv
+from kvgraft.models.rope import rotate
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 8}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -53,17 +55,33 @@ def test_received_attention_is_the_models_own() -> None:
     torch.testing.assert_close(read_attention(model, IDS).received, expected)
 
 
-def test_query_moments_do_not_depend_on_the_place_of_the_text() -> None:
+@pytest.mark.parametrize("places", [100, 5])
+def test_query_moments_tell_how_far_an_error_of_a_key_moves_scores(
+    places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_KEY_PLACES", places)
     model = models()["llama"]
+    seen = {}
+
+    def note(layer, attend, module, query, key, *rest, **options):
+        seen[layer] = query
+        return attend(module, query, key, *rest, **options)
+
+    with torch.no_grad(), intercepted_attention(model, note) as rotations:
+        model(IDS)
     moments = read_attention(model, IDS).query_moments
-    assert moments.shape == (3, 2, 8)
-    assert torch.equal(moments[..., :4], moments[..., 4:])
-    # The first token stands at position 0, where rotation does nothing: its queries are those of the projection.
-    first = read_attention(model, IDS[:, :1]).query_moments[0]
-    layer = model.model.layers[0]
-    query = layer.self_attn.q_proj(layer.input_layernorm(model.model.embed_tokens(IDS[:, :1]))).reshape(2, 2, 8)
-    expected = query.square().mean(1).reshape(2, 2, 4).mean(1).repeat(1, 2)
-    torch.testing.assert_close(first, expected)
+    assert moments.shape == (3, 2, 8, 8)
+    error = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    keys = range(0, 12, 1 if places == 100 else 3)
+    for layer in range(3):
+        squares = []
+        for place in keys:
+            cos, sin = (part[:, place : place + 1] for part in rotations[layer])
+            moved = rotate(error[None, :, None], cos, sin)[0].repeat_interleave(2, 0)
+            scores = (seen[layer][0, :, place:] * moved).sum(-1)
+            squares.append(scores.square().reshape(2, -1).mean(1))
+        found = torch.einsum("hd,hde,he->h", error, moments[layer], error)
+        torch.testing.assert_close(found, torch.stack(squares).mean(0))
 
 
 def test_kv_of_other_heads_is_refused() -> None:

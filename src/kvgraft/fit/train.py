@@ -52,8 +52,8 @@ class RegressionModel(FitModel):
     Args:
         projector: standardised, so that an error of 1 is what predicting the mean costs.
         teacher: its name.
-        key_metric: ``[output layers, width]``, how much the squared error of each key channel counts, 1 on average;
-            default alike.
+        key_metric: ``[output layers, heads, head_dim, head_dim]``, what the errors of each key head are multiplied by
+            before they are squared (:func:`key_metric_from`); default nothing.
         held_out: tokens to watch it on.
     """
 
@@ -79,12 +79,12 @@ class RegressionModel(FitModel):
         """
         wanted = self.projector.targets_of(self.teacher, *target[:, None])
         sources = self.projector.sources_of_rows(self.teacher, *source[:, None])
-        errors = [
-            (adapter(x) - y).square()
-            for adapter, x, y in zip(self.projector.adapters(self.teacher), sources, wanted, strict=True)
+        differences = [
+            adapter(x) - y for adapter, x, y in zip(self.projector.adapters(self.teacher), sources, wanted, strict=True)
         ]
         if self.key_metric is not None:
-            errors[0] = errors[0] * self.key_metric[:, None]
+            differences[0] = _in_metric(differences[0], self.key_metric)
+        errors = [difference.square() for difference in differences]
         if weights is not None:
             errors = [error * weights[..., None] for error in errors]
         keys_loss, values_loss = (error.mean() for error in errors)
@@ -193,9 +193,26 @@ def train_fit(
 
 
 def key_metric_from(query_moments: Tensor, layers: Sequence[int]) -> Tensor:
-    """``[layers, kv heads, head_dim]`` mean squares of the queries as a metric ``[chosen layers, width]`` of mean 1."""
-    chosen = query_moments[list(layers)].flatten(1)
-    return chosen / chosen.mean(1, keepdim=True)
+    """The square roots ``[chosen layers, heads, head_dim, head_dim]`` of ``query_moments``, per layer of mean square 1.
+
+    A difference of keys times such a root, squared, is the squared difference of scores; on average over channels it
+    counts as much as the difference alone.
+
+    Args:
+        query_moments: as in :class:`kvgraft.models.attention.Reading`.
+    """
+    chosen = query_moments[list(layers)].double()
+    values, vectors = torch.linalg.eigh(chosen)
+    roots = vectors * values.clamp_min(0).sqrt()[..., None, :] @ vectors.mT
+    level = values.clamp_min(0).mean((1, 2)).sqrt()
+    return (roots / level[:, None, None, None]).float()
+
+
+def _in_metric(difference: Tensor, metric: Tensor) -> Tensor:
+    """``difference [1, layers, tokens, width]`` of keys, each head times ``metric [layers, heads, dim, dim]``."""
+    layers, tokens, _ = difference.shape[1:]
+    heads = difference[0].reshape(layers, tokens, *metric.shape[1:3]).transpose(1, 2)
+    return (heads @ metric).transpose(1, 2).flatten(2)[None]
 
 
 def _arguments(settings: FitRecipe | ContinuationRecipe, output: Path, seed: int) -> TrainingArguments:

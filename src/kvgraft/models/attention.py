@@ -15,6 +15,9 @@ from kvgraft.kv import KV
 from kvgraft.models.capture import Rotation, decoder_of, intercepted_attention, kv_geometry
 from kvgraft.models.rope import rotate, unrotate
 
+# Places of a text whose keys tell how queries meet keys.
+_KEY_PLACES = 16
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -22,9 +25,9 @@ class Reading:
 
     Attributes:
         received: ``[layers, tokens]``, the attention that all queries of all heads give to each token, on average.
-        query_moments: ``[layers, num_kv_heads, head_dim]``, mean square of the queries that read each key channel,
-            before rotation and alike in the two channels that rotate together: over all distances between a query and
-            a key, rotation mixes those two.
+        query_moments: ``[layers, num_kv_heads, head_dim, head_dim]``, the mean of ``q q^T`` over the queries that
+            read a key, each turned as that key sees it: by its distance. The squared error of a score that an error
+            ``e`` of a pre-RoPE key makes is on average ``e^T (q q^T) e``.
     """
 
     received: Tensor
@@ -121,16 +124,20 @@ def _received(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _query_moments(query: Tensor, num_kv_heads: int, rotation: Rotation | None) -> Tensor:
-    """Mean square ``[num_kv_heads, head_dim]`` of the un-rotated queries that read each key head."""
-    if rotation is not None:
-        query = unrotate(query, *rotation)
-    squares = query[0].float().square().mean(1)
-    squares = squares.reshape(num_kv_heads, -1, squares.shape[-1]).mean(1)
-    if rotation is not None:
-        half = rotation[0].shape[-1] // 2
-        pair = (squares[:, :half] + squares[:, half : 2 * half]) / 2
-        squares = torch.cat([pair, pair, squares[:, 2 * half :]], -1)
-    return squares
+    """Mean ``q q^T [num_kv_heads, head_dim, head_dim]`` of ``query [1, heads, tokens, head_dim]``, rotated.
+
+    Keys at some places of the text stand for all: every query from there on is turned back by the key's own rotation.
+    """
+    tokens, head_dim = query.shape[2:]
+    moments = query.new_zeros(num_kv_heads, head_dim, head_dim, dtype=torch.float32)
+    places = range(0, tokens, -(-tokens // _KEY_PLACES))
+    for place in places:
+        readers = query[:, :, place:]
+        if rotation is not None:
+            readers = unrotate(readers, *(part[:, place : place + 1] for part in rotation))
+        rows = readers[0].float().reshape(num_kv_heads, -1, head_dim)
+        moments += rows.transpose(1, 2) @ rows / rows.shape[1]
+    return moments / len(places)
 
 
 def _in_place(kv: KV, layer: int, key: Tensor, value: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:

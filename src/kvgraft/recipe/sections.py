@@ -220,7 +220,7 @@ class FitRecipe(Section):
     ``objective`` is what is trained for, from least squares on: ``regression`` on the other model's KV; ``attention``,
     the same with each token counted by how much the student's attention reads it, in least squares too; or
     ``continuation``, which after the regression trains on what follows a prompt, through the frozen student.
-    ``metric: queries`` weighs errors of keys by the queries that will meet them. ``ridge: auto`` is chosen on texts
+    ``metric: queries`` whitens errors of keys by the queries that will meet them. ``ridge: auto`` is chosen on texts
     that are kept out of the fit.
     """
 
