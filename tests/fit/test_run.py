@@ -88,6 +88,19 @@ def test_stopped_and_resumed_equals_one_go(
     assert fit(recipe, tmp_path / "parts", resume=True) == FitReport.read(tmp_path / "parts" / "fit.json")
 
 
+def test_products_in_bfloat16_change_little(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    reports = []
+    for bf16 in (False, True):
+        recipe = fit_recipe(fit={"steps": 20, "learning_rate": 3e-3, "bf16": bf16}, projector={"dropout": 0})
+        reports.append(fit(recipe, tmp_path / str(bf16)))
+    one, other = ([(layer.keys_r2, layer.values_r2) for layer in report.layers] for report in reports)
+    assert one != other
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(other), atol=2e-3, rtol=0)
+    assert reports[0].layers[0].least_squares_keys_r2 == reports[1].layers[0].least_squares_keys_r2
+    projector = KVDimensionProjector.from_pretrained(tmp_path / "True" / "projector")
+    assert {parameter.dtype for parameter in projector.parameters()} == {torch.float32}
+
+
 def test_settings_about_the_students_attention_need_the_student_as_target(
     fit_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

@@ -221,7 +221,8 @@ class FitRecipe(Section):
     the same with each token counted by how much the student's attention reads it, in least squares too; or
     ``continuation``, which after the regression trains on what follows a prompt, through the frozen student.
     ``metric: queries`` whitens errors of keys by the queries that will meet them. ``ridge: auto`` is chosen on texts
-    that are kept out of the fit.
+    that are kept out of the fit. ``bf16`` computes the regression's matrix products in bfloat16; weights, closed form
+    and what is reported stay in float32.
     """
 
     objective: Literal["regression", "attention", "continuation"] = "regression"
@@ -234,6 +235,7 @@ class FitRecipe(Section):
     metric: Literal["plain", "queries"] = "plain"
     steps: Annotated[int, Field(ge=0)] = 600
     tokens_per_step: Positive = 1024
+    bf16: bool = False
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Weight = 0.01
     evaluate_every: Positive = 100
