@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kvgraft.data.batching import batches_by_length
 from kvgraft.data.datasets import Example
 from kvgraft.distill.arms import train_arm
 from kvgraft.identify import identify
@@ -292,8 +293,7 @@ def _spread_over_lengths(texts: Sequence[_Tokens], count: int) -> list[int]:
 
 def _padded_tokens(texts: Sequence[_Tokens], batch_size: int) -> int:
     lengths = [len(text.input_ids) for text in texts]
-    batches = [lengths[first : first + batch_size] for first in range(0, len(lengths), batch_size)]
-    return sum(len(batch) * max(batch) for batch in batches)
+    return sum(len(batch) * lengths[batch[0]] for batch in batches_by_length(lengths, batch_size))
 
 
 _Measured = TypeVar("_Measured")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvgraft.data.batching import IGNORED, encode_example, length_buckets
+from kvgraft.data.batching import IGNORED, batches_by_length, encode_example, length_buckets
 from kvgraft.data.datasets import Example
 from kvgraft.data.tokenizers import END_OF_TEXT, train_tokenizer
 from kvgraft.errors import DataError
@@ -63,3 +63,11 @@ def test_buckets_hold_every_text_once_within_the_budget(lengths: list[int], budg
     for bucket in buckets:
         padded = len(bucket) * max(lengths[index] for index in bucket)
         assert padded <= budget or len(bucket) == 1
+
+
+def test_batches_of_like_length_hold_every_text_once() -> None:
+    lengths = [3, 9, 1, 7, 7, 2, 8]
+    batches = batches_by_length(lengths, 3)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert [[lengths[index] for index in batch] for batch in batches] == [[9, 8, 7], [7, 3, 2], [1]]
+    assert batches_by_length([], 3) == []

@@ -105,6 +105,12 @@ def pad_texts(texts: Sequence[EncodedText]) -> tuple[Tensor, Tensor]:
     return input_ids, mask
 
 
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in groups of ``batch_size``, the longest first: the least padding that so many at a time can have."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
 def length_buckets(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Indices grouped so that each group, padded to its longest, takes at most ``token_budget`` tokens.
 

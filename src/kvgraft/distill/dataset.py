@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from kvgraft.align.likelihood import move_log_likelihood
 from kvgraft.align.tokens import AlignmentPolicy, TokenAlignment, align_tokens, gather_aligned
 from kvgraft.data.batch_plan import Batch
-from kvgraft.data.batching import IGNORED, EncodedExample
+from kvgraft.data.batching import IGNORED, EncodedExample, batches_by_length
 from kvgraft.data.spans import EncodedText
 from kvgraft.distill.logit_sources import LogitSource, collate_targets
 from kvgraft.errors import AlignmentError
@@ -211,15 +211,17 @@ class DistillationCollator:
 
 @dataclass(frozen=True)
 class Batches:
-    """The texts of ``dataset`` in order, so many at a time, on ``device``; may be gone through again."""
+    """The texts of ``dataset``, the longest first, so many at a time, on ``device``; may be gone through again."""
 
-    dataset: Dataset[dict[str, Any]]
+    dataset: DistillationDataset
     collator: DistillationCollator
     batch_size: int
     device: torch.device
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in DataLoader(self.dataset, batch_size=self.batch_size, collate_fn=self.collator):
+        lengths = [len(example.input_ids) for example in self.dataset.examples]
+        batches = batches_by_length(lengths, self.batch_size)
+        for batch in DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collator):
             yield send_to_device(batch, self.device)
 
 

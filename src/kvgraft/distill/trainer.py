@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from kvgraft.distill.callbacks import ReadAheadCallback
-from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, PlannedBatches
+from kvgraft.distill.dataset import Batches, DistillationCollator, DistillationDataset, PlannedBatches
 from kvgraft.distill.model import DistillationModel
 from kvgraft.evaluate.quality import held_out_quality
 from kvgraft.models.loading import load_weights
@@ -185,7 +185,9 @@ class KVTrainer(Trainer):
     ) -> dict[str, float]:
         """Held-out quality (see :func:`kvgraft.evaluate.quality.held_out_quality`)."""
         dataset = eval_dataset or self.eval_dataset
-        quality = held_out_quality(self.distillation, self._held_out_batches(dataset), dataset.predicted_bytes)
+        # Every process reads the whole set: it is small, and sums then need no gathering.
+        batches = Batches(dataset, self.held_out_collator, self.args.eval_batch_size, self.args.device)
+        quality = held_out_quality(self.distillation, batches, dataset.predicted_bytes)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in quality.metrics().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -236,15 +238,6 @@ class KVTrainer(Trainer):
         model.kv_weight, model.logit_weight = (
             self.part_weights[part] * self.weight_schedules[part](share_done) for part in ("kv", "logit")
         )
-
-    def _held_out_batches(self, dataset: DistillationDataset) -> Iterator[dict[str, Any]]:
-        # Every process reads the whole set: it is small, and sums then need no gathering.
-        loader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.held_out_collator)
-        for batch in loader:
-            batch = self._prepare_inputs(batch)
-            if "teacher_kv" in batch:
-                batch["teacher_kv"] = {name: kv.to(self.args.device) for name, kv in batch["teacher_kv"].items()}
-            yield batch
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The student in the Hugging Face layout, the projector in a folder beside its files."""
