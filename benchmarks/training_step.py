@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 import typer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kvgraft.data.read_ahead import read_ahead
@@ -39,7 +40,7 @@ class Arm:
 
     def __init__(self, recipe: Recipe, data: ArmData, name: str) -> None:
         self.name, self.clip = name, recipe.training.max_grad_norm
-        self.model: DistillationModel = build_arm(recipe, "baseline" if name == "baseline" else "kv", data).train()
+        self.model: DistillationModel = build_arm(recipe, "kv" if name == PLAIN else name, data).train()
         moved = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(moved, lr=recipe.training.learning_rate)
         self.seconds: list[float] = []
@@ -47,14 +48,18 @@ class Arm:
     def step(self, batch: dict[str, Any]) -> None:
         """One step on ``batch``."""
         started = time.thread_time()
-        plain = mock.patch("kvgraft.distill.model.can_fuse", return_value=False)
-        with plain if self.name == PLAIN else contextlib.nullcontext():
-            loss = self.model(**batch)["loss"]
-        loss.backward()
+        self.loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.seconds.append(time.thread_time() - started)
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """What the step goes down."""
+        plain = mock.patch("kvgraft.distill.model.can_fuse", return_value=False)
+        with plain if self.name == PLAIN else contextlib.nullcontext():
+            loss: Tensor = self.model(**batch)["loss"]
+        return loss
 
 
 def main(
@@ -68,7 +73,7 @@ def main(
     data = arm_data(prepare(loaded))
     arms = [Arm(loaded, data, name) for name in ("baseline", "kv", PLAIN)]
     reading: list[float] = []
-    batches = _batches(loaded, data)
+    batches = batches_of(loaded, data, "kv")
     for _ in range(steps):
         started = time.thread_time()
         batch = next(batches)
@@ -99,9 +104,10 @@ def _waiting(arm: Arm, batches: Iterator[dict[str, Any]], steps: int) -> tuple[f
     return statistics.median(waited[1:]), statistics.median(passed[1:])
 
 
-def _batches(recipe: Recipe, data: ArmData) -> Iterator[dict[str, Any]]:
+def batches_of(recipe: Recipe, data: ArmData, arm: str) -> Iterator[dict[str, Any]]:
+    """Endless batches of what ``arm`` reads."""
     loader = DataLoader(
-        data.train_set("kv", recipe.seed),
+        data.train_set(arm, recipe.seed),
         batch_size=recipe.training.batch_size,
         shuffle=True,
         drop_last=True,

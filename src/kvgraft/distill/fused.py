@@ -20,7 +20,7 @@ from torch.func import functional_call
 from kvgraft.distill.losses import FORMS, KVScale, LossForm, normalised_layer_weights
 from kvgraft.errors import KVGraftError, ProjectorError
 from kvgraft.kv import KV
-from kvgraft.projector.adapters import ElasticBottleneck, layer_sets
+from kvgraft.projector.adapters import ElasticBottleneck, layer_runs, sets_of_layers
 from kvgraft.projector.dropout import TILE_TOKENS, draw_seed, kept_units, num_tiles
 from kvgraft.projector.projector import KVDimensionProjector
 
@@ -206,8 +206,10 @@ class _Work:
         gradients = [torch.zeros_like(tensor) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
         loss, unweighted = self.weights.new_zeros(()), self.weights.new_zeros(())
         blocks = list(self._blocks())
-        for layers in self._layer_runs():
-            slices = [self._slice(parameter, layers) for parameter in parameters]
+        num_layers = len(self.target.layers)
+        # Several layers make a piece only where the texts are few.
+        for layers in layer_runs(self.adapter, num_layers, max(1, self.piece_rows // max(self.mask.numel(), 1))):
+            slices = [sets_of_layers(parameter, layers, num_layers) for parameter in parameters]
             leaves = [
                 parameter.detach()[part].requires_grad_(want)
                 for parameter, part, want in zip(parameters, slices, wanted[2:], strict=True)
@@ -288,23 +290,6 @@ class _Work:
                 real = part.flatten().nonzero()[:, 0]
                 if len(real):
                     yield _Block(*where, real.to(self.target.tensor.device), (part.shape[0], part.shape[1]))
-
-    def _layer_runs(self) -> Iterator[range]:
-        """Runs of layers that make a piece: several only where the texts are few, never over the border of a group."""
-        num_layers = len(self.target.layers)
-        longest = max(1, self.piece_rows // max(self.mask.numel(), 1))
-        shared = {len(parameter) for parameter in self.adapter.parameters()} - {num_layers}
-        groups = [tuple(layer_sets(num_layers, sets)[layer] for sets in shared) for layer in range(num_layers)]
-        start = 0
-        for layer in range(1, num_layers + 1):
-            if layer == num_layers or layer - start == longest or groups[layer] != groups[start]:
-                yield range(start, layer)
-                start = layer
-
-    def _slice(self, parameter: Tensor, layers: range) -> slice:
-        """The sets of ``parameter [sets, ...]`` that ``layers`` take."""
-        sets = layer_sets(len(self.target.layers), len(parameter))
-        return slice(sets[layers.start], sets[layers.stop - 1] + 1)
 
 
 class _FusedLoss(torch.autograd.Function):

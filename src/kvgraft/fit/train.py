@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvgraft.errors import TrainingInterruptedError
 from kvgraft.fit.data import KVRows, PairDataset, TokenBatches
 from kvgraft.processes import on_cpu
 from kvgraft.progress import progress_bar
+from kvgraft.projector.layerwise import layerwise_loss
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import ContinuationRecipe, FitRecipe
 
@@ -79,15 +81,12 @@ class RegressionModel(FitModel):
         """
         wanted = self.projector.targets_of(self.teacher, *target[:, None])
         sources = self.projector.sources_of_rows(self.teacher, *source[:, None])
-        differences = [
-            adapter(x) - y for adapter, x, y in zip(self.projector.adapters(self.teacher), sources, wanted, strict=True)
-        ]
-        if self.key_metric is not None:
-            differences[0] = _in_metric(differences[0], self.key_metric)
-        errors = [difference.square() for difference in differences]
-        if weights is not None:
-            errors = [error * weights[..., None] for error in errors]
-        keys_loss, values_loss = (error.mean() for error in errors)
+        metrics = (self.key_metric, None)
+        adapters = self.projector.adapters(self.teacher)
+        keys_loss, values_loss = (
+            layerwise_loss(adapter, x, partial(_squared_error, y, metric, weights))
+            for adapter, x, y, metric in zip(adapters, sources, wanted, metrics, strict=True)
+        )
         return {"loss": keys_loss + values_loss, "keys_loss": keys_loss, "values_loss": values_loss}
 
     @torch.no_grad()
@@ -209,6 +208,19 @@ def key_metric_from(query_moments: Tensor, layers: Sequence[int]) -> Tensor:
     roots = vectors * values.clamp_min(0).sqrt()[..., None, :] @ vectors.mT
     level = values.clamp_min(0).mean((1, 2)).sqrt()
     return (roots / level[:, None, None, None]).float()
+
+
+def _squared_error(
+    target: Tensor, metric: Tensor | None, weights: Tensor | None, output: Tensor, layers: slice
+) -> Tensor:
+    """What ``output [1, layers, tokens, width]`` adds to the mean over all layers of ``target``."""
+    difference = output - target[:, layers]
+    if metric is not None:
+        difference = _in_metric(difference, metric[layers])
+    error = difference.square()
+    if weights is not None:
+        error = error * weights[layers, :, None]
+    return error.sum() / target.numel()
 
 
 def _in_metric(difference: Tensor, metric: Tensor) -> Tensor:

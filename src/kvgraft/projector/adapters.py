@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -35,6 +35,23 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def layer_sets(num_layers: int, num_sets: int) -> list[int]:
     """Which of ``num_sets`` sets of weights each layer takes: runs of consecutive layers, as even as they can be."""
     return [layer * num_sets // num_layers for layer in range(num_layers)]
+
+
+def sets_of_layers(parameter: Tensor, layers: range, num_layers: int) -> slice:
+    """The sets of ``parameter [sets, ...]`` that ``layers`` of ``num_layers`` take."""
+    sets = layer_sets(num_layers, len(parameter))
+    return slice(sets[layers.start], sets[layers.stop - 1] + 1)
+
+
+def layer_runs(adapter: nn.Module, num_layers: int, longest: int) -> Iterator[range]:
+    """``num_layers`` layers in runs of at most ``longest``, never over the border of a group that shares weights."""
+    shared = {len(parameter) for parameter in adapter.parameters()} - {num_layers}
+    groups = [tuple(layer_sets(num_layers, sets)[layer] for sets in shared) for layer in range(num_layers)]
+    start = 0
+    for layer in range(1, num_layers + 1):
+        if layer == num_layers or layer - start == longest or groups[layer] != groups[start]:
+            yield range(start, layer)
+            start = layer
 
 
 class StackedLinear(nn.Module):
