@@ -71,12 +71,13 @@ def _measure_model(model: PreTrainedModel, batch: int, tokens: int, repeats: int
         ),
         "all layers": lambda: capture(model, input_ids),
         "lower half": lambda: capture(model, input_ids, layers=lower_half),
-        "plain": lambda: _plain(model, input_ids, positions),
+        "plain": lambda: unrotated_cache(model, input_ids, positions),
     }
     return interleaved_medians(ways, repeats)
 
 
-def _plain(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+def unrotated_cache(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+    """The plain way to a model's pre-RoPE keys."""
     cache = model(input_ids, use_cache=True).past_key_values
     rotations = rotations_at(model, positions)
     return [
