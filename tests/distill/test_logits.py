@@ -159,6 +159,37 @@ def test_no_token_gives_no_loss_and_half_precision_stays_close() -> None:
     assert float(loss) == pytest.approx(float(divergence_loss(s.hidden, s.head, s.teacher)), rel=0.02)
 
 
+@pytest.mark.parametrize("loss", ["divergence", "likelihood"])
+def test_under_autocast_the_product_is_that_of_the_models_head(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = sides()
+    token_ids = torch.arange(TOKENS) % VOCABULARY
+    seen = []
+    logits_of = Head.logits
+    monkeypatch.setattr(
+        Head, "logits", lambda head, hidden: seen.append((hidden.dtype, head.weight.dtype)) or logits_of(head, hidden)
+    )
+
+    def found() -> tuple[Tensor, list[Tensor]]:
+        if loss == "divergence":
+            value = divergence_loss(
+                s.hidden, s.head, TopTarget(token_ids[:, None], torch.zeros(TOKENS, 1), torch.full((TOKENS,), -30.0))
+            )
+        else:
+            value = -token_log_likelihood(s.hidden, s.head, token_ids, chunk_tokens=4).mean()
+        return value, list(torch.autograd.grad(value, [s.hidden, s.head.weight]))
+
+    plain, gradients = found()
+    assert set(seen) == {(torch.float32, torch.float32)}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        half, half_gradients = found()
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert float(half.detach()) == pytest.approx(float(plain.detach()), rel=0.02)
+    for one, other in zip(half_gradients, gradients, strict=True):
+        assert one.dtype == torch.float32
+        assert float((one - other).norm() / other.norm()) < 0.02
+
+
 @pytest.mark.parametrize("vocabulary", [20, VOCABULARY, 50])
 def test_sorted_probabilities_are_compared_with_zeros_for_what_is_missing(vocabulary: int) -> None:
     s = sides(vocabulary=vocabulary)

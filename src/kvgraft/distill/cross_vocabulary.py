@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from kvgraft.distill.logits import FullTarget, TopTarget, chunked_loss, default_chunk_tokens
 from kvgraft.errors import KVGraftError
-from kvgraft.models.head import Head
+from kvgraft.models.head import Head, as_the_head_reads
 
 
 def sorted_probability_loss(
@@ -70,8 +71,10 @@ def token_log_likelihood(hidden: Tensor, head: Head, token_ids: Tensor, chunk_to
     if hidden.shape[0] != token_ids.shape[0]:
         raise KVGraftError(f"{hidden.shape[0]} hidden states cannot go with {token_ids.shape[0]} token ids")
     chunk_tokens = chunk_tokens or default_chunk_tokens(head.vocabulary)
+    hidden = as_the_head_reads(hidden)
     parameters = (hidden, head.weight) if head.bias is None else (hidden, head.weight, head.bias)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parameters)):
+        head = replace(head, weight=head.weight.to(hidden.dtype))
         chunks = range(0, hidden.shape[0], chunk_tokens)
         found = [head.log_likelihood(hidden[c : c + chunk_tokens], token_ids[c : c + chunk_tokens]) for c in chunks]
         return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
@@ -139,12 +142,13 @@ class _TokenLogLikelihood(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=torch.float32) if index in wanted else None
             for index, tensor in enumerate((hidden, weight, bias))
         ]
+        projection = weight.to(hidden.dtype)
         with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
             for first in range(0, hidden.shape[0], ctx.chunk_tokens):
                 rows = slice(first, first + ctx.chunk_tokens)
                 inputs = [
                     None if tensor is None else tensor.detach().requires_grad_(index in wanted)
-                    for index, tensor in enumerate((hidden[rows], weight, bias))
+                    for index, tensor in enumerate((hidden[rows], projection, bias))
                 ]
                 chunk, chunk_weight, chunk_bias = inputs
                 assert chunk is not None

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvgraft.errors import KVGraftError
-from kvgraft.models.head import Head
+from kvgraft.models.head import Head, as_the_head_reads
 
 # Logits of a chunk and the teacher's beside them fill about this many numbers each.
 _CHUNK_NUMBERS = 6 << 20
@@ -119,6 +119,7 @@ def chunked_loss(
     """
     count = hidden.shape[0] if num_tokens is None else num_tokens
     chunk_tokens = chunk_tokens or default_chunk_tokens(head.vocabulary)
+    hidden = as_the_head_reads(hidden)
     total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, head, compare, chunk_tokens
     )
@@ -232,9 +233,10 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # Autocast would choose a dtype for each product; the hidden states' own is the one that the model used.
+        # Autocast would choose a dtype for each product; all are in that of the hidden states.
         with torch.autocast(hidden.device.type, enabled=False):
             projection = weight.to(hidden.dtype)
+            head = replace(head, weight=projection)
             for first in range(0, hidden.shape[0], chunk_tokens):
                 rows = slice(first, first + chunk_tokens)
                 logits = head.logits(hidden[rows])

@@ -73,6 +73,12 @@ class Head:
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
 
 
+def as_the_head_reads(hidden: Tensor) -> Tensor:
+    """``hidden`` in the dtype in which a model's own head would take its product: autocast's, inside of autocast."""
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+
+
 def head_of(model: PreTrainedModel) -> Head:
     """The head of ``model``, sharing its parameters; checked once against the model's own logits.
 
