@@ -7,6 +7,8 @@ all heads of a layer, that layers are chosen for what they add to each other, an
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,19 +18,57 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 _CHOOSING_EVERY = 10
 
 
-def per_head_ridge(train: PairDataset, held_out: PairDataset, top_k: int) -> tuple[float, float]:
-    """Mean over layers of the held-out R2 of keys and of values."""
+@dataclass(frozen=True)
+class HeadMaps:
+    """What was found for keys or for values.
+
+    Attributes:
+        weights: ``[target layers, source channels, width]``, all layers' channels side by side; zero for what a head
+            does not read. It maps source channels less ``mean`` and over ``deviation`` ``[source layers, width]`` to
+            target channels less ``target_mean [target layers, width]``.
+        r2: held out, the mean over target layers.
+    """
+
+    weights: Tensor
+    mean: Tensor
+    deviation: Tensor
+    target_mean: Tensor
+    r2: float
+
+
+def per_head_ridge(train: PairDataset, held_out: PairDataset, top_k: int) -> tuple[HeadMaps, HeadMaps]:
+    """The maps of keys and of values."""
     choosing = list(range(_CHOOSING_EVERY - 1, len(train), _CHOOSING_EVERY)) or [0]
     fitting = [index for index in range(len(train)) if index not in choosing] or [0]
     heads = train[0].target.geometry.num_kv_heads
-    means = []
-    for kind in (0, 1):
-        reference: dict[str, Tensor] = {}
-        fitted, chosen, measured = (
-            _products(pairs, kind, reference) for pairs in (train.subset(fitting), train.subset(choosing), held_out)
-        )
-        means.append(_mean_r2(fitted, chosen, measured, heads, top_k))
-    return means[0], means[1]
+    return _maps_of(0, train, fitting, choosing, held_out, heads, top_k), _maps_of(
+        1, train, fitting, choosing, held_out, heads, top_k
+    )
+
+
+def _maps_of(
+    kind: int,
+    train: PairDataset,
+    fitting: list[int],
+    choosing: list[int],
+    held_out: PairDataset,
+    heads: int,
+    top_k: int,
+) -> HeadMaps:
+    reference: dict[str, Tensor] = {}
+    fitted, chosen, measured = (
+        _products(pairs, kind, reference) for pairs in (train.subset(fitting), train.subset(choosing), held_out)
+    )
+    weights = _weights(fitted, chosen, heads, top_k)
+    everything, out = torch.arange(weights.shape[1]), torch.arange(weights.shape[2])
+    error = torch.stack([_error(weight, measured, everything, target, out) for target, weight in enumerate(weights)])
+    return HeadMaps(
+        weights,
+        reference["mean"][:, 0],
+        reference["deviation"][:, 0],
+        reference["target_mean"][:, 0],
+        float((1 - error / measured["spread"].sum(1)).mean()),
+    )
 
 
 def _products(pairs: PairDataset, kind: int, reference: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -51,13 +91,10 @@ def _products(pairs: PairDataset, kind: int, reference: dict[str, Tensor]) -> di
     }
 
 
-def _mean_r2(
-    fitted: dict[str, Tensor], chosen: dict[str, Tensor], measured: dict[str, Tensor], heads: int, top_k: int
-) -> float:
-    width, (num_targets, _, out_dim) = int(fitted["width"]), fitted["xy"].shape
-    num_sources = fitted["xx"].shape[0] // width
-    error = torch.zeros(num_targets, dtype=torch.float64)
-    single = [torch.arange(layer * width, (layer + 1) * width) for layer in range(num_sources)]
+def _weights(fitted: dict[str, Tensor], chosen: dict[str, Tensor], heads: int, top_k: int) -> Tensor:
+    width, (num_targets, num_channels, out_dim) = int(fitted["width"]), fitted["xy"].shape
+    weights = torch.zeros(num_targets, num_channels, out_dim, dtype=torch.float64)
+    single = torch.arange(num_channels).split(width)
     factors = [torch.linalg.cholesky(_damped(fitted["xx"][part][:, part], 1e-2)) for part in single]
     for target in range(num_targets):
         for head in range(heads):
@@ -77,8 +114,8 @@ def _mean_r2(
                 for ridge in RIDGES
             ]
             best = min(maps, key=lambda weight: float(_error(weight, chosen, part, target, out)))
-            error[target] += _error(best, measured, part, target, out)
-    return float((1 - error / measured["spread"].sum(1)).mean())
+            weights[target, part[:, None], out] = best
+    return weights
 
 
 def _damped(products: Tensor, ridge: float) -> Tensor:

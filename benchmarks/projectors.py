@@ -115,13 +115,13 @@ def main(
     for top_k in per_head:
         assert data is not None
         started = time.perf_counter()
-        keys_r2, values_r2 = per_head_ridge(data.train, data.held_out, top_k)
+        keys, values = per_head_ridge(data.train, data.held_out, top_k)
         rows.append(
             [
                 PER_HEAD.format(top_k),
                 "",
-                f"{keys_r2:.3f}",
-                f"{values_r2:.3f}",
+                f"{keys.r2:.3f}",
+                f"{values.r2:.3f}",
                 "",
                 f"{time.perf_counter() - started:.0f} s",
             ]
