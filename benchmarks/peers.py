@@ -2,9 +2,9 @@
 
     python benchmarks/peers.py recipes/cut_student.yaml --set data.train_samples=64 --set training.batch_size=4
 
-Steps: the arms of the recipe beside the step of TRL's GKD trainer (`pip install trl`), which runs the teacher over each
-batch and holds the logits of both models; students start alike and read the same batches. Processor time of one thread,
-median of all steps after the first. What our arms read from the store was captured once before.
+Steps: the arms of the recipe beside the step of TRL's GKD trainer (`pip install -e '.[benchmarks]'`), which runs the
+teacher over each batch and holds the logits of both models; students start alike and read the same batches. Processor
+time of one thread, median of all steps after the first. What our arms read from the store was captured once before.
 
 Projectors: one teacher layer of Gemma-3-270M's shape for each layer of SmolLM2-135M's, 1,024 tokens, forward and
 backward, beside the fuser of Cache-to-Cache (arXiv 2510.03215), built from its paper's description: for each layer keys
@@ -89,7 +89,9 @@ class GatedProjector(nn.Module):
     def __init__(self, mlp_ratio: float) -> None:
         super().__init__()
         config = {"d_model": 640, "num_layers": LAYERS, "kv_dim": TEACHER_WIDTH}
-        self.projector = KVDimensionProjector({"teacher": config}, STUDENT_WIDTH, mlp_ratio, 0.1, "least_squares")
+        self.projector = KVDimensionProjector(
+            {"teacher": config}, STUDENT_WIDTH, mlp_ratio, 0.1, "least_squares", per_layer=True
+        )
         self.gates = nn.Parameter(torch.zeros(2, LAYERS, HEADS))
 
     def forward(self, own: Tensor, teacher: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ def trl_jsd() -> Callable[..., Tensor]:
     try:
         from trl.experimental.gkd import GKDTrainer
     except ImportError as error:
-        pytest.skip(f"TRL with its GKD trainer is not installed ({error}); `pip install trl` to compare with it")
+        pytest.skip(f"TRL with its GKD trainer is not installed ({error}); `pip install -e '.[benchmarks]'` brings it")
     return GKDTrainer.generalized_jsd_loss
 
 
