@@ -40,26 +40,15 @@ def per_head_ridge(train: PairDataset, held_out: PairDataset, top_k: int) -> tup
     """The maps of keys and of values."""
     choosing = list(range(_CHOOSING_EVERY - 1, len(train), _CHOOSING_EVERY)) or [0]
     fitting = [index for index in range(len(train)) if index not in choosing] or [0]
-    heads = train[0].target.geometry.num_kv_heads
-    return _maps_of(0, train, fitting, choosing, held_out, heads, top_k), _maps_of(
-        1, train, fitting, choosing, held_out, heads, top_k
-    )
+    parts = train.subset(fitting), train.subset(choosing), held_out
+    keys, values = (_maps_of(kind, *parts, top_k) for kind in (0, 1))
+    return keys, values
 
 
-def _maps_of(
-    kind: int,
-    train: PairDataset,
-    fitting: list[int],
-    choosing: list[int],
-    held_out: PairDataset,
-    heads: int,
-    top_k: int,
-) -> HeadMaps:
+def _maps_of(kind: int, fitting: PairDataset, choosing: PairDataset, held_out: PairDataset, top_k: int) -> HeadMaps:
     reference: dict[str, Tensor] = {}
-    fitted, chosen, measured = (
-        _products(pairs, kind, reference) for pairs in (train.subset(fitting), train.subset(choosing), held_out)
-    )
-    weights = _weights(fitted, chosen, heads, top_k)
+    fitted, chosen, measured = (_products(pairs, kind, reference) for pairs in (fitting, choosing, held_out))
+    weights = _weights(fitted, chosen, held_out[0].target.geometry.num_kv_heads, top_k)
     everything, out = torch.arange(weights.shape[1]), torch.arange(weights.shape[2])
     error = torch.stack([_error(weight, measured, everything, target, out) for target, weight in enumerate(weights)])
     return HeadMaps(
