@@ -88,7 +88,8 @@ def test_what_was_computed_before_a_kill_stays(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_chunks_do_not_change_them(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, text = teacher(), encoded()[0]
+    model, text = teacher(), encoded()[1]
+    assert len(text.input_ids) > 4
     input_ids = torch.tensor([text.input_ids])
     hidden = hidden_states(model, input_ids, torch.ones_like(input_ids))[0]
     monkeypatch.setattr(likelihoods, "_CHUNK_TOKENS", chunk)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,10 +73,7 @@ def token_log_likelihood(hidden: Tensor, head: Head, token_ids: Tensor, chunk_to
     hidden = as_the_head_reads(hidden)
     parameters = (hidden, head.weight) if head.bias is None else (hidden, head.weight, head.bias)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parameters)):
-        head = replace(head, weight=head.weight.to(hidden.dtype))
-        chunks = range(0, hidden.shape[0], chunk_tokens)
-        found = [head.log_likelihood(hidden[c : c + chunk_tokens], token_ids[c : c + chunk_tokens]) for c in chunks]
-        return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+        return head.log_likelihood_in_chunks(hidden, token_ids, chunk_tokens)
     found_with_gradient: Tensor = _TokenLogLikelihood.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, head, token_ids, chunk_tokens
     )

@@ -59,6 +59,16 @@ class Head:
         logits = self.logits(hidden)
         return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
 
+    def log_likelihood_in_chunks(self, hidden: Tensor, token_ids: Tensor, chunk_tokens: int) -> Tensor:
+        """:meth:`log_likelihood`, ``chunk_tokens`` tokens at a time; a gradient through it holds all logits."""
+        # Cast once, and not for every chunk.
+        head = replace(self, weight=self.weight.to(hidden.dtype))
+        found = [
+            head.log_likelihood(hidden[first : first + chunk_tokens], token_ids[first : first + chunk_tokens])
+            for first in range(0, hidden.shape[0], chunk_tokens)
+        ]
+        return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+
     def cut(self, vocabulary: int) -> Head:
         """The head of the first ``vocabulary`` tokens: without the rows that pad an embedding matrix.
 

@@ -157,13 +157,8 @@ class LikelihoodWriter:
 def likelihoods_of_text(hidden: Tensor, head: Head, input_ids: Sequence[int]) -> Tensor:
     """Log-likelihoods ``[tokens]`` of one text from its ``hidden [tokens, width]``: on the CPU, NaN for the first."""
     next_ids = torch.tensor(input_ids[1:], device=hidden.device)
-    found = [
-        head.log_likelihood(states, ids)
-        for states, ids in zip(
-            torch.split(hidden[:-1], _CHUNK_TOKENS), torch.split(next_ids, _CHUNK_TOKENS), strict=True
-        )
-    ]
-    return torch.cat([torch.full((1,), float("nan")), *(part.cpu() for part in found)])
+    found = head.log_likelihood_in_chunks(hidden[:-1], next_ids, _CHUNK_TOKENS)
+    return torch.cat([torch.full((1,), float("nan")), found.cpu()])
 
 
 def _file_name(content: bytes) -> str:
