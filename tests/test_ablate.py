@@ -61,11 +61,22 @@ def test_a_recipe_brings_real_kv(fit_recipe: Callable[..., Recipe], tmp_path: Pa
     """Layers of their own, targets in their own units, no synthetic warning."""
     report = run_ablations(fit_recipe(), tmp_path, only=["width"], seeds=[0], steps=2, batch_tokens=64)
     assert report.warning == ""
-    assert report.ablation.num_layers == 3
-    assert "keys of org/teacher-1.0" in report.ablation.source
+    # Keys and values of three layers.
+    assert report.ablation.num_layers == 6
+    assert "keys and values of org/teacher-1.0" in report.ablation.source
     assert report.ablation.target_variance == pytest.approx(1, rel=1e-4)
-    # The teacher's keys are 16 wide, the student's 12.
-    assert report.ablation.arms[0].runs[0].parameters == 3 * (16 * 12 + 12)
+    # The teacher's KV is 16 wide, the student's 12.
+    assert report.ablation.arms[0].runs[0].parameters == 6 * (16 * 12 + 12)
+
+
+def test_one_kind_of_kv_alone(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    report = run_ablations(
+        fit_recipe(), tmp_path, kind="values", only=["layer_norm"], seeds=[0], steps=1, batch_tokens=64
+    )
+    assert report.ablation.num_layers == 3
+    assert report.ablation.source.startswith("values of org/teacher-1.0")
+    with pytest.raises(ProjectorError, match=r"--kind values.*give a RECIPE"):
+        run_ablations(None, tmp_path / "synthetic", kind="values")
 
 
 def test_width_divisor_and_a_recipe_exclude_each_other(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

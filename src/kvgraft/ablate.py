@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvgraft.errors import ProjectorError
-from kvgraft.fit.data import ablation_data
+from kvgraft.fit.data import AblationKind, ablation_data
 from kvgraft.projector.ablation import ablate
 from kvgraft.projector.claims import judge
 from kvgraft.projector.scenario import DEFAULT_WIDTH_DIVISOR, AblationData, synthetic
@@ -18,6 +18,7 @@ def run_ablations(
     recipe: Recipe | None,
     folder: Path,
     *,
+    kind: AblationKind | None = None,
     only: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
     steps: int = 40,
@@ -28,7 +29,8 @@ def run_ablations(
     """Train the guide's ablations, judge its claims, and write ``ablation.json``, ``.md`` and ``.png`` into ``folder``.
 
     Args:
-        recipe: whose teachers' stored KV is used, in units of its targets; None takes the synthetic scenario.
+        recipe: whose teacher's stored KV is used, in units of its targets; None takes the synthetic scenario.
+        kind: of that KV, default keys and values, with adapters of their own.
         only, seeds, steps, batch_tokens: see :func:`kvgraft.projector.ablation.ablate`.
         width_divisor: of the synthetic scenario, default 8; see :func:`kvgraft.projector.scenario.synthetic`.
         overwrite: replace an ablation that is in ``folder``.
@@ -42,25 +44,26 @@ def run_ablations(
             f"{folder} already holds {', '.join(present) or 'something that is no folder'}; give another --output, or "
             "--overwrite to replace an ablation"
         )
-    data_of_seed = _data_of_seed(recipe, width_divisor)
+    data_of_seed = _data_of_seed(recipe, kind, width_divisor)
     measured = ablate(data_of_seed, only=only, seeds=seeds, steps=steps, batch_tokens=batch_tokens)
     report = ablation_report(measured, judge(measured))
     write_ablation(report, folder)
     return report
 
 
-def load(recipe: Recipe) -> AblationData:
-    """Real KV of ``recipe``, from its store."""
-    return ablation_data(recipe).standardised()
-
-
-def _data_of_seed(recipe: Recipe | None, width_divisor: int | None) -> Callable[[int], AblationData]:
+def _data_of_seed(
+    recipe: Recipe | None, kind: AblationKind | None, width_divisor: int | None
+) -> Callable[[int], AblationData]:
     if recipe is None:
+        if kind is not None:
+            raise ProjectorError(
+                f"--kind {kind} is of the KV of a recipe, and the synthetic scenario has none; give a RECIPE"
+            )
         return lambda seed: synthetic(seed, DEFAULT_WIDTH_DIVISOR if width_divisor is None else width_divisor)
     if width_divisor is not None:
         raise ProjectorError(
             f"--width-divisor {width_divisor} is of the synthetic scenario, and recipe {recipe.name} brings KV of its "
             "own width; leave one of them out"
         )
-    data = load(recipe)
+    data = (ablation_data(recipe) if kind is None else ablation_data(recipe, [kind])).standardised()
     return lambda seed: data

@@ -81,11 +81,14 @@ def test_all_texts_are_drawn_from(fit_recipe: Callable[..., Recipe]) -> None:
     assert len(torch.unique(seen, dim=0)) > 0.9 * len(torch.unique(pairs.rows(10**6).target[1, 0], dim=0))
 
 
-def test_ablation_data_is_real_keys(fit_recipe: Callable[..., Recipe]) -> None:
+def test_ablation_data_is_keys_and_values_of_real_models(fit_recipe: Callable[..., Recipe]) -> None:
     data = ablation_data(fit_recipe())
-    assert data.x.shape[1] == data.y.shape[1] == 3
+    assert data.x.shape[1] == data.y.shape[1] == 6
     assert (data.x.shape[3], data.y.shape[3]) == (16, 12)
     assert not data.synthetic
+    keys, values = (ablation_data(fit_recipe(), [kind]) for kind in ("keys", "values"))
+    assert torch.equal(data.x, torch.cat([keys.x, values.x], 1))
+    assert torch.equal(data.held_out_y, torch.cat([keys.held_out_y, values.held_out_y], 1))
 
 
 def test_a_new_student_is_refused(tiny_recipe: Callable[..., Recipe]) -> None:

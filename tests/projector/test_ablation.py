@@ -24,6 +24,7 @@ from kvgraft.projector.ablation import (
     target_variance,
     train_arm,
 )
+from kvgraft.projector.closed_form import DEFAULT_RIDGE, RIDGES, LeastSquares
 from kvgraft.projector.scenario import AblationData, synthetic
 
 # Wide and quick enough for eight channels; a norm would take away their length, which the targets follow.
@@ -115,6 +116,19 @@ def test_starting_from_least_squares_is_least_squares_at_step_zero(layered: Abla
     weight, bias = solve_least_squares(layered)
     residual = torch.einsum("loi,blti->blto", weight.float(), layered.x) + bias.float()[:, None] - layered.y
     assert closed.final_loss == pytest.approx(residual.square().mean().item(), rel=1e-4)
+
+
+def test_the_ridge_of_real_data_is_chosen() -> None:
+    """Many channels, few tokens and noise: a strong ridge is best; random targets have nothing to choose it by."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 400, 64, generator=generator)
+    y = 0.2 * x[..., :4] + torch.randn(1, 1, 400, 4, generator=generator)
+    data = AblationData(x[:, :, :100], y[:, :, :100], x[:, :, 100:], y[:, :, 100:], "noise")
+    chosen, fixed = (solve_least_squares(given)[0] for given in (data, replace(data, synthetic=True)))
+    solver = LeastSquares(1, 64, 4)
+    solver.add(data.x, data.y, torch.ones(1, 100, dtype=torch.bool))
+    torch.testing.assert_close(chosen, solver.solve(max(RIDGES))[0])
+    torch.testing.assert_close(fixed, solver.solve(DEFAULT_RIDGE)[0])
 
 
 def test_least_squares_is_solved_once_for_data_that_all_seeds_share(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,6 +16,9 @@ def ablate(
         Path | None, typer.Argument(metavar="RECIPE", help="Take real KV from its store; default: synthetic numbers.")
     ] = None,
     overrides: Overrides = None,
+    kind: Annotated[
+        Literal["keys", "values"] | None, typer.Option(help="With RECIPE: one kind of KV alone; default both.")
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,6 +50,7 @@ def ablate(
     report = run_ablations(
         None if recipe is None else load_recipe(recipe, overrides),
         output,
+        kind=kind,
         only=only or (),
         seeds=whole_numbers(seeds),
         steps=steps,

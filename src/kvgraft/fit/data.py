@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from kvgraft.store.reader import KVStatistics, KVStore
 
 # Tokens from which a step's are drawn, over those of a step: enough to mix many texts, little enough to hold.
 _BUFFER_STEPS = 8
+AblationKind = Literal["keys", "values"]
 _ABLATION_LAYERS, _ABLATION_TOKENS, _ABLATION_HELD_OUT_TOKENS = 4, 8192, 2048
 
 
@@ -313,18 +315,25 @@ def _require_two_frozen_models(recipe: Recipe) -> None:
         )
 
 
-def ablation_data(recipe: Recipe) -> AblationData:
-    """Keys of a few mapped layers of the recipe's models, in the direction of ``fit.direction``."""
+def ablation_data(recipe: Recipe, kinds: Sequence[AblationKind] = get_args(AblationKind)) -> AblationData:
+    """KV of a few mapped layers of the recipe's models, in the direction of ``fit.direction``.
+
+    Each kind of each layer has an adapter of its own: keys are made from keys, values from values.
+    """
     data = prepare_fit(recipe)
     step = max(1, len(data.layer_map) // _ABLATION_LAYERS)
     chosen = data.layer_map[step // 2 :: step][:_ABLATION_LAYERS]
     students, teachers = zip(*chosen, strict=True)
+    of_kinds = [get_args(AblationKind).index(kind) for kind in kinds]
 
-    def keys(pairs: PairDataset, limit: int) -> tuple[Tensor, Tensor]:
+    def chosen_rows(pairs: PairDataset, limit: int) -> tuple[Tensor, Tensor]:
         alone = replace(pairs, context_tokens=0)
         rows = alone.reading(teacher_layers=teachers, student_layers=students).rows(limit)
-        return rows.source[:1], rows.target[:1]
+        return rows.source[of_kinds].flatten(0, 1)[None], rows.target[of_kinds].flatten(0, 1)[None]
 
     layers = ", ".join(f"{teacher} and {student}" for student, teacher in chosen)
-    source = f"keys of {data.teacher.recipe.name} and {recipe.student.model}, layers {layers}"
-    return AblationData(*keys(data.train, _ABLATION_TOKENS), *keys(data.held_out, _ABLATION_HELD_OUT_TOKENS), source)
+    return AblationData(
+        *chosen_rows(data.train, _ABLATION_TOKENS),
+        *chosen_rows(data.held_out, _ABLATION_HELD_OUT_TOKENS),
+        f"{' and '.join(kinds)} of {data.teacher.recipe.name} and {recipe.student.model}, layers {layers}",
+    )

@@ -16,7 +16,7 @@ from torch.nn import functional
 from kvgraft.errors import ProjectorError
 from kvgraft.progress import progress_bar
 from kvgraft.projector.adapters import Activation, ElasticBottleneck, InitMethod, MlpRatio, dead_unit_share
-from kvgraft.projector.closed_form import LeastSquares
+from kvgraft.projector.closed_form import LeastSquares, choose_ridge
 from kvgraft.projector.scenario import AblationData
 
 # A run has converged where its loss is this share of what predicting the target's mean costs.
@@ -27,6 +27,8 @@ CONVERGENCE_RULE = (
 # Steps over which a training loss is averaged before two arms are compared: dropout and batches make it jump.
 SMOOTHING = 5
 _DEAD_UNIT_TOKENS = 2048
+# One fitting token in so many chooses the ridge of least squares.
+_RIDGE_SHARE = 10
 _ROWS_AT_ONCE = 2048
 
 
@@ -260,10 +262,20 @@ def build_adapter(
 
 
 def solve_least_squares(data: AblationData) -> tuple[Tensor, Tensor]:
-    """Weights ``[layers, out_dim, in_dim]`` and biases ``[layers, out_dim]`` of the best linear maps."""
-    solver = LeastSquares(data.num_layers, data.x.shape[3], data.y.shape[3])
-    solver.add(data.x, data.y, torch.ones(1, data.x.shape[2], dtype=torch.bool))
-    return solver.solve()
+    """Weights ``[layers, out_dim, in_dim]`` and biases ``[layers, out_dim]`` of the best linear maps.
+
+    The ridge of each is chosen on the last of the fitting tokens. Random targets have nothing to choose it by.
+    """
+    cut = data.x.shape[2]
+    if not data.synthetic:
+        cut -= cut // _RIDGE_SHARE
+    solver, chooser = (LeastSquares(data.num_layers, data.x.shape[3], data.y.shape[3]) for _ in range(2))
+    for equations, part in ((solver, slice(cut)), (chooser, slice(cut, None))):
+        x, y = data.x[:, :, part], data.y[:, :, part]
+        equations.add(x, y, torch.ones(1, x.shape[2], dtype=torch.bool))
+    ridges = choose_ridge(solver, chooser)
+    solver.merge(chooser)
+    return solver.solve(ridges)
 
 
 def target_variance(y: Tensor) -> float:
