@@ -88,6 +88,23 @@ def test_training_makes_answers_likelier_and_resumes(model: ContinuationModel, t
     assert all(torch.equal(after[name], tensor) for name, tensor in grafter.state_dict().items())
 
 
+def test_bf16_trains_in_bfloat16_to_much_the_same_place(model: ContinuationModel, tmp_path: Path) -> None:
+    grafter, student = model.grafter, model._student[0]
+    before = {name: tensor.clone() for name, tensor in grafter.state_dict().items()}
+    seen: set[torch.dtype] = set()
+    student.model.layers[0].mlp.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
+    losses = []
+    for bf16 in (False, True):
+        settings = ContinuationRecipe(steps=8, texts_per_step=3, learning_rate=3e-2, evaluate_every=9, bf16=bf16)
+        grafter.load_state_dict(before)
+        questions = model.train_questions, model.held_out_questions
+        train_on_continuations(grafter, student, *questions, settings, tmp_path / str(bf16), 0, "training")
+        assert (torch.bfloat16 in seen) == bf16
+        losses.append(model.held_out_losses()["loss"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], abs=0.01)
+    assert all(parameter.dtype == torch.float32 for parameter in grafter.parameters())
+
+
 def test_fit_takes_every_objective(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     continuation = {"steps": 2, "texts_per_step": 2, "evaluate_every": 2, "learning_rate": 1e-2}
     found = {}

@@ -145,7 +145,7 @@ class FitTrainer(Trainer):
 def train_projector(model: RegressionModel, settings: FitRecipe, train: PairDataset, folder: Path, seed: int) -> None:
     """Train ``model`` on the tokens of ``train``; otherwise as :func:`train_fit`."""
     batches = TokenBatches(train, settings.tokens_per_step, seed)
-    train_fit(model, settings, batches, _only, folder, seed, "fitting the projector", bf16=settings.bf16)
+    train_fit(model, settings, batches, _only, folder, seed, "fitting the projector")
 
 
 def train_fit(
@@ -156,8 +156,6 @@ def train_fit(
     folder: Path,
     seed: int,
     label: str,
-    *,
-    bf16: bool = False,
 ) -> None:
     """Train ``model`` for ``settings.steps`` steps, from the last checkpoint in ``folder`` if it holds one.
 
@@ -167,7 +165,6 @@ def train_fit(
         batches: each item is a batch.
         collator: makes the model's arguments of a list of one item.
         label: what the progress bar says.
-        bf16: run the model under autocast to bfloat16.
 
     Raises:
         TrainingInterruptedError: Ctrl-C; a checkpoint was left.
@@ -179,7 +176,7 @@ def train_fit(
     with progress_bar(label, settings.steps, "steps", done=done) as advance:
         trainer = FitTrainer(
             model=model,
-            args=_arguments(settings, checkpoints, seed, bf16),
+            args=_arguments(settings, checkpoints, seed),
             train_dataset=batches,
             eval_dataset=[],
             data_collator=collator,
@@ -230,7 +227,7 @@ def _in_metric(difference: Tensor, metric: Tensor) -> Tensor:
     return (heads @ metric).transpose(1, 2).flatten(2)[None]
 
 
-def _arguments(settings: FitRecipe | ContinuationRecipe, output: Path, seed: int, bf16: bool) -> TrainingArguments:
+def _arguments(settings: FitRecipe | ContinuationRecipe, output: Path, seed: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output),
         max_steps=settings.steps,
@@ -240,7 +237,7 @@ def _arguments(settings: FitRecipe | ContinuationRecipe, output: Path, seed: int
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.steps * _WARMUP_SHARE),
         max_grad_norm=1.0,
-        bf16=bf16,
+        bf16=settings.bf16,
         eval_strategy="steps",
         eval_steps=settings.evaluate_every,
         save_steps=settings.save_every,

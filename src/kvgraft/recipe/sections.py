@@ -199,10 +199,11 @@ class ContinuationRecipe(Section):
     """How a projector is trained through the frozen student, on texts with a prompt and a completion.
 
     ``target: text`` is cross-entropy of the completion; ``own_reading`` is KL from what the student says of it after
-    reading the prompt itself.
+    reading the prompt itself. ``bf16`` trains with matrix products in bfloat16, through the student too.
     """
 
     target: Literal["text", "own_reading"] = "text"
+    bf16: bool = False
     steps: Positive = 40
     texts_per_step: Positive = 4
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
