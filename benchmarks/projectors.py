@@ -28,7 +28,7 @@ from kvgraft.recipe import Recipe, StudentRecipe, load_recipe
 from kvgraft.report.fit import FitReport
 
 ONE = ["fit.sources=1", "fit.source_kinds=same", "projector.mlp_ratio=2.0", "fit.steps=600"]
-BEST = [
+THREE = [
     "fit.sources=3",
     "fit.source_kinds=both",
     "projector.mlp_ratio=0.5",
@@ -36,6 +36,7 @@ BEST = [
     "fit.learning_rate=2e-3",
     "fit.steps=600",
 ]
+BEST = [*THREE, "projector.mlp_ratio=1.0", "projector.dropout=0.1", "fit.steps=360"]
 ONE_CLOSED = ["fit.sources=1", "fit.source_kinds=both", "projector.mlp_ratio=linear", "fit.steps=0"]
 THREE_CLOSED = [*ONE_CLOSED, "fit.sources=3"]
 VARIANTS: dict[str, list[str]] = {
@@ -71,10 +72,11 @@ VARIANTS: dict[str, list[str]] = {
         "projector.mlp_ratio=0.5",
         "fit.steps=600",
     ],
-    "three layers, keys and values in: Elastic Bottleneck 0.5": BEST,
-    "three layers, keys and values in: trunk in one group": [*BEST, "projector.sharing=trunk"],
-    "three layers, weighted by attention": [*BEST, "fit.objective=attention"],
-    "three layers, keys weighed by queries": [*BEST, "fit.metric=queries"],
+    "three layers, keys and values in: Elastic Bottleneck 1.0": BEST,
+    "three layers, keys and values in: Elastic Bottleneck 0.5": THREE,
+    "three layers, keys and values in: trunk in one group": [*THREE, "projector.sharing=trunk"],
+    "three layers, weighted by attention": [*THREE, "fit.objective=attention"],
+    "three layers, keys weighed by queries": [*THREE, "fit.metric=queries"],
     "closed form: one layer, keys and values in": ONE_CLOSED,
     "closed form: one layer, and the token before": [*ONE_CLOSED, "fit.context_tokens=1"],
     "closed form: one layer, and three tokens before": [*ONE_CLOSED, "fit.context_tokens=3"],
