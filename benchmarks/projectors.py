@@ -74,7 +74,7 @@ VARIANTS: dict[str, list[str]] = {
     ],
     "three layers, keys and values in: Elastic Bottleneck 1.0": BEST,
     "three layers, keys and values in: Elastic Bottleneck 0.5": THREE,
-    "three layers, keys and values in: trunk in one group": [*THREE, "projector.sharing=trunk"],
+    "three layers, keys and values in: trunk in one group": [*BEST, "projector.sharing=trunk"],
     "three layers, weighted by attention": [*THREE, "fit.objective=attention"],
     "three layers, keys weighed by queries": [*THREE, "fit.metric=queries"],
     "closed form: one layer, keys and values in": ONE_CLOSED,
