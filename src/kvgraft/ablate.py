@@ -65,5 +65,5 @@ def _data_of_seed(
             f"--width-divisor {width_divisor} is of the synthetic scenario, and recipe {recipe.name} brings KV of its "
             "own width; leave one of them out"
         )
-    data = (ablation_data(recipe) if kind is None else ablation_data(recipe, [kind])).standardised()
+    data = ablation_data(recipe, kind).standardised()
     return lambda seed: data

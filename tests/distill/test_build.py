@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kvgraft.distill import build
 from kvgraft.distill.arms import build_arm
 from kvgraft.prepare import prepare
+from kvgraft.projector import closed_form
 from kvgraft.projector.closed_form import DEFAULT_RIDGE, LeastSquares
 from kvgraft.recipe import Recipe
 from kvgraft.run import arm_data
@@ -43,7 +43,7 @@ def test_the_ridge_is_chosen_on_texts_kept_out(
         seen.append((float(fit.weight_sums[0]), float(held_out.weight_sums[0])))
         return torch.full((fit.num_layers,), DEFAULT_RIDGE, dtype=torch.float64)
 
-    monkeypatch.setattr(build, "choose_ridge", choose)
+    monkeypatch.setattr(closed_form, "choose_ridge", choose)
     recipe = tiny_recipe(projector={"init_method": "least_squares"}, data={"train_samples": 40})
     build_arm(recipe, "kv", arm_data(prepare(recipe)))
     # Keys and values; one batch of five is kept out.

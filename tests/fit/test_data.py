@@ -86,7 +86,7 @@ def test_ablation_data_is_keys_and_values_of_real_models(fit_recipe: Callable[..
     assert data.x.shape[1] == data.y.shape[1] == 6
     assert (data.x.shape[3], data.y.shape[3]) == (16, 12)
     assert not data.synthetic
-    keys, values = (ablation_data(fit_recipe(), [kind]) for kind in ("keys", "values"))
+    keys, values = (ablation_data(fit_recipe(), kind) for kind in ("keys", "values"))
     assert torch.equal(data.x, torch.cat([keys.x, values.x], 1))
     assert torch.equal(data.held_out_y, torch.cat([keys.held_out_y, values.held_out_y], 1))
 

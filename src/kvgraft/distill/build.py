@@ -18,7 +18,7 @@ from kvgraft.distill.objectives import projector_direction
 from kvgraft.distill.relations import require_relation_heads
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture, kv_geometry
-from kvgraft.projector.closed_form import LeastSquares, choose_ridge
+from kvgraft.projector.closed_form import LeastSquares, solve_with_chosen_ridge
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import KVLossRecipe, Recipe
 
@@ -197,6 +197,4 @@ def _fit_closed_form(projector: KVDimensionProjector, pairs: InitialKV) -> None:
                 wanted = projector.targets_of(name, *target.flatten())
                 chooses_ridge = index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
                 (held_out if chooses_ridge else fit).add(source.flatten()[kind], wanted[kind], teachers.mask)
-            ridge = choose_ridge(fit, held_out)
-            fit.merge(held_out)
-            adapter.load_linear(*(tensor.float() for tensor in fit.solve(ridge)))
+            adapter.load_linear(*(tensor.float() for tensor in solve_with_chosen_ridge(fit, held_out)))

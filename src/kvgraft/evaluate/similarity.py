@@ -16,7 +16,7 @@ from kvgraft.errors import DataError
 from kvgraft.evaluate.cka import LinearCKA
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture
-from kvgraft.projector.closed_form import LeastSquares, choose_ridge
+from kvgraft.projector.closed_form import LeastSquares, solve_with_chosen_ridge
 
 Kind = Literal["keys", "values"]
 KINDS: tuple[Kind, ...] = ("keys", "values")
@@ -164,9 +164,7 @@ class _KindSimilarity:
     def solve(self) -> None:
         """Find the linear map; what comes next is held-out text."""
         fitting, choosing = self._fits
-        ridge = choose_ridge(fitting, choosing)
-        fitting.merge(choosing)
-        self._map = fitting.solve(ridge)
+        self._map = solve_with_chosen_ridge(fitting, choosing)
         layers = fitting.num_layers
         same_layers = [(layer, layer) for layer in range(layers)]
         self.cka = LinearCKA(same_layers, layers, layers, fitting.in_dim, fitting.out_dim, fitting.device)

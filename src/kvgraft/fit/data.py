@@ -315,25 +315,26 @@ def _require_two_frozen_models(recipe: Recipe) -> None:
         )
 
 
-def ablation_data(recipe: Recipe, kinds: Sequence[AblationKind] = get_args(AblationKind)) -> AblationData:
+def ablation_data(recipe: Recipe, kind: AblationKind | None = None) -> AblationData:
     """KV of a few mapped layers of the recipe's models, in the direction of ``fit.direction``.
 
-    Each kind of each layer has an adapter of its own: keys are made from keys, values from values.
+    Keys and values, or one ``kind``, each with adapters of its own: keys are made from keys, values from values.
     """
     data = prepare_fit(recipe)
     step = max(1, len(data.layer_map) // _ABLATION_LAYERS)
     chosen = data.layer_map[step // 2 :: step][:_ABLATION_LAYERS]
     students, teachers = zip(*chosen, strict=True)
-    of_kinds = [get_args(AblationKind).index(kind) for kind in kinds]
+    kinds: tuple[AblationKind, ...] = get_args(AblationKind)
+    taken = slice(None) if kind is None else slice(kinds.index(kind), kinds.index(kind) + 1)
 
     def chosen_rows(pairs: PairDataset, limit: int) -> tuple[Tensor, Tensor]:
         alone = replace(pairs, context_tokens=0)
         rows = alone.reading(teacher_layers=teachers, student_layers=students).rows(limit)
-        return rows.source[of_kinds].flatten(0, 1)[None], rows.target[of_kinds].flatten(0, 1)[None]
+        return rows.source[taken].flatten(0, 1)[None], rows.target[taken].flatten(0, 1)[None]
 
     layers = ", ".join(f"{teacher} and {student}" for student, teacher in chosen)
     return AblationData(
         *chosen_rows(data.train, _ABLATION_TOKENS),
         *chosen_rows(data.held_out, _ABLATION_HELD_OUT_TOKENS),
-        f"{' and '.join(kinds)} of {data.teacher.recipe.name} and {recipe.student.model}, layers {layers}",
+        f"{' and '.join(kinds[taken])} of {data.teacher.recipe.name} and {recipe.student.model}, layers {layers}",
     )

@@ -16,7 +16,7 @@ from torch.nn import functional
 from kvgraft.errors import ProjectorError
 from kvgraft.progress import progress_bar
 from kvgraft.projector.adapters import Activation, ElasticBottleneck, InitMethod, MlpRatio, dead_unit_share
-from kvgraft.projector.closed_form import LeastSquares, choose_ridge
+from kvgraft.projector.closed_form import LeastSquares, solve_with_chosen_ridge
 from kvgraft.projector.scenario import AblationData
 
 # A run has converged where its loss is this share of what predicting the target's mean costs.
@@ -273,9 +273,7 @@ def solve_least_squares(data: AblationData) -> tuple[Tensor, Tensor]:
     for equations, part in ((solver, slice(cut)), (chooser, slice(cut, None))):
         x, y = data.x[:, :, part], data.y[:, :, part]
         equations.add(x, y, torch.ones(1, x.shape[2], dtype=torch.bool))
-    ridges = choose_ridge(solver, chooser)
-    solver.merge(chooser)
-    return solver.solve(ridges)
+    return solve_with_chosen_ridge(solver, chooser)
 
 
 def target_variance(y: Tensor) -> float:

@@ -185,6 +185,16 @@ def choose_ridge(fit: LeastSquares, held_out: LeastSquares, ridges: Sequence[flo
     return torch.tensor(list(ridges), dtype=torch.float64)[r2.argmax(0)]
 
 
+def solve_with_chosen_ridge(fit: LeastSquares, held_out: LeastSquares) -> tuple[Tensor, Tensor]:
+    """Weights and biases as :meth:`LeastSquares.solve` gives them, from the tokens of both, which ``fit`` then holds.
+
+    The ridge of each map is that of :func:`choose_ridge`.
+    """
+    ridges = choose_ridge(fit, held_out)
+    fit.merge(held_out)
+    return fit.solve(ridges)
+
+
 @dataclass(frozen=True)
 class _Moments:
     """Weight, means and centred products of some tokens of one map."""
