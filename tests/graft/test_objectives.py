@@ -10,7 +10,7 @@ from kvgraft.fit.data import prepare_fit
 from kvgraft.fit.run import build_projector, fit
 from kvgraft.graft.cache import cache_from_kv
 from kvgraft.graft.grafter import Grafter
-from kvgraft.graft.objectives import ContinuationModel, train_on_continuations
+from kvgraft.graft.objectives import ContinuationModel, _steps, train_on_continuations
 from kvgraft.graft.questions import Questions
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import ContinuationRecipe, Recipe
@@ -115,3 +115,15 @@ def test_fit_takes_every_objective(fit_recipe: Callable[..., Recipe], tmp_path: 
     up, linear = "value_adapters.0.up.weight", "key_adapters.0.skip.weight"
     assert not torch.equal(found["regression"][up], found["continuation"][up])
     assert not torch.equal(found["regression"][linear], found["attention"][linear])
+
+
+def test_steps_take_answers_of_like_length_and_all_of_them_before_one_again() -> None:
+    lengths = [10, 11, 12, 40, 41, 42, 80, 82]
+    steps = _steps(lengths, 40, 2, seed=0)
+    assert len(steps) == 40
+    seen = [question for step in steps for question in step]
+    assert sorted(seen[: len(lengths)]) == list(range(len(lengths)))
+    padded = [max(lengths[question] for question in step) * len(step) for step in steps]
+    assert max(padded) == 82
+    assert sum(lengths[question] for question in seen) > 0.9 * sum(padded)
+    assert steps != _steps(lengths, 40, 2, seed=1)

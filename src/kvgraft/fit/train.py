@@ -151,7 +151,7 @@ def train_projector(model: RegressionModel, settings: FitRecipe, train: PairData
 def train_fit(
     model: FitModel,
     settings: FitRecipe | ContinuationRecipe,
-    batches: Dataset[Any],
+    batches: Dataset[Any] | list[Any],
     collator: Callable[[list[Any]], dict[str, Tensor]],
     folder: Path,
     seed: int,

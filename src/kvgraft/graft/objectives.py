@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from kvgraft.data.batch_plan import plan_batches
 from kvgraft.fit.train import FitModel, train_fit
 from kvgraft.graft.cache import cache_from_kv
 from kvgraft.graft.grafter import Grafter
@@ -114,28 +115,19 @@ def train_on_continuations(
         TrainingInterruptedError: Ctrl-C; a checkpoint was left.
     """
     model = ContinuationModel(grafter, student, train, held_out, settings.target)
-    steps = _Steps(len(train), settings.steps, settings.texts_per_step, seed)
+    steps = _steps(train.answer_lengths(), settings.steps, settings.texts_per_step, seed)
     train_fit(model, settings, steps, _as_questions, folder, seed, label)
 
 
-class _Steps(Dataset[Tensor]):
-    """The questions of each step: all of them in a new order each time round."""
-
-    def __init__(self, questions: int, steps: int, texts_per_step: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        rounds = -(-steps * texts_per_step // questions)
-        order = torch.cat([torch.randperm(questions, generator=generator) for _ in range(rounds)])
-        self._steps = order[: steps * texts_per_step].reshape(steps, texts_per_step)
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __getitem__(self, step: int) -> Tensor:
-        return self._steps[step]
+def _steps(answer_lengths: Sequence[int], steps: int, texts_per_step: int, seed: int) -> list[list[int]]:
+    """The questions of each step: answers of like length, in all as long as ``texts_per_step`` are on average."""
+    budget = round(texts_per_step * sum(answer_lengths) / len(answer_lengths))
+    batches = plan_batches(answer_lengths, budget, steps, seed)
+    return [[question for row in batch for question in row] for batch in batches]
 
 
-def _as_questions(steps: list[Tensor]) -> dict[str, Tensor]:
-    return {"questions": torch.cat(steps)}
+def _as_questions(steps: list[list[int]]) -> dict[str, Tensor]:
+    return {"questions": torch.tensor(steps[0])}
 
 
 def _joined_answers(questions: list[Question]) -> tuple[Tensor, Tensor]:

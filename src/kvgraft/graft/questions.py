@@ -70,6 +70,10 @@ class Questions(Dataset[Question]):
         """Tokens of each question."""
         return [tokens for _, tokens, _ in self._places]
 
+    def answer_lengths(self) -> list[int]:
+        """Tokens of each answer."""
+        return [len(self.pairs.texts[index].input_ids) - tokens for index, tokens, _ in self._places]
+
     def answer_span(self, place: int) -> tuple[str, int, int]:
         """A whole text, and the bytes of it between which the answer stands, its first token left out."""
         index, tokens, _ = self._places[place]

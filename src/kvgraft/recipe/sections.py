@@ -199,7 +199,8 @@ class ContinuationRecipe(Section):
     """How a projector is trained through the frozen student, on texts with a prompt and a completion.
 
     ``target: text`` is cross-entropy of the completion; ``own_reading`` is KL from what the student says of it after
-    reading the prompt itself. ``bf16`` trains with matrix products in bfloat16, through the student too.
+    reading the prompt itself. A step takes completions of like length, as many as have the tokens of
+    ``texts_per_step`` on average. ``bf16`` trains with matrix products in bfloat16, through the student too.
     """
 
     target: Literal["text", "own_reading"] = "text"
