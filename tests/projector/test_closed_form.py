@@ -191,3 +191,26 @@ def test_bad_weights_are_refused() -> None:
     fit, mask = LeastSquares(1, 4, 3), torch.ones(1, 5, dtype=torch.bool)
     with pytest.raises(ProjectorError, match="none negative"):
         fit.add(torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 3), mask, -torch.ones(1, 1, 5))
+
+
+def test_joined_parts_are_added_as_the_inputs_they_make() -> None:
+    torch.manual_seed(3)
+    parts, y, joined = torch.randn(4, 50, 3) + 5, torch.randn(2, 50, 2), [[2, 0], [0, 3]]
+    x = torch.stack([torch.cat([parts[part] for part in chosen], 1) for chosen in joined])
+    plain, shared = LeastSquares(2, 6, 2), LeastSquares(2, 6, 2)
+    for rows in (slice(0, 30), slice(30, 50), slice(50, 50)):
+        plain.add(x[None, :, rows], y[None, :, rows], torch.ones(1, len(x[0, rows]), dtype=torch.bool))
+        shared.add_joined(parts[:, rows], joined, y[:, rows])
+    for expected, found in zip(plain.solve(1e-3), shared.solve(1e-3), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(shared.r2(*shared.solve()), plain.r2(*plain.solve()))
+
+
+def test_joined_parts_that_do_not_fit_are_refused() -> None:
+    solver = LeastSquares(2, 6, 2)
+    with pytest.raises(ProjectorError, match=r"2 maps of 6 to 2 do not go with 2 inputs of width \[3, 6\]"):
+        solver.add_joined(torch.randn(4, 5, 3), [[0, 1], [2]], torch.randn(2, 5, 2))
+    broken = torch.randn(4, 5, 3)
+    broken[3, 2, 1] = float("inf")
+    with pytest.raises(ProjectorError, match="x of layer 1 has NaN or Inf"):
+        solver.add_joined(broken, [[0, 1], [2, 3]], torch.randn(2, 5, 2))

@@ -17,7 +17,7 @@ from kvgraft.projector.projector import KVDimensionProjector
 # One text in so many chooses the ridge strength; afterwards it is fitted on like the others.
 _HELD_OUT_EVERY = 10
 # Tokens that are taken in at once: enough for matrix products to pay.
-_CHUNK_TOKENS = 1024
+_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,30 @@ class _Sums:
         self.tokens = 0
 
     def add(self, rows: KVRows, held_out: bool) -> None:
-        sources = self.projector.sources_of_rows(self.teacher, *rows.source[:, None])
-        targets = self.projector.targets_of(self.teacher, *rows.target[:, None])
-        mask = torch.ones(1, len(rows), dtype=torch.bool)
         self.tokens += len(rows)
         found = self.held_out if held_out else self.fitted
-        pairs = [(sources[0], torch.cat(targets, -1))] if self.joint else list(zip(sources, targets, strict=True))
-        for equations, (source, target) in zip(found, pairs, strict=True):
-            equations.add(source, target, mask, None if rows.weights is None else rows.weights[None])
+        targets = self.projector.targets_of(self.teacher, *rows.target[:, None])
+        wanted = [torch.cat(targets, -1)] if self.joint else list(targets)
+        if rows.weights is None and found[0].num_layers == rows.target.shape[1]:
+            parts, joined = self._parts(rows)
+            for equations, part, target in zip(found, parts, wanted, strict=True):
+                equations.add_joined(part, joined, target[0])
+            return
+        sources = self.projector.sources_of_rows(self.teacher, *rows.source[:, None])
+        mask = torch.ones(1, len(rows), dtype=torch.bool)
+        weights = None if rows.weights is None else rows.weights[None]
+        for equations, source, target in zip(found, sources, wanted, strict=False):
+            equations.add(source, target, mask, weights)
+
+    def _parts(self, rows: KVRows) -> tuple[list[Tensor], list[list[int]]]:
+        """Layers of the source ``[layers, tokens, width]``, keys and values one behind the other where both are read,
+        and which of them each map reads."""
+        keys, values = (part[0] for part in self.projector.standardised_rows(self.teacher, *rows.source[:, None]))
+        layers = len(keys)
+        joined = self.projector.joined_layers(self.teacher, layers) or [[layer] for layer in range(layers)]
+        if not self.joint:
+            return [keys, values], joined
+        return [torch.cat([keys, values])], [[*read, *(layer + layers for layer in read)] for read in joined]
 
     def solve(self, ridge: float | None) -> ClosedForm:
         ridges, maps = [], []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement, product
 
 import torch
 from torch import Tensor
@@ -65,6 +66,46 @@ class LeastSquares:
             if float(weight.sum()) > 0:
                 self._merge(index, _moments(chunk_x, chunk_y, weight))
 
+    @torch.no_grad()
+    def add_joined(self, parts: Tensor, joined: Sequence[Sequence[int]], y: Tensor) -> None:
+        """:meth:`add` where the inputs of several maps have parts in common, whose products are computed once.
+
+        Args:
+            parts: ``[parts, rows, width]``.
+            joined: for each map the parts that stand side by side in its input, as wide as ``in_dim`` in all.
+            y: ``[num_layers, rows, out_dim]``.
+
+        Raises:
+            ProjectorError: shapes that do not fit, or a number that is not finite.
+        """
+        widths = {len(chosen) * parts.shape[2] for chosen in joined}
+        expected = (self.num_layers, parts.shape[1], self.out_dim)
+        if widths != {self.in_dim} or len(joined) != self.num_layers or tuple(y.shape) != expected:
+            raise ProjectorError(
+                f"{self.num_layers} maps of {self.in_dim} to {self.out_dim} do not go with {len(joined)} inputs of "
+                f"width {sorted(widths)} and y {list(y.shape)}"
+            )
+        rows = parts.shape[1]
+        if rows == 0:
+            return
+        means, centred = _centred(parts.to(self.device))
+        products: dict[tuple[int, int], Tensor] = {}
+        for first, second in {pair for chosen in joined for pair in combinations_with_replacement(sorted(chosen), 2)}:
+            products[first, second] = centred[first].T @ centred[second]
+            products[second, first] = products[first, second].T.contiguous()
+        blocks = centred.new_empty(len(joined[0]), parts.shape[2], len(joined[0]), parts.shape[2])
+        for index, chosen in enumerate(joined):
+            mean_x = torch.cat([means[part] for part in chosen])
+            mean_y, centred_y = _centred(y[index].to(self.device))
+            # The mean of a column is finite only if all of it is.
+            _require_finite(index, x=mean_x, y=mean_y)
+            for (row, first), (column, second) in product(enumerate(chosen), repeat=2):
+                blocks[row, :, column] = products[first, second]
+            scatter_xy = torch.cat([centred[part].T @ centred_y for part in chosen])
+            weight, squares_y = means.new_tensor(rows), centred_y.square().sum(0)
+            scatter_xx = blocks.view(self.in_dim, self.in_dim)
+            self._merge(index, _Moments(weight, mean_x, mean_y, scatter_xx, scatter_xy, squares_y))
+
     def merge(self, other: LeastSquares) -> None:
         """Take in everything that ``other``, of the same widths, has seen."""
         for index in range(self.num_layers):
@@ -76,8 +117,8 @@ class LeastSquares:
         shift_x, shift_y = added.mean_x - self._mean_x[index], added.mean_y - self._mean_y[index]
         # Merging centred sums, and not raw ones, keeps channels whose mean dwarfs their spread exact.
         between = self.weight_sums[index] * added.weight / total
-        self._scatter_xx[index] += added.scatter_xx + between * torch.outer(shift_x, shift_x)
-        self._scatter_xy[index] += added.scatter_xy + between * torch.outer(shift_x, shift_y)
+        self._scatter_xx[index].add_(added.scatter_xx).addr_(between * shift_x, shift_x)
+        self._scatter_xy[index].add_(added.scatter_xy).addr_(between * shift_x, shift_y)
         self._squares_y[index] += added.squares_y + between * shift_y.square()
         self._mean_x[index] += shift_x * (added.weight / total)
         self._mean_y[index] += shift_y * (added.weight / total)
@@ -205,6 +246,13 @@ class _Moments:
     scatter_xx: Tensor
     scatter_xy: Tensor
     squares_y: Tensor
+
+
+def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``[..., width]`` of ``rows [..., rows, width]``, and ``rows`` less it, in float64."""
+    rows = rows.detach().double()
+    mean = rows.mean(-2)
+    return mean, rows - mean[..., None, :]
 
 
 def _moments(x: Tensor, y: Tensor, weight: Tensor) -> _Moments:

@@ -277,22 +277,36 @@ class KVDimensionProjector(nn.Module):
 
         Both ``[batch, layers, tokens, width]`` as :func:`with_previous_tokens` gives them.
         """
-        reach = 1 + self.context_tokens
-        layers = keys.shape[1] // reach
-        standard = self.standard("input", teacher)
-        if standard is not None:
-            mean, deviation = (part[:, :layers, None].repeat(1, reach, 1, 1) for part in standard)
-            keys, values = (keys - mean[0]) / deviation[0], (values - mean[1]) / deviation[1]
-        chosen = self.source_layers.get(teacher)
-        if chosen is not None or reach > 1:
-            own = [[layer] for layer in range(layers)] if chosen is None else chosen
-            back = [[layer + step * layers for step in range(reach) for layer in read] for read in own]
-            index = torch.tensor(back, device=keys.device)
+        keys, values = self.standardised_rows(teacher, keys, values)
+        joined = self.joined_layers(teacher, keys.shape[1])
+        if joined is not None:
+            index = torch.tensor(joined, device=keys.device)
             keys, values = _join_layers(keys, index), _join_layers(values, index)
         if self.source_kinds == "same":
             return keys, values
         both = torch.cat([keys, values], -1)
         return both, both
+
+    def standardised_rows(self, teacher: str, keys: Tensor, values: Tensor) -> Pair:
+        """Keys and values as :meth:`sources_of_rows` takes them, standardised where the projector is."""
+        standard = self.standard("input", teacher)
+        if standard is None:
+            return keys, values
+        reach = 1 + self.context_tokens
+        mean, deviation = (part[:, : keys.shape[1] // reach, None].repeat(1, reach, 1, 1) for part in standard)
+        return (keys - mean[0]) / deviation[0], (values - mean[1]) / deviation[1]
+
+    def joined_layers(self, teacher: str, rows_layers: int) -> list[list[int]] | None:
+        """For each output layer which of the ``rows_layers`` layers of rows it reads, joined; None for each its own.
+
+        Rows are those of :meth:`sources_of_rows`: with context, the layers of the tokens before follow on a token's.
+        """
+        reach = 1 + self.context_tokens
+        layers, chosen = rows_layers // reach, self.source_layers.get(teacher)
+        if chosen is None and reach == 1:
+            return None
+        own = [[layer] for layer in range(layers)] if chosen is None else chosen
+        return [[layer + step * layers for step in range(reach) for layer in read] for read in own]
 
     def targets_of(self, teacher: str, keys: Tensor, values: Tensor) -> Pair:
         """What the adapters of ``teacher`` have to give so that the projector gives ``keys`` and ``values``.
