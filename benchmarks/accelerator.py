@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from capture_speed import unrotated_cache
-from fused_loss import Sizes, Step
+from fused_loss import COMPILED, Sizes, Step
 from interleaved import interleaved_medians
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -149,7 +149,12 @@ def measure_loss(device: torch.device, work: Work, limits: Limits) -> dict[str, 
 
         return run
 
-    losses = {"all layers held": step.stacked, "all layers held, compiled": compiled, "fused": step.fused}
+    losses = {
+        "all layers held": step.stacked,
+        "all layers held, compiled": compiled,
+        "fused": step.fused,
+        COMPILED: step.ways[COMPILED],
+    }
     found: dict[str, tuple[float, float, float]] = {}
     for bfloat16, rate in ((False, limits.float32), (True, limits.bfloat16)):
         dtype = "bfloat16" if bfloat16 else "float32"

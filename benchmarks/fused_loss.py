@@ -6,7 +6,7 @@ Forward and backward of the keys' and values' adapters and their loss, student t
 
 - plain: per-layer modules of torch called in a loop, autograd, all projected KV held, then the same loss.
 - stacked: `KVDimensionProjector` and `kv_regression_loss`, which hold all projected KV too.
-- fused: `fused_kv_loss`.
+- fused: `fused_kv_loss`; compiled: the same by `torch.compile`. Its memory is not measured: making it takes more.
 
 Time is processor time of one thread, the least of several interleaved repeats, so that other processes weigh little.
 The matrix-product rate is that of the two maps' six products (forward, both gradients), all tokens of a layer at once.
@@ -36,6 +36,7 @@ from kvgraft.projector.projector import KVDimensionProjector
 TEXTS = 8
 HEAD_DIM = 64
 TEACHER = "teacher"
+COMPILED = "fused, compiled"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,12 @@ class Step:
         )
         self.projector.standardise_outputs(TEACHER, self.scale.mean, self.scale.deviation)
         self.modules = nn.ModuleList(self._adapter() for _ in range(2 * sizes.layers))
-        self.ways: dict[str, Callable[[], Tensor]] = {"plain": self.plain, "stacked": self.stacked, "fused": self.fused}
+        self.ways: dict[str, Callable[[], Tensor]] = {
+            "plain": self.plain,
+            "stacked": self.stacked,
+            "fused": self.fused,
+            COMPILED: lambda: self.fused(compiled=True),
+        }
 
     def run(self, way: str) -> None:
         """Loss and gradients; a weight on the loss, as training has."""
@@ -107,7 +113,7 @@ class Step:
         projected = self.projector.project_student_kv(TEACHER, self.student)
         return kv_regression_loss(projected, self.teacher, self.teacher.mask, scale=self.scale)
 
-    def fused(self) -> Tensor:
+    def fused(self, compiled: bool = False) -> Tensor:
         """Piece by piece."""
         return fused_kv_loss(
             self.projector,
@@ -117,6 +123,7 @@ class Step:
             objective="student_to_teacher",
             student_layers=self.student.layers,
             scale=self.scale,
+            compiled=compiled,
         )[0]
 
     def gradient_bytes(self) -> int:
@@ -183,7 +190,7 @@ def main(
     teacher_width: Annotated[int, typer.Option(help="kv_dim of the teacher.")] = 256,
     ratio: Annotated[float, typer.Option(help="mlp_ratio.")] = 2.0,
     dropout: Annotated[list[float] | None, typer.Option(help="Dropout; default 0.1 and 0.")] = None,
-    repeats: Annotated[int, typer.Option(help="Repeats of which the fastest counts.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Repeats of which the fastest counts.")] = 3,
     growth: Annotated[bool, typer.Option(help="Also the table over tokens and layers.")] = True,
 ) -> None:
     """Print the tables in Markdown."""
@@ -195,12 +202,12 @@ def main(
         sizes = Sizes(layers, tokens, student_width, teacher_width, ratio, share)
         ways = ["plain", "stacked", "fused"]
         memory = {way: in_own_process(extra_bytes, sizes, way) for way in ways}
-        seconds = in_own_process(least_seconds, sizes, ways, repeats)
-        for way in ways:
+        seconds = in_own_process(least_seconds, sizes, [*ways, COMPILED], repeats)
+        for way in [*ways, COMPILED]:
+            held = f"{memory[way] / 1e6:,.0f} | {memory[way] / memory['plain']:.3f}" if way in memory else "- | -"
             typer.echo(
                 f"| {share:g} | {way} | {seconds[way]:.2f} | {seconds[way] / seconds['plain']:.2f} | "
-                f"{seconds['products'] / seconds[way]:.0%} | {memory[way] / 1e6:,.0f} | "
-                f"{memory[way] / memory['plain']:.3f} |"
+                f"{seconds['products'] / seconds[way]:.0%} | {held} |"
             )
         rate = sizes.product_operations / seconds["products"] / 1e9
         typer.echo(f"| {share:g} | products alone, {rate:.0f} GFLOP/s | {seconds['products']:.2f} | | 100% | | |")

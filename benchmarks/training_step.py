@@ -2,11 +2,11 @@
 
     python benchmarks/training_step.py recipes/quickstart.yaml --set data.train_samples=64
 
-The arms `baseline` and `kv` of the recipe, and `kv` with all projected KV held (plain), take turns on the same batches:
-forward, backward, clipping, AdamW. Reading is what the data loader takes for a batch with the teachers' KV. Time is
-processor time of one thread, so that other processes weigh little; the median of all steps after the first is given.
-Waiting is time passed until a batch is there that a thread reads during the step before, as in `kvgraft train`, over
-the time passed with a step of arm `kv`. The teachers' KV is cached first if the store lacks it.
+The arms `baseline` and `kv` of the recipe, and `kv` with all projected KV held (plain) and compiled, take turns on the
+same batches: forward, backward, clipping, AdamW. Reading is what the data loader takes for a batch with the teachers'
+KV. Time is processor time of one thread, so that other processes weigh little; the median of all steps after the first
+is given. Waiting is time passed until a batch is there that a thread reads during the step before, as in `kvgraft
+train`, over the time passed with a step of arm `kv`. The teachers' KV is cached first if the store lacks it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.run import arm_data
 
-PLAIN = "kv, all projected KV held"
+PLAIN, COMPILED = "kv, all projected KV held", "kv, compiled"
 
 
 class Arm:
@@ -40,7 +40,10 @@ class Arm:
 
     def __init__(self, recipe: Recipe, data: ArmData, name: str) -> None:
         self.name, self.clip = name, recipe.training.max_grad_norm
-        self.model: DistillationModel = build_arm(recipe, "kv" if name == PLAIN else name, data).train()
+        built = "baseline" if name == "baseline" else "kv"
+        self.model: DistillationModel = build_arm(recipe, built, data).train()
+        if name == COMPILED:
+            self.model.loss = self.model.loss.model_copy(update={"compile": True})
         moved = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(moved, lr=recipe.training.learning_rate)
         self.seconds: list[float] = []
@@ -71,7 +74,7 @@ def main(
     torch.set_num_threads(1)
     loaded = load_recipe(recipe, overrides or [])
     data = arm_data(prepare(loaded))
-    arms = [Arm(loaded, data, name) for name in ("baseline", "kv", PLAIN)]
+    arms = [Arm(loaded, data, name) for name in ("baseline", "kv", PLAIN, COMPILED)]
     reading: list[float] = []
     batches = batches_of(loaded, data, "kv")
     for _ in range(steps):

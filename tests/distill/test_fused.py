@@ -1,5 +1,6 @@
 """The fused loss against the plain way: project all, then compare. Loss and every gradient to 1e-5 of their norm."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -309,3 +310,19 @@ def test_a_training_step_is_that_of_the_plain_way(
     )
     for part in ("loss", "ce_loss", "kv_loss", "kv_loss/org/teacher-1.0", "kv_loss/second"):
         assert logged[part] == pytest.approx(expected[part], rel=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("settings", [{"dropout": 0.3}, {"init_method": "least_squares", "sharing": "shared"}])
+def test_compiled_is_the_same_loss_with_the_same_gradients(settings: dict[str, Any]) -> None:
+    case = Case(make(**settings))
+    moved = [case.student.keys, case.student.values, *case.projector.parameters()]
+    for tensor in moved[:2]:
+        tensor.requires_grad_()
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(5)
+        loss = case.fused(compiled=compiled)
+        found.append([loss.detach(), *torch.autograd.grad(loss, moved)])
+    for eager, made in zip(*found, strict=True):
+        assert (made - eager).norm() <= 1e-5 * eager.norm()

@@ -8,8 +8,9 @@ before it costs arithmetic. The plain way, which this equals, is to project all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def fused_kv_loss(
     num_tokens: Tensor | int | None = None,
     piece_rows: int | None = None,
     token_weights: Tensor | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The KV loss of ``objective`` over the true tokens of ``teacher_kv.mask``: a scalar, and it without weights.
 
@@ -78,6 +80,7 @@ def fused_kv_loss(
         piece_rows: tokens times layers that are worked on at once, default by the device; rounded to whole tiles of
             dropout.
         token_weights: ``[batch, tokens]``, what each token's error is multiplied by; default 1.
+        compiled: let ``torch.compile`` make one piece's adapter and errors, forward and backward; default false.
 
     The other arguments are those of :func:`kvgraft.distill.losses.kv_regression_loss`.
     """
@@ -112,6 +115,7 @@ def fused_kv_loss(
             token_weights=token_weights,
             seed=draw_seed(),
             piece_rows=piece_rows or (_CPU_ROWS if mask.device.type == "cpu" else _DEVICE_ROWS),
+            compiled=compiled,
         )
         moved = [source.tensor, *adapter.parameters()]
         if objective == "teacher_to_student":
@@ -195,6 +199,7 @@ class _Work:
     token_weights: Tensor | None
     seed: int
     piece_rows: int
+    compiled: bool
 
     def loss_and_gradients(self, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """The loss, it without token weights, and its gradients where ``wanted``.
@@ -241,13 +246,18 @@ class _Work:
         self, target: Tensor, source: Tensor, leaves: Sequence[Tensor], layers: range, block: _Block
     ) -> Tensor:
         names = [name for name, _ in self.adapter.named_parameters()]
-        kept = self._kept(layers, block)
-        output = functional_call(self.adapter, dict(zip(names, leaves, strict=True)), (source[None], kept))[0].float()
         chosen = slice(layers.start, layers.stop)
-        if self.output_units is not None:
-            shift, factor = (part[chosen] for part in self.output_units)
-            output = torch.addcmul(shift, output, factor)
-        error = FORMS[self.form](output, self._scaled_target(target, chosen))
+        units = None if self.output_units is None else tuple(part[chosen] for part in self.output_units)
+        errors_of = _compiled_errors if self.compiled else _errors
+        error = errors_of(
+            self.adapter,
+            dict(zip(names, leaves, strict=True)),
+            source,
+            self._kept(layers, block),
+            units,
+            self._scaled_target(target, chosen),
+            self.form,
+        )
         return error * self.weights[chosen, None]
 
     def _scaled_target(self, target: Tensor, layers: slice) -> Tensor:
@@ -307,6 +317,44 @@ class _FusedLoss(torch.autograd.Function):
         # Not in place: the trainer asks for the gradient of one loss more than once.
         scaled = [None if gradient is None else gradient * arriving for gradient in ctx.saved_tensors]
         return (None, None, *scaled)
+
+
+def _errors(
+    adapter: ElasticBottleneck,
+    parameters: dict[str, Tensor],
+    source: Tensor,
+    kept: Tensor | None,
+    output_units: tuple[Tensor, ...] | None,
+    target: Tensor,
+    form: LossForm,
+) -> Tensor:
+    """Errors ``[layers, rows]`` of what ``adapter`` with ``parameters`` makes of ``source [layers, rows, width]``."""
+    output = functional_call(adapter, parameters, (source[None], kept))[0].float()
+    if output_units is not None:
+        shift, factor = output_units
+        output = torch.addcmul(shift, output, factor)
+    return FORMS[form](output, target)
+
+
+def _compiled_errors(
+    adapter: ElasticBottleneck,
+    parameters: dict[str, Tensor],
+    source: Tensor,
+    kept: Tensor | None,
+    output_units: tuple[Tensor, ...] | None,
+    target: Tensor,
+    form: LossForm,
+) -> Tensor:
+    """:func:`_errors`, compiled once for any number of rows."""
+    for tensor, axis in ((source, 1), (kept, 2), (target, 1)):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    return _compiler()(adapter, parameters, source, kept, output_units, target, form)
+
+
+@cache
+def _compiler() -> Callable[..., Tensor]:
+    return torch.compile(_errors)
 
 
 def _output_units(scale: KVScale, standard: tuple[Tensor, Tensor] | None, kind: int) -> tuple[Tensor, Tensor] | None:

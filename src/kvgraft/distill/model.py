@@ -277,6 +277,7 @@ class DistillationModel(nn.Module):
             layer_weights=self.loss.layer_weights,
             num_tokens=num_tokens,
             token_weights=token_weights,
+            compiled=self.loss.compile,
         )
 
 

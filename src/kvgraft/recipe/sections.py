@@ -275,6 +275,8 @@ class KVLossRecipe(Section):
     the teachers), ``learned``, or ``confidence``, by how likely each teacher finds the text.
     ``source: online`` runs the teachers in every step, and again in every evaluation, in place of reading a store; the
     centre and spread of their KV then come from the first ``calibration_texts`` training texts.
+    ``compile`` lets ``torch.compile`` make the adapters' steps, which takes some seconds at first and, on a CPU, a C++
+    compiler.
     """
 
     objective: Objective = "student_to_teacher"
@@ -288,6 +290,7 @@ class KVLossRecipe(Section):
     layer_weights: list[Weight] | None = None
     relation_heads: Positive = 4
     source: Literal["store", "online"] = "store"
+    compile: bool = False
     calibration_texts: Positive = 128
 
     @model_validator(mode="after")
