@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,25 @@ def test_as_stored_is_the_mapped_file_itself(tmp_path: Path, dtype: str) -> None
     assert torch.equal(one.keys.float(), store.read(KEYS[4]).kv.keys)
     some = store.read(KEYS[4], layers=[5, 1], as_stored=True).kv
     assert torch.equal(some.values, one.select_layers([5, 1]).values)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice on files")
+def test_the_system_is_asked_for_the_layers_that_are_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fill(tmp_path, list(range(7)))
+    asked: list[bytes] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda file, offset, length, advice: asked.append(os.pread(file, length, offset))
+    )
+    for key in KEYS:
+        store.read(key)
+        assert not asked
+        stored = store.read(key, layers=IDENTITY.layers[-1:], as_stored=True).kv
+        (content,) = asked
+        both = [part[0, 0].transpose(0, 1).flatten(1) for part in (stored.keys, stored.values)]
+        assert content == torch.stack(both).numpy().tobytes()
+        asked.clear()
 
 
 def test_tokens_are_read_without_the_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

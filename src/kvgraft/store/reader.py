@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from kvgraft.store.format import (
     read_manifest,
     read_quantizer,
     short_key,
+    stored_bytes_per_token,
 )
 from kvgraft.store.moments import Moments
 
@@ -82,6 +83,7 @@ class KVStore:
     quantizer: FewBitsQuantizer | None = None
     # Open files per process: a forked worker opens its own and leaves its parent's alone.
     _handles: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    _files: dict[int, dict[str, BinaryIO]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path, expected: StoreIdentity | None = None, *, verify: bool = True) -> KVStore:
@@ -240,6 +242,8 @@ class KVStore:
     def _numbers(self, entry: SampleEntry, index: list[int], as_stored: bool) -> Tensor:
         """Numbers ``[layers, 2, tokens, kv_dim]`` at ``index`` of the store's layers, float32 unless ``as_stored``."""
         held = len(self.identity.layers)
+        if len(index) < held and self.identity.format_version > 1:
+            self._ask_ahead(entry, index)
         rows: Tensor = self._slice(entry, "kv")
         if self.identity.format_version == 1:
             mapped = rows.view(entry.tokens, held, 2, -1).permute(1, 2, 0, 3)
@@ -254,6 +258,22 @@ class KVStore:
         chosen = mapped if index == list(range(held)) else mapped.index_select(0, torch.tensor(index))
         return chosen if self.quantizer is None else self.quantizer.decode(chosen, index)
 
+    def _ask_ahead(self, entry: SampleEntry, index: list[int]) -> None:
+        """Let the system fetch these layers of a sample and no others.
+
+        Left to itself it reads on from each page that is missed, over the layers between.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        shard = self.manifest.shards[entry.shard]
+        token_bytes = stored_bytes_per_token(self.identity.geometry, self.identity.dtype)
+        layer_bytes = entry.tokens * token_bytes // len(self.identity.layers)
+        # The KV is the last tensor of its file.
+        start = shard.bytes - (shard.tokens - entry.first_token) * token_bytes
+        descriptor = self._descriptor(entry.shard)
+        for layer in index:
+            os.posix_fadvise(descriptor, start + layer * layer_bytes, layer_bytes, os.POSIX_FADV_WILLNEED)
+
     def _slice(self, entry: SampleEntry, name: str) -> Any:
         return self._shard(entry.shard).get_slice(name)[entry.first_token : entry.first_token + entry.tokens]
 
@@ -262,3 +282,9 @@ class KVStore:
         if name not in handles:
             handles[name] = safe_open(self.folder / name, framework="pt")
         return handles[name]
+
+    def _descriptor(self, name: str) -> int:
+        files = self._files.setdefault(os.getpid(), {})
+        if name not in files:
+            files[name] = open(self.folder / name, "rb")  # noqa: SIM115 - stays open as long as the store
+        return files[name].fileno()
