@@ -3,13 +3,14 @@
     python benchmarks/store_speed.py
 
 Random numbers in the shape of SmolLM2-135M's KV (30 layers, 3 heads of 64), float16 on disk, float32 in memory, texts
-in random order. The cold reads are after the kernel was asked to forget the files. Caching fills a store with
-SmolLM2-135M's KV of random tokens, and is set beside capturing it alone. Together fills a store of log-probabilities by
-the same pass, and is set beside a pass for each.
+in random order. The cold reads are after the kernel was asked to forget the files. Parts are what writing computes.
+Caching fills a store with SmolLM2-135M's KV of random tokens, and is set beside capturing it alone. Together fills a
+store of log-probabilities by the same pass, and is set beside a pass for each.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -35,6 +36,7 @@ from kvgraft.store.fill_kv import KVStoreToFill
 from kvgraft.store.fill_logits import LogitStoreToFill
 from kvgraft.store.format import StoreIdentity
 from kvgraft.store.logits import LogitIdentity
+from kvgraft.store.moments import Moments
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
 
@@ -50,7 +52,8 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Where to write; default the system's temporary folder.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="A dtype of the store; may be repeated.")] = None,
     only: Annotated[
-        Literal["rates", "caching", "together"] | None, typer.Option(help="A third of what there is to measure.")
+        Literal["rates", "parts", "caching", "together"] | None,
+        typer.Option(help="One of what there is."),
     ] = None,
     processor_time: Annotated[bool, typer.Option(help="Count what all threads compute, and not time passed.")] = False,
 ) -> None:
@@ -58,6 +61,8 @@ def main(
     clock = time.process_time if processor_time else time.perf_counter
     if only in (None, "rates"):
         typer.echo(measure(texts, repeats, folder, dtype or DTYPES, clock)["table"])
+    if only in (None, "parts"):
+        typer.echo(measure_parts(texts, repeats)["table"])
     if only in (None, "caching"):
         typer.echo(measure_caching(repeats, folder, clock)["table"])
     if only in (None, "together"):
@@ -165,6 +170,27 @@ def _measure_reading(
         "warm": interleaved_medians(ways, repeats, clock=clock),
         "cold": interleaved_medians(ways, repeats, before_each=forget, clock=clock),
     }
+
+
+def measure_parts(texts: int = 32, repeats: int = 5) -> dict[str, object]:
+    """Processor seconds of what writing float16 is made of, one after the other in one thread, and ``table``."""
+    numbers = torch.randn(texts, 2, LAYERS, HEADS, TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    layout = numbers.permute(0, 2, 1, 4, 3, 5)
+    stored = layout.half().contiguous()
+    rows, counted = stored.flatten(-2), torch.ones(TOKENS, dtype=torch.bool)
+    there = torch.empty_like(stored[0])
+    ways: dict[str, Callable[[], object]] = {
+        "copying the ready bytes": lambda: [there.copy_(text) for text in stored],
+        "converting into the file's layout": lambda: [there.copy_(text) for text in layout],
+        "looking for what is not finite": lambda: [torch.aminmax(text) for text in stored],
+        "mean and spread of each channel": lambda: [Moments.of(text, counted) for text in rows],
+        "checksum": lambda: [hashlib.sha256(text.numpy().data).hexdigest() for text in stored],
+    }
+    seconds = interleaved_medians(ways, repeats, clock=time.process_time)
+    megabytes = stored.nbytes / 1e6
+    lines = ["| part of writing | MB/s, of float16 |\n| --- | ---: |"]
+    lines += [f"| {name} | {megabytes / spent:,.0f} |" for name, spent in seconds.items()]
+    return {"seconds": seconds, "table": "\n".join(lines)}
 
 
 def measure_caching(

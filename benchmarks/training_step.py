@@ -6,7 +6,8 @@ The arms `baseline` and `kv` of the recipe, and `kv` with all projected KV held 
 same batches: forward, backward, clipping, AdamW. Reading is what the data loader takes for a batch with the teachers'
 KV. Time is processor time of one thread, so that other processes weigh little; the median of all steps after the first
 is given. Waiting is time passed until a batch is there that a thread reads during the step before, as in `kvgraft
-train`, over the time passed with a step of arm `kv`. The teachers' KV is cached first if the store lacks it.
+train`, over the time passed with a step of arm `kv`. The adapters' matrix products are measured by themselves: no way
+to project can be faster. The teachers' KV is cached first if the store lacks it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from unittest import mock
 
 import torch
 import typer
+from fused_loss import Sizes, product_seconds
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -76,11 +78,13 @@ def main(
     data = arm_data(prepare(loaded))
     arms = [Arm(loaded, data, name) for name in ("baseline", "kv", PLAIN, COMPILED)]
     reading: list[float] = []
+    products: list[float] = []
     batches = batches_of(loaded, data, "kv")
     for _ in range(steps):
         started = time.thread_time()
         batch = next(batches)
         reading.append(time.thread_time() - started)
+        products.append(_product_seconds(arms[1].model, batch))
         for arm in arms:
             arm.step(batch)
     first = statistics.median(arms[0].seconds[1:])
@@ -88,10 +92,27 @@ def main(
     for arm in arms:
         seconds = statistics.median(arm.seconds[1:])
         typer.echo(f"| step, {arm.name} | {seconds * 1e3:.0f} | {seconds / first:.2f} |")
+    bound = statistics.median(products[1:])
+    typer.echo(
+        f"| the adapters' matrix products alone, beside that step | {bound * 1e3:.0f} | {1 + bound / first:.2f} |"
+    )
     read, step = statistics.median(reading[1:]), statistics.median(arms[1].seconds[1:])
     typer.echo(f"| reading a batch | {read * 1e3:.1f} | {read / (read + step):.1%} of a step with KV |")
     waited, passed = _waiting(arms[1], batches, steps)
     typer.echo(f"| waiting for a batch read ahead | {waited * 1e3:.1f} | {waited / passed:.1%} of a step with KV |")
+
+
+def _product_seconds(model: DistillationModel, batch: dict[str, Any]) -> float:
+    """Of projecting the tokens of ``batch`` that count, forward and backward, for all teachers."""
+    assert model.projector is not None
+    seconds = 0.0
+    for teacher, kv in batch["teacher_kv"].items():
+        adapter = model.projector.adapters(teacher)[0]
+        assert adapter.up is not None
+        ratio = adapter.up.weight.shape[1] / adapter.in_dim
+        tokens, layers = int(kv.mask.sum()), len(model.layer_maps[teacher])
+        seconds += product_seconds(Sizes(layers, tokens, adapter.in_dim, adapter.out_dim, ratio, 0.0))
+    return seconds
 
 
 def _waiting(arm: Arm, batches: Iterator[dict[str, Any]], steps: int) -> tuple[float, float]:
