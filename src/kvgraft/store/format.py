@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -274,12 +275,12 @@ def write_atomically(path: Path, chunks: Sequence[memoryview]) -> str:
         StoreError: the disk is full; the temporary file is gone and what stood at ``path`` is untouched.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    digest = hashlib.sha256()
     try:
-        with open(temporary, "wb") as file:
+        # The checksum takes about as long as the write, and another core.
+        with ThreadPoolExecutor(1, thread_name_prefix="checksum") as thread, open(temporary, "wb") as file:
+            digest = thread.submit(_sha256, chunks)
             for chunk in chunks:
                 file.write(chunk)
-                digest.update(chunk)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -289,7 +290,7 @@ def write_atomically(path: Path, chunks: Sequence[memoryview]) -> str:
             raise _disk_full(path, sum(chunk.nbytes for chunk in chunks)) from error
         raise
     _sync_folder(path.parent)
-    return digest.hexdigest()
+    return digest.result()
 
 
 class ListedShards(Protocol):
@@ -332,6 +333,13 @@ def _disk_full(path: Path, needed: int) -> StoreError:
         f"the disk is full: writing {path.name} into {path.parent} needs {needed} bytes and {free} are free there. "
         "The shards already written stay usable: free some space and run the same command again to go on from them."
     )
+
+
+def _sha256(chunks: Sequence[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _file_sha256(path: Path) -> str:
