@@ -22,7 +22,7 @@ from kvgraft.distill.losses import FORMS, KVScale, LossForm, normalised_layer_we
 from kvgraft.errors import KVGraftError, ProjectorError
 from kvgraft.kv import KV
 from kvgraft.projector.adapters import ElasticBottleneck, layer_runs, sets_of_layers
-from kvgraft.projector.dropout import TILE_TOKENS, draw_seed, kept_units, num_tiles
+from kvgraft.projector.dropout import TILE_TOKENS, draw_kept, draw_seed, num_tiles, weigh_kept
 from kvgraft.projector.projector import KVDimensionProjector
 
 # Rows (a token in a layer) of one piece: on a CPU few enough for its caches, elsewhere enough to keep it busy.
@@ -274,7 +274,7 @@ class _Work:
         tiles, units = num_tiles(tokens), adapter.up.weight.shape[1]
         first_tile = (block.tokens.start or 0) // TILE_TOKENS
         drawn = [
-            kept_units(
+            draw_kept(
                 adapter.dropout,
                 self.seed,
                 (layer * batch + text) * tiles + first_tile,
@@ -286,7 +286,7 @@ class _Work:
             for text in range(batch)[block.texts]
         ]
         kept = (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).view(len(layers), -1, units)
-        return (kept if block.is_full else kept.index_select(1, block.real))[None]
+        return kept if block.is_full else kept.index_select(1, block.real)
 
     def _blocks(self) -> Iterator[_Block]:
         """The grid of texts and tokens in blocks of at most ``piece_rows``, without those that hold nothing real."""
@@ -329,7 +329,8 @@ def _errors(
     form: LossForm,
 ) -> Tensor:
     """Errors ``[layers, rows]`` of what ``adapter`` with ``parameters`` makes of ``source [layers, rows, width]``."""
-    output = functional_call(adapter, parameters, (source[None], kept))[0].float()
+    weights = None if kept is None else weigh_kept(kept, adapter.dropout)[None]
+    output = functional_call(adapter, parameters, (source[None], weights))[0].float()
     if output_units is not None:
         shift, factor = output_units
         output = torch.addcmul(shift, output, factor)
@@ -346,9 +347,9 @@ def _compiled_errors(
     form: LossForm,
 ) -> Tensor:
     """:func:`_errors`, compiled once for any number of rows."""
-    for tensor, axis in ((source, 1), (kept, 2), (target, 1)):
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    for rows in (source, kept, target):
+        if rows is not None:
+            torch._dynamo.maybe_mark_dynamic(rows, 1)
     return _compiler()(adapter, parameters, source, kept, output_units, target, form)
 
 
