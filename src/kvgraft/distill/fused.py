@@ -247,17 +247,15 @@ class _Work:
     ) -> Tensor:
         names = [name for name, _ in self.adapter.named_parameters()]
         chosen = slice(layers.start, layers.stop)
+        kept, scaled = self._kept(layers, block), self._scaled_target(target, chosen)
         units = None if self.output_units is None else tuple(part[chosen] for part in self.output_units)
-        errors_of = _compiled_errors if self.compiled else _errors
-        error = errors_of(
-            self.adapter,
-            dict(zip(names, leaves, strict=True)),
-            source,
-            self._kept(layers, block),
-            units,
-            self._scaled_target(target, chosen),
-            self.form,
-        )
+        errors_of: Callable[..., Tensor] = _errors
+        if self.compiled:
+            errors_of = _compiled_errors()
+            for rows in (source, kept, scaled):
+                if rows is not None:
+                    torch._dynamo.maybe_mark_dynamic(rows, 1)
+        error = errors_of(self.adapter, dict(zip(names, leaves, strict=True)), source, kept, units, scaled, self.form)
         return error * self.weights[chosen, None]
 
     def _scaled_target(self, target: Tensor, layers: slice) -> Tensor:
@@ -337,24 +335,9 @@ def _errors(
     return FORMS[form](output, target)
 
 
-def _compiled_errors(
-    adapter: ElasticBottleneck,
-    parameters: dict[str, Tensor],
-    source: Tensor,
-    kept: Tensor | None,
-    output_units: tuple[Tensor, ...] | None,
-    target: Tensor,
-    form: LossForm,
-) -> Tensor:
-    """:func:`_errors`, compiled once for any number of rows."""
-    for rows in (source, kept, target):
-        if rows is not None:
-            torch._dynamo.maybe_mark_dynamic(rows, 1)
-    return _compiler()(adapter, parameters, source, kept, output_units, target, form)
-
-
 @cache
-def _compiler() -> Callable[..., Tensor]:
+def _compiled_errors() -> Callable[..., Tensor]:
+    """:func:`_errors`, compiled once for any number of rows."""
     return torch.compile(_errors)
 
 

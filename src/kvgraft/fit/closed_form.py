@@ -91,6 +91,7 @@ class _Sums:
         sources = self.projector.sources_of_rows(self.teacher, *rows.source[:, None])
         mask = torch.ones(1, len(rows), dtype=torch.bool)
         weights = None if rows.weights is None else rows.weights[None]
+        # Where keys and values are made from the same, one source serves both.
         for equations, source, target in zip(found, sources, wanted, strict=False):
             equations.add(source, target, mask, weights)
 
