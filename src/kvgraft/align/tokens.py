@@ -197,7 +197,8 @@ def _mean_over_pairs(tensor: Tensor, students: Tensor, teachers: Tensor, student
     if bool((counts == 1).all()):
         return chosen
     if bool((counts <= 1).all()):
-        return tensor.new_zeros(shape).index_copy(3, students, chosen)
+        # In place: autocast, under which grafts are trained, has a copy of its own that takes no float16.
+        return tensor.new_zeros(shape).index_copy_(3, students, chosen)
     # Sums in float32 at least: half precision would round after every token.
     wide = torch.promote_types(tensor.dtype, torch.float32)
     sums = torch.zeros(shape, dtype=wide, device=tensor.device).index_add(3, students, chosen.to(wide))
