@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,21 @@ def test_own_cache_equals_reading_and_the_controls_differ(fit_recipe: Callable[.
     assert tried == [f"random in layers {layer} to {layer} alone" for layer in range(3)]
     for name in (*tried, "random", "random, another question", "random, tokens shuffled", "another question, own"):
         assert losses[name].mean != losses["own"].mean
+
+
+def test_no_question_still_has_what_stands_before_any_text(fit_recipe: Callable[..., Recipe]) -> None:
+    data = prepare_fit(fit_recipe(**WHOLE, store={"dtype": "float32"}))
+    items = Questions(data.held_out, data.held_out_examples)
+    assert items.before_text(0) is None
+    # As if the first token of the first text were a BOS.
+    first, *others = data.held_out.texts
+    spans = first.spans.copy()
+    spans[0] = 0
+    pairs = replace(data.held_out, texts=[replace(first, spans=spans), *others])
+    before = Questions(pairs, data.held_out_examples).before_text(0)
+    assert before is not None
+    assert before.mask.shape == (1, 1)
+    assert torch.equal(before.keys, items[0].pair.target.keys[:, :, :, :1])
 
 
 def test_the_teacher_alone_answers_as_it_does_without_us(fit_recipe: Callable[..., Recipe]) -> None:

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from kvgraft.errors import GraftError
 from kvgraft.fit.data import KVPair
 from kvgraft.fit.measure import project_pair
-from kvgraft.graft.pieces import concatenate, in_order, with_own_tokens
+from kvgraft.graft.pieces import concatenate, first_tokens, in_order, with_own_tokens
 from kvgraft.kv import KV
 from kvgraft.projector.projector import KVDimensionProjector
 
@@ -67,7 +67,7 @@ class Grafter(nn.Module):
         read = text if read is None else read
         projected = project_pair(self.projector, self.teacher, read)
         if self.fusion == "gated":
-            return in_order(self._mixed(text.target, _cut(projected, text.target.mask.shape[1])))
+            return in_order(self._mixed(text.target, first_tokens(projected, text.target.mask.shape[1])))
         grafted = in_order(with_own_tokens(projected, read.target, self.own_first_tokens))
         return grafted if self.fusion == "none" else in_order(concatenate([grafted, text.target]))
 
@@ -114,19 +114,3 @@ class Grafter(nn.Module):
         except (OSError, TypeError, ValueError, RuntimeError) as error:
             raise GraftError(f"{folder} holds no grafter that can be read: {error}") from error
         return grafter.eval()
-
-
-def _cut(kv: KV, tokens: int) -> KV:
-    """The first ``tokens`` of ``kv``; what is missing is masked."""
-    missing = max(tokens - kv.mask.shape[1], 0)
-
-    def fitted(part: Tensor) -> Tensor:
-        return nn.functional.pad(part[..., :tokens, :], (0, 0, 0, missing))
-
-    return replace(
-        kv,
-        keys=fitted(kv.keys),
-        values=fitted(kv.values),
-        positions=nn.functional.pad(kv.positions[:, :tokens], (0, missing)),
-        mask=nn.functional.pad(kv.mask[:, :tokens], (0, missing)),
-    )

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kvgraft.errors import GraftError
 from kvgraft.kv import KV
@@ -175,4 +176,20 @@ def _repeated(kv: KV, batch: int) -> KV:
         values=kv.values.expand(batch, *kv.values.shape[1:]),
         positions=kv.positions.expand(batch, -1),
         mask=kv.mask.expand(batch, -1),
+    )
+
+
+def first_tokens(kv: KV, tokens: int) -> KV:
+    """The first ``tokens`` of ``kv``; what is missing is masked."""
+    missing = max(tokens - kv.mask.shape[1], 0)
+
+    def fitted(part: Tensor) -> Tensor:
+        return functional.pad(part[..., :tokens, :], (0, 0, 0, missing))
+
+    return replace(
+        kv,
+        keys=fitted(kv.keys),
+        values=fitted(kv.values),
+        positions=functional.pad(kv.positions[:, :tokens], (0, missing)),
+        mask=functional.pad(kv.mask[:, :tokens], (0, missing)),
     )

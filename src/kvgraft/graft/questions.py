@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from kvgraft.data.datasets import Example
 from kvgraft.errors import GraftError
 from kvgraft.fit.data import KVPair, PairDataset
+from kvgraft.graft.pieces import first_tokens
 from kvgraft.kv import KV
 
 
@@ -66,6 +67,12 @@ class Questions(Dataset[Question]):
         answer = torch.tensor([list(text.input_ids)[tokens:]])
         return Question(_beginning(self.pairs[index], tokens, within), answer)
 
+    def before_text(self, place: int) -> KV | None:
+        """The student's own KV of what its tokenizer puts before any text, such as BOS; None where it puts nothing."""
+        index, _, _ = self._places[place]
+        tokens = int((self.pairs.texts[index].spans[:, 1] == 0).sum())
+        return first_tokens(self.pairs[index].target, tokens) if tokens else None
+
     def lengths(self) -> list[int]:
         """Tokens of each question."""
         return [tokens for _, tokens, _ in self._places]
@@ -83,15 +90,7 @@ class Questions(Dataset[Question]):
 
 def _beginning(pair: KVPair, tokens: int, within: Tensor) -> KVPair:
     """The first ``tokens`` of a pair; those outside ``within [1, tokens]`` do not count."""
-
-    def cut(kv: KV) -> KV:
-        return replace(
-            kv,
-            keys=kv.keys[:, :, :, :tokens],
-            values=kv.values[:, :, :, :tokens],
-            positions=kv.positions[:, :tokens],
-            mask=kv.mask[:, :tokens],
-        )
-
     mask = pair.mask[:, :tokens] & within
-    return KVPair(cut(pair.source), cut(pair.target), mask, pair.input_ids[:, :tokens])
+    return KVPair(
+        first_tokens(pair.source, tokens), first_tokens(pair.target, tokens), mask, pair.input_ids[:, :tokens]
+    )

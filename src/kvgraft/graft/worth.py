@@ -54,6 +54,8 @@ def cache_worth(
 ) -> dict[str, AnswerLoss]:
     """The answers' likelihood from every cache: the student's own, none, each grafter's, and the controls.
 
+    ``none`` has the student's BOS where its tokenizer puts one: without it some models are lost, whatever they read.
+
     Args:
         student: frozen.
         questions: with the student's own KV of all its layers as target.
@@ -76,7 +78,7 @@ def cache_worth(
             item, other_index = questions[index], (index + 1) % len(questions)
             own, answer = item.pair.target, item.answer_ids
             note("own", own, answer)
-            note("none", None, answer)
+            note("none", questions.before_text(index), answer)
             note("another question, own", questions[other_index].pair.target, answer)
             for name, constant in (("mean", mean_kv), ("zeros", tuple(torch.zeros_like(part) for part in mean_kv))):
                 note(name, with_own_tokens(_constant(own, constant), own, own_first_tokens), answer)
