@@ -83,6 +83,7 @@ class KVStore:
     quantizer: FewBitsQuantizer | None = None
     # Open files per process: a forked worker opens its own and leaves its parent's alone.
     _handles: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    _tensors: dict[int, dict[tuple[str, str], Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _files: dict[int, dict[str, BinaryIO]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -236,15 +237,14 @@ class KVStore:
         return [held.index(layer) for layer in layers]
 
     def _spans(self, entry: SampleEntry) -> np.ndarray:
-        spans: Tensor = self._slice(entry, "spans")
-        return np.array(spans.numpy())
+        return np.array(self._slice(entry, "spans").numpy())
 
     def _numbers(self, entry: SampleEntry, index: list[int], as_stored: bool) -> Tensor:
         """Numbers ``[layers, 2, tokens, kv_dim]`` at ``index`` of the store's layers, float32 unless ``as_stored``."""
         held = len(self.identity.layers)
         if len(index) < held and self.identity.format_version > 1:
             self._ask_ahead(entry, index)
-        rows: Tensor = self._slice(entry, "kv")
+        rows = self._slice(entry, "kv")
         if self.identity.format_version == 1:
             mapped = rows.view(entry.tokens, held, 2, -1).permute(1, 2, 0, 3)
         else:
@@ -274,8 +274,12 @@ class KVStore:
         for layer in index:
             os.posix_fadvise(descriptor, start + layer * layer_bytes, layer_bytes, os.POSIX_FADV_WILLNEED)
 
-    def _slice(self, entry: SampleEntry, name: str) -> Any:
-        return self._shard(entry.shard).get_slice(name)[entry.first_token : entry.first_token + entry.tokens]
+    def _slice(self, entry: SampleEntry, name: str) -> Tensor:
+        tensors = self._tensors.setdefault(os.getpid(), {})
+        if (entry.shard, name) not in tensors:
+            # The whole of it is only mapped, and costs a slice less than asking the file for each sample's.
+            tensors[entry.shard, name] = self._shard(entry.shard).get_tensor(name)
+        return tensors[entry.shard, name][entry.first_token : entry.first_token + entry.tokens]
 
     def _shard(self, name: str) -> Any:
         handles = self._handles.setdefault(os.getpid(), {})
