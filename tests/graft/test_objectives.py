@@ -40,6 +40,18 @@ def test_a_batch_is_its_texts_one_by_one(model: ContinuationModel) -> None:
     assert model(torch.tensor([0, 5, 7]))["loss"].item() == pytest.approx(nats / tokens, rel=1e-5)
 
 
+def test_held_out_questions_are_judged_one_by_one_and_weigh_by_their_tokens(model: ContinuationModel) -> None:
+    model.eval()
+    sizes: list[int] = []
+    loss = model._loss
+    model._loss = lambda questions: sizes.append(len(questions)) or loss(questions)
+    found = model.held_out_losses()["loss"]
+    assert sizes == [1] * len(model.held_out_questions)
+    with torch.no_grad():
+        together = loss([model.held_out_questions[index] for index in range(len(model.held_out_questions))])
+    assert found == pytest.approx(float(together), rel=1e-5)
+
+
 def test_the_gradient_is_the_slope(model: ContinuationModel) -> None:
     model.eval()
     weight = model.grafter.projector.adapters(TEACHER)[1].down.weight

@@ -50,9 +50,12 @@ class ContinuationModel(FitModel):
 
     @torch.no_grad()
     def held_out_losses(self) -> dict[str, float]:
-        """The same on a few held-out questions."""
+        """The same on a few held-out questions, one after the other: a large vocabulary's logits fill memory fast."""
         count = min(_EVALUATION_QUESTIONS, len(self.held_out_questions))
-        return {"loss": float(self._loss([self.held_out_questions[index] for index in range(count)]))}
+        questions = [self.held_out_questions[index] for index in range(count)]
+        tokens = [question.answer_ids.shape[1] - 1 for question in questions]
+        nats = sum(float(self._loss([question])) * count for question, count in zip(questions, tokens, strict=True))
+        return {"loss": nats / sum(tokens)}
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Adapters at the rate; gates, of which each is one number, at twenty times that and without decay."""
