@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvgraft.distill.cross_vocabulary import chunk_likelihood_loss, sorted_probability_loss, token_log_likelihood
-from kvgraft.distill.logits import FullTarget, TopTarget, divergence_loss
+from kvgraft.distill.logits import FullTarget, TopTarget, cross_entropy_loss, divergence_loss
 from kvgraft.errors import KVGraftError
 from kvgraft.models.head import Head
 
@@ -72,6 +72,17 @@ def test_divergence_and_gradients_are_those_of_full_logits(beta: float, temperat
     require_equal(
         lambda: divergence_loss(s.hidden, s.head, s.teacher, beta=beta, temperature=temperature, chunk_tokens=4),
         lambda: plain_divergence(s.head.logits(s.hidden), s.teacher.logits(slice(None)), beta, temperature).mean(),
+        s.leaves,
+    )
+
+
+@pytest.mark.parametrize("form", [{}, {"bias": True, "scale": 0.3}, {"softcap": 2.0}])
+def test_cross_entropy_and_its_gradients_are_those_of_full_logits(form: dict) -> None:
+    s = sides(**form)
+    token_ids = torch.arange(TOKENS) * 5 % VOCABULARY
+    require_equal(
+        lambda: cross_entropy_loss(s.hidden, s.head, token_ids, chunk_tokens=4),
+        lambda: F.cross_entropy(s.head.logits(s.hidden), token_ids),
         s.leaves,
     )
 

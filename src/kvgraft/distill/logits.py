@@ -102,6 +102,19 @@ def divergence_loss(
     return chunked_loss(hidden, head, compare, num_tokens, chunk_tokens)
 
 
+def cross_entropy_loss(hidden: Tensor, head: Head, token_ids: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+    """Mean negative log-likelihood of ``token_ids [tokens]`` after ``hidden [tokens, hidden_size]``: a scalar."""
+
+    def compare(logits: Tensor, rows: slice) -> Tensor:
+        ids = token_ids[rows, None]
+        logits.sub_(logits.logsumexp(-1, keepdim=True))
+        loss = -logits.gather(-1, ids)[:, 0]
+        logits.exp_().scatter_add_(-1, ids, logits.new_full(ids.shape, -1.0))
+        return loss
+
+    return chunked_loss(hidden, head, compare, chunk_tokens=chunk_tokens)
+
+
 def chunked_loss(
     hidden: Tensor,
     head: Head,

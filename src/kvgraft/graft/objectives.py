@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvgraft.data.batch_plan import plan_batches
+from kvgraft.distill.logits import FullTarget, cross_entropy_loss, divergence_loss
 from kvgraft.fit.train import FitModel, train_fit
 from kvgraft.graft.cache import cache_from_kv
 from kvgraft.graft.grafter import Grafter
 from kvgraft.graft.questions import Question, Questions
 from kvgraft.kv import KV, stack_kv
+from kvgraft.models.capture import decoder_of
+from kvgraft.models.head import as_the_head_reads, head_of
 from kvgraft.recipe import ContinuationRecipe
 
 # Held-out questions that are looked at while training.
@@ -41,6 +44,7 @@ class ContinuationModel(FitModel):
         super().__init__()
         self.grafter, self.target = grafter, target
         self.train_questions, self.held_out_questions = train, held_out
+        head_of(student)  # refused here if its logits are not made by a linear head
         # Not a submodule: it is neither trained nor saved nor moved.
         self._student = (student.eval().requires_grad_(False),)
 
@@ -50,7 +54,7 @@ class ContinuationModel(FitModel):
 
     @torch.no_grad()
     def held_out_losses(self) -> dict[str, float]:
-        """The same on a few held-out questions, one after the other: a large vocabulary's logits fill memory fast."""
+        """The same on a few held-out questions, one after the other."""
         count = min(_EVALUATION_QUESTIONS, len(self.held_out_questions))
         questions = [self.held_out_questions[index] for index in range(count)]
         tokens = [question.answer_ids.shape[1] - 1 for question in questions]
@@ -74,20 +78,22 @@ class ContinuationModel(FitModel):
 
     def _loss(self, questions: list[Question]) -> Tensor:
         answers, real = _joined_answers(questions)
-        logits = continuation_logits(
-            self._student[0], stack_kv([self.grafter(question.pair) for question in questions]), answers, real
-        )
-        counted = real[:, 1:].to(logits.device)
+        student = self._student[0]
+        head = head_of(student)
+        grafted = stack_kv([self.grafter(question.pair) for question in questions])
+        hidden = continuation_states(student, grafted, answers, real)
         if self.target == "text":
-            return F.cross_entropy(logits[counted], answers[:, 1:].to(logits.device)[counted])
+            return cross_entropy_loss(hidden, head, answers[:, 1:][real[:, 1:]].to(hidden.device))
         with torch.no_grad():
             own_kv = stack_kv([question.pair.target for question in questions])
-            own = continuation_logits(self._student[0], own_kv, answers, real)[counted].log_softmax(-1)
-        return F.kl_div(logits[counted].log_softmax(-1), own, reduction="sum", log_target=True) / counted.sum()
+            own = as_the_head_reads(continuation_states(student, own_kv, answers, real))
+        # Cast once, and not for every chunk.
+        own_target = FullTarget(own, replace(head, weight=head.weight.to(own.dtype)))
+        return divergence_loss(hidden, head, own_target)
 
 
-def continuation_logits(student: PreTrainedModel, kv: KV, answer_ids: Tensor, real: Tensor) -> Tensor:
-    """What ``student`` says after each answer token but the last, ``[batch, tokens - 1, vocabulary]`` float32.
+def continuation_states(student: PreTrainedModel, kv: KV, answer_ids: Tensor, real: Tensor) -> Tensor:
+    """Hidden states ``[tokens, hidden_size]`` from which ``student`` predicts each real answer token but the first.
 
     Args:
         student: goes on from the cache.
@@ -96,7 +102,8 @@ def continuation_logits(student: PreTrainedModel, kv: KV, answer_ids: Tensor, re
         real: ``[batch, tokens]`` bool, false where ``answer_ids`` is padding.
     """
     inputs = cache_from_kv(student, kv).forward_inputs(answer_ids[:, :-1], real[:, :-1].long())
-    return student(**inputs).logits.float()
+    states: Tensor = decoder_of(student)(**inputs).last_hidden_state
+    return states[real[:, 1:].to(states.device)]
 
 
 def train_on_continuations(
