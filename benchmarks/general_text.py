@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import textwrap
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated
@@ -28,7 +29,7 @@ def main(
     found = [
         passage
         for topic in sorted(topics)
-        for passage in passages(topics[topic].split(), prompt_characters, completion_characters)
+        for passage in passages(topics[topic], prompt_characters, prompt_characters + completion_characters)
     ]
     if len(found) < count:
         raise typer.BadParameter(f"there are {len(found)} passages of that length", param_hint="--count")
@@ -37,18 +38,11 @@ def main(
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def passages(words: list[str], prompt_characters: int, completion_characters: int) -> list[dict[str, str]]:
-    """``words`` in passages one behind the other; what is left at the end is too short."""
-    found, parts, lengths = [], [""], (prompt_characters, completion_characters)
-    for word in words:
-        parts[-1] += " " + word if parts[-1] or len(parts) > 1 else word
-        if len(parts[-1]) < lengths[len(parts) - 1]:
-            continue
-        if len(parts) == 2:
-            found.append({"prompt": parts[0], "completion": parts[1]})
-            parts = []
-        parts.append("")
-    return found
+def passages(text: str, prompt_characters: int, characters: int) -> list[dict[str, str]]:
+    """``text`` in passages of about ``characters``, one behind the other; what is left at the end is too short."""
+    *whole, _ = textwrap.wrap(" ".join(text.split()), characters)
+    cuts = [passage.index(" ", prompt_characters) for passage in whole]
+    return [{"prompt": passage[:cut], "completion": passage[cut:]} for passage, cut in zip(whole, cuts, strict=True)]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from kvgraft.projector.dropout import TILE_TOKENS, draw_seed, kept_units, num_tiles
+from kvgraft.projector.dropout import TILE_TOKENS, draw_kept, draw_seed, num_tiles, weigh_kept
+
+
+def kept_units(share: float, seed: int, place: int, num_tokens: int, num_units: int) -> torch.Tensor:
+    return weigh_kept(draw_kept(share, seed, place, num_tokens, num_units), share)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

@@ -44,7 +44,7 @@ class ContinuationModel(FitModel):
         super().__init__()
         self.grafter, self.target = grafter, target
         self.train_questions, self.held_out_questions = train, held_out
-        head_of(student)  # refused here if its logits are not made by a linear head
+        self._head = head_of(student)
         # Not a submodule: it is neither trained nor saved nor moved.
         self._student = (student.eval().requires_grad_(False),)
 
@@ -78,8 +78,7 @@ class ContinuationModel(FitModel):
 
     def _loss(self, questions: list[Question]) -> Tensor:
         answers, real = _joined_answers(questions)
-        student = self._student[0]
-        head = head_of(student)
+        student, head = self._student[0], self._head
         grafted = stack_kv([self.grafter(question.pair) for question in questions])
         hidden = continuation_states(student, grafted, answers, real)
         if self.target == "text":

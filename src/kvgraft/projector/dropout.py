@@ -20,13 +20,12 @@ def num_tiles(num_tokens: int) -> int:
     return -(-num_tokens // TILE_TOKENS)
 
 
-def kept_units(
+def draw_kept(
     share_dropped: float, seed: int, place: int, num_tokens: int, num_units: int, device: torch.device | None = None
 ) -> Tensor:
-    """What dropout multiplies the hidden units of one text by: ``[num_tokens, num_units]``, float32.
+    """Which hidden units of one text dropout keeps: ``[num_tokens, num_units]`` bool.
 
-    Each is 0 for ``share_dropped`` of the units (to the next 1/65536) and the reciprocal of the kept share elsewhere.
-    A longer text begins with the same rows.
+    Dropped are ``share_dropped`` of them, to the next 1/65536. A longer text begins with the same rows.
 
     Args:
         share_dropped: in [0, 1).
@@ -34,13 +33,6 @@ def kept_units(
         place: number of this text's first tile; tiles of :data:`TILE_TOKENS` tokens count on from there, and no two may
             have the same number.
     """
-    return weigh_kept(draw_kept(share_dropped, seed, place, num_tokens, num_units, device), share_dropped)
-
-
-def draw_kept(
-    share_dropped: float, seed: int, place: int, num_tokens: int, num_units: int, device: torch.device | None = None
-) -> Tensor:
-    """Which units :func:`kept_units` keeps: ``[num_tokens, num_units]`` bool."""
     # Sixteen random bits a unit instead of `bernoulli_`: ten times as fast on a CPU, where dropout otherwise costs a
     # fifth of the matrix products around it.
     kept = torch.empty(num_tokens, num_units, dtype=torch.bool, device=device)
@@ -54,7 +46,7 @@ def draw_kept(
 
 
 def weigh_kept(kept: Tensor, share_dropped: float) -> Tensor:
-    """What ``kept`` bool multiplies units by, float32."""
+    """What ``kept`` bool multiplies units by, float32: 0, or the reciprocal of the kept share."""
     return kept.float().mul_(_STEPS / (_STEPS - _threshold(share_dropped)))
 
 
