@@ -12,17 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -37,6 +35,7 @@ from kvgraft.store.format import (
     write_atomically,
 )
 from kvgraft.store.lock import lock_folder, unlock_folder
+from kvgraft.store.open_shards import OpenShards, open_shard
 from kvgraft.store.shares import SHARE_PATTERN, next_shard_name, with_shards_of
 from kvgraft.store.top_log_probs import WORD_BYTES, unpack_top
 
@@ -139,8 +138,7 @@ class LogitStore:
 
     folder: Path
     manifest: LogitManifest
-    # Open files per process: a forked worker opens its own and leaves its parent's alone.
-    _handles: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    _handles: OpenShards = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path, expected: LogitIdentity | None = None, *, verify: bool = True) -> LogitStore:
@@ -216,11 +214,8 @@ class LogitStore:
                 f"sample {short_key(key)} is not in the logit store in {self.folder}, which holds {len(self)} samples. "
                 "Run the cache command over the text that this run uses."
             )
-        handles = self._handles.setdefault(os.getpid(), {})
-        if entry.shard not in handles:
-            handles[entry.shard] = safe_open(self.folder / entry.shard, framework="pt")
-        rows: Tensor = handles[entry.shard].get_slice(name)[entry.first_token : entry.first_token + entry.tokens]
-        return rows.clone()
+        rows = open_shard(self._handles, self.folder, entry.shard).get_tensor(name)
+        return rows[entry.first_token : entry.first_token + entry.tokens].clone()
 
 
 @dataclass(frozen=True)

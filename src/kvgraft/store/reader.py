@@ -6,11 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from kvgraft.errors import StoreError
@@ -29,6 +27,7 @@ from kvgraft.store.format import (
     stored_bytes_per_token,
 )
 from kvgraft.store.moments import Moments
+from kvgraft.store.open_shards import OpenShard, OpenShards, open_shard
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,7 @@ class KVStore:
     folder: Path
     manifest: Manifest
     quantizer: FewBitsQuantizer | None = None
-    # Open files per process: a forked worker opens its own and leaves its parent's alone.
-    _handles: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
-    _tensors: dict[int, dict[tuple[str, str], Tensor]] = field(default_factory=dict, repr=False, compare=False)
-    _files: dict[int, dict[str, BinaryIO]] = field(default_factory=dict, repr=False, compare=False)
+    _handles: OpenShards = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path, expected: StoreIdentity | None = None, *, verify: bool = True) -> KVStore:
@@ -270,25 +266,12 @@ class KVStore:
         layer_bytes = entry.tokens * token_bytes // len(self.identity.layers)
         # The KV is the last tensor of its file.
         start = shard.bytes - (shard.tokens - entry.first_token) * token_bytes
-        descriptor = self._descriptor(entry.shard)
+        descriptor = self._shard(entry.shard).file.fileno()
         for layer in index:
             os.posix_fadvise(descriptor, start + layer * layer_bytes, layer_bytes, os.POSIX_FADV_WILLNEED)
 
     def _slice(self, entry: SampleEntry, name: str) -> Tensor:
-        tensors = self._tensors.setdefault(os.getpid(), {})
-        if (entry.shard, name) not in tensors:
-            # The whole of it is only mapped, and costs a slice less than asking the file for each sample's.
-            tensors[entry.shard, name] = self._shard(entry.shard).get_tensor(name)
-        return tensors[entry.shard, name][entry.first_token : entry.first_token + entry.tokens]
+        return self._shard(entry.shard).get_tensor(name)[entry.first_token : entry.first_token + entry.tokens]
 
-    def _shard(self, name: str) -> Any:
-        handles = self._handles.setdefault(os.getpid(), {})
-        if name not in handles:
-            handles[name] = safe_open(self.folder / name, framework="pt")
-        return handles[name]
-
-    def _descriptor(self, name: str) -> int:
-        files = self._files.setdefault(os.getpid(), {})
-        if name not in files:
-            files[name] = open(self.folder / name, "rb")  # noqa: SIM115 - stays open as long as the store
-        return files[name].fileno()
+    def _shard(self, name: str) -> OpenShard:
+        return open_shard(self._handles, self.folder, name)
