@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
@@ -23,6 +23,7 @@ from kvgraft.errors import KVGraftError, ProjectorError
 from kvgraft.kv import KV
 from kvgraft.projector.adapters import ElasticBottleneck, layer_runs, sets_of_layers
 from kvgraft.projector.dropout import TILE_TOKENS, draw_kept, draw_seed, num_tiles, weigh_kept
+from kvgraft.projector.layerwise import is_bare
 from kvgraft.projector.projector import KVDimensionProjector
 
 # Rows (a token in a layer) of one piece: on a CPU few enough for its caches, elsewhere enough to keep it busy.
@@ -42,7 +43,7 @@ def can_fuse(projector: KVDimensionProjector, teacher: str) -> bool:
         and projector.source_kinds == "same"
         and projector.context_tokens == 0
         and projector.standard("input", teacher) is None
-        and all(_is_bare(adapter) for adapter in projector.adapters(teacher))
+        and all(is_bare(adapter) for adapter in projector.adapters(teacher))
     )
 
 
@@ -374,8 +375,3 @@ def _require_shapes(teacher: str, adapter: ElasticBottleneck, source: _Side, tar
                 f"mask {list(mask.shape)} must be [batch, tokens] of both the student's and the teacher's KV; one is "
                 f"{list(side.tensor.shape)}"
             )
-
-
-def _is_bare(adapter: nn.Module) -> bool:
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in adapter.modules())
-    return type(adapter) is ElasticBottleneck and not hooked

@@ -98,12 +98,11 @@ class _Sums:
     def _parts(self, rows: KVRows) -> tuple[list[Tensor], list[list[int]]]:
         """Layers of the source ``[layers, tokens, width]``, keys and values one behind the other where both are read,
         and which of them each map reads."""
-        keys, values = (part[0] for part in self.projector.standardised_rows(self.teacher, *rows.source[:, None]))
-        layers = len(keys)
-        joined = self.projector.joined_layers(self.teacher, layers) or [[layer] for layer in range(layers)]
+        inputs = self.projector.adapter_inputs(self.teacher, *rows.source[:, None])
+        keys, values = inputs.keys[0], inputs.values[0]
         if not self.joint:
-            return [keys, values], joined
-        return [torch.cat([keys, values])], [[*read, *(layer + layers for layer in read)] for read in joined]
+            return [keys, values], inputs.read
+        return [torch.cat([keys, values])], [[*read, *(layer + len(keys) for layer in read)] for read in inputs.read]
 
     def solve(self, ridge: float | None) -> ClosedForm:
         ridges, maps = [], []

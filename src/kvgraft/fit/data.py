@@ -28,9 +28,9 @@ from kvgraft.prepare import (
     teacher_max_length,
 )
 from kvgraft.prepare_kv import store_kv
-from kvgraft.projector.projector import with_previous_tokens
 from kvgraft.projector.scenario import AblationData
 from kvgraft.projector.settings import Direction
+from kvgraft.projector.sources import with_previous_tokens
 from kvgraft.recipe import Recipe, TeacherRecipe
 from kvgraft.store.fill import encode_for_teacher
 from kvgraft.store.reader import KVStatistics, KVStore
@@ -73,7 +73,7 @@ class KVRows:
     """Tokens of any texts: ``source [2, source layers, tokens, width]`` and ``target`` likewise, keys first.
 
     ``weights [target layers, tokens]`` say how much each counts, default alike. With context, the source layers are
-    those of :func:`kvgraft.projector.projector.with_previous_tokens`.
+    those of :func:`kvgraft.projector.sources.with_previous_tokens`.
     """
 
     source: Tensor

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvgraft.errors import ProjectorError
 from kvgraft.kv import KV
 from kvgraft.projector.adapters import Activation, ElasticBottleneck, InitMethod
+from kvgraft.projector.layerwise import is_bare, project_layerwise
 from kvgraft.projector.saving import CONFIG_FILE, WEIGHTS_FILE, read_config, read_weights, write_projector
 from kvgraft.projector.settings import (
     Direction,
@@ -25,6 +26,7 @@ from kvgraft.projector.settings import (
     whole_number,
 )
 from kvgraft.projector.sizing import auto_mlp_ratio
+from kvgraft.projector.sources import AdapterInputs, with_previous_tokens
 
 Pair = tuple[Tensor, Tensor]
 
@@ -275,38 +277,25 @@ class KVDimensionProjector(nn.Module):
     def sources_of_rows(self, teacher: str, keys: Tensor, values: Tensor) -> Pair:
         """:meth:`sources_of` for tokens out of their text, which bring along the tokens before them.
 
-        Both ``[batch, layers, tokens, width]`` as :func:`with_previous_tokens` gives them.
+        Both ``[batch, layers, tokens, width]`` as :func:`kvgraft.projector.sources.with_previous_tokens` gives them.
         """
-        keys, values = self.standardised_rows(teacher, keys, values)
-        joined = self.joined_layers(teacher, keys.shape[1])
-        if joined is not None:
-            index = torch.tensor(joined, device=keys.device)
-            keys, values = _join_layers(keys, index), _join_layers(values, index)
-        if self.source_kinds == "same":
-            return keys, values
-        both = torch.cat([keys, values], -1)
-        return both, both
+        inputs = self.adapter_inputs(teacher, keys, values)
+        return inputs.of_layers(range(inputs.num_layers))
 
-    def standardised_rows(self, teacher: str, keys: Tensor, values: Tensor) -> Pair:
-        """Keys and values as :meth:`sources_of_rows` takes them, standardised where the projector is."""
+    def adapter_inputs(self, teacher: str, keys: Tensor, values: Tensor) -> AdapterInputs:
+        """What :meth:`sources_of_rows` joins: keys and values, standardised where the projector is, and which are read.
+
+        Both as :meth:`sources_of_rows` takes them.
+        """
+        reach, sources = 1 + self.context_tokens, self.source_layers.get(teacher)
+        layers = keys.shape[1] // reach
         standard = self.standard("input", teacher)
-        if standard is None:
-            return keys, values
-        reach = 1 + self.context_tokens
-        mean, deviation = (part[:, : keys.shape[1] // reach, None].repeat(1, reach, 1, 1) for part in standard)
-        return (keys - mean[0]) / deviation[0], (values - mean[1]) / deviation[1]
-
-    def joined_layers(self, teacher: str, rows_layers: int) -> list[list[int]] | None:
-        """For each output layer which of the ``rows_layers`` layers of rows it reads, joined; None for each its own.
-
-        Rows are those of :meth:`sources_of_rows`: with context, the layers of the tokens before follow on a token's.
-        """
-        reach = 1 + self.context_tokens
-        layers, chosen = rows_layers // reach, self.source_layers.get(teacher)
-        if chosen is None and reach == 1:
-            return None
-        own = [[layer] for layer in range(layers)] if chosen is None else chosen
-        return [[layer + step * layers for step in range(reach) for layer in read] for read in own]
+        if standard is not None:
+            mean, deviation = (part[:, :layers, None].repeat(1, reach, 1, 1) for part in standard)
+            keys, values = (keys - mean[0]) / deviation[0], (values - mean[1]) / deviation[1]
+        own = [[layer] for layer in range(layers)] if sources is None else sources
+        read = [[layer + step * layers for step in range(reach) for layer in chosen] for chosen in own]
+        return AdapterInputs(keys, values, read, self.source_kinds == "both")
 
     def targets_of(self, teacher: str, keys: Tensor, values: Tensor) -> Pair:
         """What the adapters of ``teacher`` have to give so that the projector gives ``keys`` and ``values``.
@@ -350,14 +339,17 @@ class KVDimensionProjector(nn.Module):
                 f"{_DIRECTIONS[direction]} needs a projector with direction={direction!r}; this one was built for "
                 f"{self.direction!r}, whose method is {_DIRECTIONS[self.direction]}"
             )
-        key_adapter, value_adapter = self.adapters(teacher)  # refuses a teacher it does not know
-        key_sources, value_sources = self.sources_of(teacher, keys, values)
-        outputs = key_adapter(key_sources), value_adapter(value_sources)
+        adapters = self.adapters(teacher)  # refuses a teacher it does not know
+        checked = self._checked(teacher, *_as_pair(teacher, keys, values))
+        inputs = self.adapter_inputs(teacher, *(with_previous_tokens(part, self.context_tokens) for part in checked))
         standard = self.standard("output", teacher)
+        if not torch.is_grad_enabled() and all(map(is_bare, adapters)):
+            return project_layerwise(adapters, inputs, standard)
+        sources = inputs.of_layers(range(inputs.num_layers))
+        outputs = adapters[0](sources[0]), adapters[1](sources[1])
         if standard is None:
             return outputs
-        layers = outputs[0].shape[1]
-        mean, deviation = standard[0][:, :layers, None], standard[1][:, :layers, None, None]
+        mean, deviation = standard[0][:, : inputs.num_layers, None], standard[1][:, : inputs.num_layers, None, None]
         return mean[0] + deviation[0] * outputs[0], mean[1] + deviation[1] * outputs[1]
 
     def _checked(self, name: str, keys: Tensor, values: Tensor) -> Pair:
@@ -414,18 +406,3 @@ def _as_pair(teacher: str, keys: Tensor | KV | Pair, values: Tensor | None) -> P
         f"KV for teacher {teacher!r} must be two tensors (keys, values) or one KV; got {type(keys).__name__} and "
         f"{type(values).__name__}"
     )
-
-
-def with_previous_tokens(tensor: Tensor, count: int) -> Tensor:
-    """``[..., layers, tokens, width]`` to ``[..., layers * (1 + count), tokens, width]``: first the tokens themselves,
-    then those one before, two before and so on; a text's first token stands for those before it.
-    """
-    steps = [tensor]
-    for _ in range(count):
-        steps.append(torch.cat([steps[-1][..., :1, :], steps[-1][..., :-1, :]], -2))
-    return torch.cat(steps, -3)
-
-
-def _join_layers(tensor: Tensor, index: Tensor) -> Tensor:
-    """``tensor [batch, layers, tokens, width]`` by ``index [outputs, sources]``, the widths of the sources joined."""
-    return tensor[:, index].transpose(2, 3).flatten(3)
