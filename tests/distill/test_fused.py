@@ -15,7 +15,7 @@ from kvgraft.distill.losses import KVScale, kv_regression_loss, kv_token_errors
 from kvgraft.distill.objectives import OBJECTIVES, projector_direction
 from kvgraft.errors import ProjectorError
 from kvgraft.kv import KV
-from kvgraft.projector.dropout import TILE_TOKENS, draw_kept, draw_seed, num_tiles, weigh_kept
+from kvgraft.projector.dropout import TILE_TOKENS, draw_dropout, draw_seed, num_tiles
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe
 from tests.distill.gradients import gradients
@@ -176,7 +176,7 @@ def test_dropout_of_the_same_seed(settings: dict[str, Any], rows: int | None) ->
         for adapter, source in zip(projector.adapters("t"), sources, strict=True):
             seed, units = draw_seed(), adapter.up.weight.shape[1]
             places = torch.arange(LAYERS * BATCH).view(LAYERS, BATCH).T * num_tiles(TOKENS)
-            kept = [weigh_kept(draw_kept(0.3, seed, int(place), TOKENS, units), 0.3) for place in places.flatten()]
+            kept = [draw_dropout(0.3, seed, int(place), TOKENS, units) for place in places.flatten()]
             outputs.append(adapter(source, torch.stack(kept).view(BATCH, LAYERS, TOKENS, units)))
         return kv_regression_loss(tuple(outputs), case.teacher, case.teacher.mask, scale=case.scale)
 

@@ -3,16 +3,12 @@
 import pytest
 import torch
 
-from kvgraft.projector.dropout import TILE_TOKENS, draw_kept, draw_seed, num_tiles, weigh_kept
-
-
-def kept_units(share: float, seed: int, place: int, num_tokens: int, num_units: int) -> torch.Tensor:
-    return weigh_kept(draw_kept(share, seed, place, num_tokens, num_units), share)
+from kvgraft.projector.dropout import TILE_TOKENS, draw_dropout, draw_seed, num_tiles
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_share_and_size_of_what_is_kept(share: float) -> None:
-    kept = kept_units(share, seed=1, place=0, num_tokens=700, num_units=200)
+    kept = draw_dropout(share, seed=1, place=0, num_tokens=700, num_units=200)
     assert float((kept == 0).float().mean()) == pytest.approx(share, abs=0.005)  # four standard deviations
     assert float(kept.max()) == pytest.approx(1 / (1 - share), rel=1e-4)
     assert len(kept.unique()) == 2
@@ -23,22 +19,22 @@ def test_share_and_size_of_what_is_kept(share: float) -> None:
 
 
 def test_nothing_is_dropped_at_zero() -> None:
-    assert torch.equal(kept_units(0.0, 1, 0, 5, 7), torch.ones(5, 7))
+    assert torch.equal(draw_dropout(0.0, 1, 0, 5, 7), torch.ones(5, 7))
 
 
 def test_a_text_may_be_cut_at_tiles() -> None:
     tokens = 2 * TILE_TOKENS + 9
-    whole = kept_units(0.3, seed=5, place=40, num_tokens=tokens, num_units=3)
-    parts = [kept_units(0.3, 5, 40 + tile, min(TILE_TOKENS, tokens - tile * TILE_TOKENS), 3) for tile in range(3)]
+    whole = draw_dropout(0.3, seed=5, place=40, num_tokens=tokens, num_units=3)
+    parts = [draw_dropout(0.3, 5, 40 + tile, min(TILE_TOKENS, tokens - tile * TILE_TOKENS), 3) for tile in range(3)]
     assert num_tiles(tokens) == len(parts)
     assert torch.equal(torch.cat(parts), whole)
     # A longer text begins with the same rows.
-    assert torch.equal(kept_units(0.3, 5, 40, tokens + 50, 3)[:tokens], whole)
+    assert torch.equal(draw_dropout(0.3, 5, 40, tokens + 50, 3)[:tokens], whole)
 
 
 def test_places_and_seeds_differ() -> None:
-    first = kept_units(0.5, 5, 0, 64, 32)
-    for other in (kept_units(0.5, 5, 1, 64, 32), kept_units(0.5, 6 + 1000, 0, 64, 32)):
+    first = draw_dropout(0.5, 5, 0, 64, 32)
+    for other in (draw_dropout(0.5, 5, 1, 64, 32), draw_dropout(0.5, 6 + 1000, 0, 64, 32)):
         assert float((first == other).float().mean()) == pytest.approx(0.5, abs=0.05)
 
 

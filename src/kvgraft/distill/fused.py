@@ -8,21 +8,20 @@ before it costs arithmetic. The plain way, which this equals, is to project all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
-from kvgraft.distill.losses import FORMS, KVScale, LossForm, normalised_layer_weights
+from kvgraft.distill.fused_pieces import Piece, SidesGradients
+from kvgraft.distill.losses import KVScale, LossForm, normalised_layer_weights
 from kvgraft.errors import KVGraftError, ProjectorError
 from kvgraft.kv import KV
 from kvgraft.projector.adapters import ElasticBottleneck, layer_runs, sets_of_layers
-from kvgraft.projector.dropout import TILE_TOKENS, draw_kept, draw_seed, num_tiles, weigh_kept
+from kvgraft.projector.dropout import TILE_TOKENS, draw_dropout, draw_seed, num_tiles
 from kvgraft.projector.layerwise import is_bare
 from kvgraft.projector.projector import KVDimensionProjector
 
@@ -207,65 +206,62 @@ class _Work:
 
         ``wanted`` and the gradients go by target, source and the adapter's parameters.
         """
-        parameters = list(self.adapter.parameters())
-        inputs = [self.target.tensor, self.source.tensor, *parameters]
+        parameters = dict(self.adapter.named_parameters())
+        inputs = [self.target.tensor, self.source.tensor, *parameters.values()]
         gradients = [torch.zeros_like(tensor) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
+        totals = dict(zip(parameters, gradients[2:], strict=True))
         loss, unweighted = self.weights.new_zeros(()), self.weights.new_zeros(())
         blocks = list(self._blocks())
         num_layers = len(self.target.layers)
         # Several layers make a piece only where the texts are few.
         for layers in layer_runs(self.adapter, num_layers, max(1, self.piece_rows // max(self.mask.numel(), 1))):
-            slices = [sets_of_layers(parameter, layers, num_layers) for parameter in parameters]
-            leaves = [
-                parameter.detach()[part].requires_grad_(want)
-                for parameter, part, want in zip(parameters, slices, wanted[2:], strict=True)
-            ]
+            parts = {name: sets_of_layers(parameter, layers, num_layers) for name, parameter in parameters.items()}
+            own = {name: parameter.detach()[parts[name]] for name, parameter in parameters.items()}
+            found = {name: None if total is None else total[parts[name]] for name, total in totals.items()}
             for block in blocks:
-                target = self.target.rows(layers, block, torch.float32).requires_grad_(wanted[0])
-                source = self.source.rows(layers, block, parameters[0].dtype).requires_grad_(wanted[1])
-                moved = [leaf for leaf in [target, source, *leaves] if leaf.requires_grad]
-                with torch.set_grad_enabled(bool(moved)):
-                    errors = self._piece_errors(target, source, leaves, layers, block)
-                    piece = errors.sum() if self.token_weights is None else (errors * self._of_tokens(block)).sum()
-                loss += piece.detach()
-                unweighted += errors.detach().sum()
-                found = iter(torch.autograd.grad(piece, moved) if moved else ())
-                for side, total in zip((self.target, self.source), gradients[:2], strict=True):
-                    if total is not None:
-                        side.add_gradient(total, next(found), layers, block)
-                for part, total in zip(slices, gradients[2:], strict=True):
-                    if total is not None:
-                        total[part].add_(next(found))
+                piece = self._piece(own, layers, block)
+                if self.compiled or torch.is_autocast_enabled(self.target.tensor.device.type):
+                    errors, sides = piece.by_autograd(found, wanted[0], wanted[1], self.compiled)
+                else:
+                    errors, sides = piece.by_hand(found, wanted[0], wanted[1])
+                loss += (errors * piece.weights).sum()
+                unweighted += (errors * self.weights[layers.start : layers.stop, None]).sum()
+                self._add_gradients(gradients, sides, layers, block)
         return loss, unweighted, gradients
+
+    def _piece(self, parameters: Mapping[str, Tensor], layers: range, block: _Block) -> Piece:
+        chosen, dtype = slice(layers.start, layers.stop), next(iter(parameters.values())).dtype
+        target = self.target.rows(layers, block, torch.float32)
+        weights = self.weights[chosen, None]
+        units = self.output_units
+        return Piece(
+            adapter=self.adapter,
+            parameters=parameters,
+            source=self.source.rows(layers, block, dtype),
+            target=target.sub_(self.centre[chosen, None]).div_(self.deviation[chosen, None, None]),
+            dropout=self._dropout(layers, block, dtype),
+            output_units=None if units is None else (units[0][chosen], units[1][chosen]),
+            form=self.form,
+            weights=weights if self.token_weights is None else weights * self._of_tokens(block),
+        )
+
+    def _add_gradients(
+        self, totals: Sequence[Tensor | None], sides: SidesGradients, layers: range, block: _Block
+    ) -> None:
+        """Add the gradients of a piece's target, in the loss's units, and source to ``totals`` of both."""
+        of_target, of_source = sides
+        if totals[0] is not None and of_target is not None:
+            own_units = of_target / self.deviation[layers.start : layers.stop, None, None]
+            self.target.add_gradient(totals[0], own_units, layers, block)
+        if totals[1] is not None and of_source is not None:
+            self.source.add_gradient(totals[1], of_source, layers, block)
 
     def _of_tokens(self, block: _Block) -> Tensor:
         """Weights ``[real rows]`` of a piece's tokens."""
         assert self.token_weights is not None
         return self.token_weights[block.texts, block.tokens].flatten().index_select(0, block.real)
 
-    def _piece_errors(
-        self, target: Tensor, source: Tensor, leaves: Sequence[Tensor], layers: range, block: _Block
-    ) -> Tensor:
-        names = [name for name, _ in self.adapter.named_parameters()]
-        chosen = slice(layers.start, layers.stop)
-        kept, scaled = self._kept(layers, block), self._scaled_target(target, chosen)
-        units = None if self.output_units is None else tuple(part[chosen] for part in self.output_units)
-        errors_of: Callable[..., Tensor] = _errors
-        if self.compiled:
-            errors_of = _compiled_errors()
-            for rows in (source, kept, scaled):
-                if rows is not None:
-                    torch._dynamo.maybe_mark_dynamic(rows, 1)
-        error = errors_of(self.adapter, dict(zip(names, leaves, strict=True)), source, kept, units, scaled, self.form)
-        return error * self.weights[chosen, None]
-
-    def _scaled_target(self, target: Tensor, layers: slice) -> Tensor:
-        centre, deviation = self.centre[layers, None], self.deviation[layers, None, None]
-        if target.requires_grad:
-            return (target - centre) / deviation
-        return target.sub_(centre).div_(deviation)
-
-    def _kept(self, layers: range, block: _Block) -> Tensor | None:
+    def _dropout(self, layers: range, block: _Block, dtype: torch.dtype) -> Tensor | None:
         adapter = self.adapter
         if adapter.up is None or not adapter.training or adapter.dropout == 0:
             return None
@@ -273,19 +269,20 @@ class _Work:
         tiles, units = num_tiles(tokens), adapter.up.weight.shape[1]
         first_tile = (block.tokens.start or 0) // TILE_TOKENS
         drawn = [
-            draw_kept(
+            draw_dropout(
                 adapter.dropout,
                 self.seed,
                 (layer * batch + text) * tiles + first_tile,
                 block.shape[1],
                 units,
                 self.target.tensor.device,
+                dtype,
             )
             for layer in layers
             for text in range(batch)[block.texts]
         ]
-        kept = (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).view(len(layers), -1, units)
-        return kept if block.is_full else kept.index_select(1, block.real)
+        weights = (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).view(len(layers), -1, units)
+        return weights if block.is_full else weights.index_select(1, block.real)
 
     def _blocks(self) -> Iterator[_Block]:
         """The grid of texts and tokens in blocks of at most ``piece_rows``, without those that hold nothing real."""
@@ -316,30 +313,6 @@ class _FusedLoss(torch.autograd.Function):
         # Not in place: the trainer asks for the gradient of one loss more than once.
         scaled = [None if gradient is None else gradient * arriving for gradient in ctx.saved_tensors]
         return (None, None, *scaled)
-
-
-def _errors(
-    adapter: ElasticBottleneck,
-    parameters: dict[str, Tensor],
-    source: Tensor,
-    kept: Tensor | None,
-    output_units: tuple[Tensor, ...] | None,
-    target: Tensor,
-    form: LossForm,
-) -> Tensor:
-    """Errors ``[layers, rows]`` of what ``adapter`` with ``parameters`` makes of ``source [layers, rows, width]``."""
-    weights = None if kept is None else weigh_kept(kept, adapter.dropout)[None]
-    output = functional_call(adapter, parameters, (source[None], weights))[0].float()
-    if output_units is not None:
-        shift, factor = output_units
-        output = torch.addcmul(shift, output, factor)
-    return FORMS[form](output, target)
-
-
-@cache
-def _compiled_errors() -> Callable[..., Tensor]:
-    """:func:`_errors`, compiled once for any number of rows."""
-    return torch.compile(_errors)
 
 
 def _output_units(scale: KVScale, standard: tuple[Tensor, Tensor] | None, kind: int) -> tuple[Tensor, Tensor] | None:

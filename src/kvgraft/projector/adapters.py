@@ -25,7 +25,7 @@ _INITIALISERS: dict[str, Callable[[Tensor], Tensor]] = {
     "least_squares": nn.init.xavier_uniform_,
     "identity": nn.init.xavier_uniform_,
 }
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -215,7 +215,7 @@ class ElasticBottleneck(nn.Module):
         if self.up is None:
             raise ProjectorError("an adapter with mlp_ratio='linear' has no hidden units; give a number as mlp_ratio")
         normed = rows if self.norm is None else self.norm(rows)
-        return _ACTIVATIONS[self.activation](self.up(normed))
+        return ACTIVATIONS[self.activation](self.up(normed))
 
     def _as_rows(self, x: Tensor) -> Tensor:
         """``[batch, layers, tokens, dim]`` to ``[layers, rows, dim]``, all as one layer where all share."""
@@ -298,8 +298,8 @@ def _require_settings(
             f"init_method 'identity' needs equal widths; this adapter goes from {in_dim} to {out_dim}; use "
             "'least_squares' or 'xavier'"
         )
-    if activation not in _ACTIVATIONS:
-        raise ProjectorError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ProjectorError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
 
 
 def _is_number(value: object) -> bool:
