@@ -83,6 +83,7 @@ def test_a_store_of_format_version_1_is_read_and_not_continued(tmp_path: Path, d
         tensors["kv"] = tensors["kv"].unflatten(1, (3, 2, -1))
         save_file(tensors, old / name)
         shard = (old / name).read_bytes()
+        del content["shards"][name]["checksum"]  # its name and kind were others
         content["shards"][name] |= {"bytes": len(shard), "sha256": hashlib.sha256(shard).hexdigest()}
     (old / "manifest.json").write_text(json.dumps(content))
 

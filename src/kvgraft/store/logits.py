@@ -321,7 +321,7 @@ class LogitStoreWriter:
         content = save(tensors)
         tokens = tensors["token_log_likelihood"].shape[0]
         digest = write_atomically(self.folder / name, [memoryview(content)])
-        shard = ShardEntry(sha256=digest, bytes=len(content), tokens=tokens, samples=len(samples))
+        shard = ShardEntry(checksum=digest, bytes=len(content), tokens=tokens, samples=len(samples))
         entries, first = dict(self._manifest.samples), 0
         for key, sample in pending.items():
             rows = sample.token_log_likelihood.shape[0]

@@ -35,22 +35,24 @@ class Moments:
         Two passes, the second over deviations from what the first found (Chan, Golub and LeVeque 1983), a layer at a
         time to stay in the processor's cache, in float32 as torch adds up: in pairs, and pairs of pairs.
         """
-        count = int(counted.sum())
+        rows = counted.nonzero()[:, 0]
         layers, kinds, tokens, width = numbers.shape
-        mean, m2 = torch.zeros(2, layers, kinds, width, dtype=torch.float64)
+        count = len(rows)
         if count == 0:
-            return cls(0, mean, m2)
-        deviation = torch.empty(kinds, count, width, dtype=torch.promote_types(numbers.dtype, torch.float32))
-        for layer, own in enumerate(numbers):
-            deviation.copy_(own if count == tokens else own[:, counted])
-            center = deviation.mean(1)
-            left = deviation.sub_(center[:, None]).sum(1).double()
-            mean[layer] = center.double() + left / count
-            m2[layer] = deviation.square_().sum(1).double() - left.square() / count
-        if deviation.dtype == torch.float32 and not bool(torch.isfinite(m2).all()):
+            return cls(0, *torch.zeros(2, layers, kinds, width, dtype=torch.float64))
+        own = numbers if count == tokens else numbers.index_select(2, rows)
+        dtype = torch.promote_types(numbers.dtype, torch.float32)
+        center, left, squares = torch.empty(3, layers, kinds, width, dtype=dtype)
+        deviation = torch.empty(kinds, count, width, dtype=dtype)
+        for layer, part in enumerate(own):
+            torch.mean(deviation.copy_(part), 1, out=center[layer])
+            torch.sum(deviation.sub_(center[layer, :, None]), 1, out=left[layer])
+            torch.sum(deviation.square_(), 1, out=squares[layer])
+        m2 = squares.double() - left.double().square() / count
+        if dtype == torch.float32 and not bool(torch.isfinite(m2).all()):
             # Squares beyond float32.
             return cls.of(numbers.double(), counted)
-        return cls(count, mean, m2)
+        return cls(count, center.double() + left.double() / count, m2)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of tokens together (Chan's formula)."""

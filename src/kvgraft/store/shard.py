@@ -72,7 +72,7 @@ def _write_shard(path: Path, samples: list[PendingSample], moments: Moments) -> 
         }
     )
     return ShardEntry(
-        sha256=write_atomically(path, chunks),
+        checksum=write_atomically(path, chunks),
         bytes=sum(chunk.nbytes for chunk in chunks),
         tokens=sum(sample.tokens for sample in samples),
         samples=len(samples),
