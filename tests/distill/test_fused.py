@@ -176,8 +176,8 @@ def test_dropout_of_the_same_seed(settings: dict[str, Any], rows: int | None) ->
         for adapter, source in zip(projector.adapters("t"), sources, strict=True):
             seed, units = draw_seed(), adapter.up.weight.shape[1]
             places = torch.arange(LAYERS * BATCH).view(LAYERS, BATCH).T * num_tiles(TOKENS)
-            kept = [draw_dropout(0.3, seed, int(place), TOKENS, units) for place in places.flatten()]
-            outputs.append(adapter(source, torch.stack(kept).view(BATCH, LAYERS, TOKENS, units)))
+            kept = draw_dropout(0.3, seed, places.flatten().tolist(), TOKENS, units)
+            outputs.append(adapter(source, kept.view(BATCH, LAYERS, TOKENS, units)))
         return kv_regression_loss(tuple(outputs), case.teacher, case.teacher.mask, scale=case.scale)
 
     torch.manual_seed(4)

@@ -8,7 +8,7 @@ from kvgraft.projector.dropout import TILE_TOKENS, draw_dropout, draw_seed, num_
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_share_and_size_of_what_is_kept(share: float) -> None:
-    kept = draw_dropout(share, seed=1, place=0, num_tokens=700, num_units=200)
+    kept = draw_dropout(share, seed=1, places=[0], num_tokens=700, num_units=200)[0]
     assert float((kept == 0).float().mean()) == pytest.approx(share, abs=0.005)  # four standard deviations
     assert float(kept.max()) == pytest.approx(1 / (1 - share), rel=1e-4)
     assert len(kept.unique()) == 2
@@ -19,22 +19,24 @@ def test_share_and_size_of_what_is_kept(share: float) -> None:
 
 
 def test_nothing_is_dropped_at_zero() -> None:
-    assert torch.equal(draw_dropout(0.0, 1, 0, 5, 7), torch.ones(5, 7))
+    assert torch.equal(draw_dropout(0.0, 1, [0, 1], 5, 7), torch.ones(2, 5, 7))
 
 
 def test_a_text_may_be_cut_at_tiles() -> None:
     tokens = 2 * TILE_TOKENS + 9
-    whole = draw_dropout(0.3, seed=5, place=40, num_tokens=tokens, num_units=3)
-    parts = [draw_dropout(0.3, 5, 40 + tile, min(TILE_TOKENS, tokens - tile * TILE_TOKENS), 3) for tile in range(3)]
+    whole = draw_dropout(0.3, seed=5, places=[7, 40], num_tokens=tokens, num_units=3)[1]
+    parts = [
+        draw_dropout(0.3, 5, [40 + tile], min(TILE_TOKENS, tokens - tile * TILE_TOKENS), 3)[0] for tile in range(3)
+    ]
     assert num_tiles(tokens) == len(parts)
     assert torch.equal(torch.cat(parts), whole)
     # A longer text begins with the same rows.
-    assert torch.equal(draw_dropout(0.3, 5, 40, tokens + 50, 3)[:tokens], whole)
+    assert torch.equal(draw_dropout(0.3, 5, [40], tokens + 50, 3)[0, :tokens], whole)
 
 
 def test_places_and_seeds_differ() -> None:
-    first = draw_dropout(0.5, 5, 0, 64, 32)
-    for other in (draw_dropout(0.5, 5, 1, 64, 32), draw_dropout(0.5, 6 + 1000, 0, 64, 32)):
+    first, other_place = draw_dropout(0.5, 5, [0, 1], 64, 32)
+    for other in (other_place, draw_dropout(0.5, 6 + 1000, [0], 64, 32)[0]):
         assert float((first == other).float().mean()) == pytest.approx(0.5, abs=0.05)
 
 

@@ -268,20 +268,11 @@ class _Work:
         batch, tokens = self.mask.shape
         tiles, units = num_tiles(tokens), adapter.up.weight.shape[1]
         first_tile = (block.tokens.start or 0) // TILE_TOKENS
-        drawn = [
-            draw_dropout(
-                adapter.dropout,
-                self.seed,
-                (layer * batch + text) * tiles + first_tile,
-                block.shape[1],
-                units,
-                self.target.tensor.device,
-                dtype,
-            )
-            for layer in layers
-            for text in range(batch)[block.texts]
-        ]
-        weights = (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).view(len(layers), -1, units)
+        places = [(layer * batch + text) * tiles + first_tile for layer in layers for text in range(batch)[block.texts]]
+        drawn = draw_dropout(
+            adapter.dropout, self.seed, places, block.shape[1], units, self.target.tensor.device, dtype
+        )
+        weights = drawn.view(len(layers), -1, units)
         return weights if block.is_full else weights.index_select(1, block.real)
 
     def _blocks(self) -> Iterator[_Block]:
