@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 from fused_loss import Sizes, processor_seconds
-from growth import write_store
+from growth import TOKENS_OF_TEXT, teacher_text, write_store
 
 from kvgraft.align.layers import map_layers
 from kvgraft.kv import KVGeometry
@@ -131,11 +131,12 @@ def _hours(seconds: float) -> str:
 def measured_rates(repeats: int = 3) -> tuple[float, float]:
     """Bytes a second of one process that writes and that reads a store in float16 here, on the processor's clock."""
     sizes = Sizes(layers=28, tokens=512, student_width=256, teacher_width=1024, ratio=2.0, dropout=0.0)
+    kv, texts = teacher_text(sizes), sizes.tokens // TOKENS_OF_TEXT
     writing, reading = [], []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             started = time.process_time()
-            keys = write_store(Path(folder), sizes)
+            keys = write_store(Path(folder), kv, texts)
             writing.append(time.process_time() - started)
             store = KVStore.open(Path(folder), verify=False)
             reading.append(processor_seconds(lambda store=store, keys=keys: [store.read(key) for key in keys]))

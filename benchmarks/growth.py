@@ -94,15 +94,19 @@ def held_bytes(work: Work) -> int:
     return peak_memory().host_bytes - before
 
 
-def write_store(folder: Path, sizes: Sizes) -> list[str]:
-    """A store of random numbers in float16, of one text again and again; its keys."""
-    heads, layers = sizes.teacher_width // HEAD_DIM, tuple(range(sizes.layers))
-    identity = StoreIdentity("model", "tokenizer", "text", layers, heads, HEAD_DIM, "float16", TOKENS_OF_TEXT)
-    shape = (1, sizes.layers, heads, TOKENS_OF_TEXT, HEAD_DIM)
+def teacher_text(sizes: Sizes) -> KV:
+    """A teacher's KV of one text, random."""
+    shape = (1, sizes.layers, sizes.teacher_width // HEAD_DIM, TOKENS_OF_TEXT, HEAD_DIM)
     positions, mask = torch.arange(TOKENS_OF_TEXT)[None], torch.ones(1, TOKENS_OF_TEXT, dtype=torch.bool)
-    kv = KV(torch.randn(shape), torch.randn(shape), positions, mask, layers)
+    return KV(torch.randn(shape), torch.randn(shape), positions, mask, tuple(range(sizes.layers)))
+
+
+def write_store(folder: Path, kv: KV, texts: int) -> list[str]:
+    """A store in float16 of one text again and again; its keys."""
+    heads = kv.geometry.num_kv_heads
+    identity = StoreIdentity("model", "tokenizer", "text", kv.layers, heads, HEAD_DIM, "float16", TOKENS_OF_TEXT)
     spans = np.zeros((TOKENS_OF_TEXT, 2), dtype=np.int32)
-    keys = [sample_key(str(text)) for text in range(sizes.tokens // TOKENS_OF_TEXT)]
+    keys = [sample_key(str(text)) for text in range(texts)]
     with KVStoreWriter(folder, identity, 64_000_000) as writer:
         for key in keys:
             writer.add(key, kv, spans, 0, TOKENS_OF_TEXT)
@@ -114,7 +118,7 @@ def store_bytes(work: Work) -> int:
     """Bytes of all files of the teachers' stores over the step's tokens."""
     with tempfile.TemporaryDirectory() as folder:
         for teacher in range(work.teachers):
-            write_store(Path(folder) / str(teacher), work.sizes)
+            write_store(Path(folder) / str(teacher), teacher_text(work.sizes), work.sizes.tokens // TOKENS_OF_TEXT)
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
