@@ -38,6 +38,30 @@ def test_equals_least_squares_on_all_rows_at_once(fit_recipe: Callable[..., Reci
             torch.testing.assert_close(projected[0, layer].double(), expected, atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("ridge", [0.0, None])
+@pytest.mark.parametrize(
+    "options", [{"source_kinds": "same"}, {"source_kinds": "both"}, {"context_tokens": 1}], ids=str
+)
+def test_fewer_layers_are_fitted_in_the_same_pass(
+    fit_recipe: Callable[..., Recipe], options: dict[str, object], ridge: float | None
+) -> None:
+    recipe = fit_recipe(fit=options)
+    data = prepare_fit(recipe)
+    first = [read[:1] for read in SOURCES]
+    smaller = build_projector(recipe, data, first, "linear")
+    both, found = fitted(recipe, data, SOURCES, ridge=ridge, fewer=[smaller])
+    alone = {"smaller": fitted(recipe, data, first, ridge=ridge), "both": fitted(recipe, data, SOURCES, ridge=ridge)}
+    assert torch.equal(found.ridges, alone["both"][1].ridges)
+    pair = data.held_out[0]
+    for projector, (expected, _) in ((smaller, alone["smaller"]), (both, alone["both"])):
+        for one, other in zip(
+            projector.project_teacher_kv(TEACHER, pair.source),
+            expected.project_teacher_kv(TEACHER, pair.source),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
 def test_context_is_the_same_in_text_and_out_of_it(fit_recipe: Callable[..., Recipe]) -> None:
     recipe = fit_recipe(fit={"context_tokens": 2})
     data = prepare_fit(recipe)

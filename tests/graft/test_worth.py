@@ -109,8 +109,8 @@ def test_goes_the_whole_way_and_is_not_done_twice(fit_recipe: Callable[..., Reci
     continuation = {"steps": 2, "texts_per_step": 2, "evaluate_every": 2, "save_every": 2}
     recipe = fit_recipe(
         **WHOLE,
-        fit={"steps": 2, "evaluate_every": 2, "continuation": continuation},
-        graft={"trained": ["continuation", "own", "gated", "both"], "layer_groups": 2},
+        fit={"steps": 2, "evaluate_every": 2, "sources": 2, "fewer_sources": True, "continuation": continuation},
+        graft={"trained": ["continuation", "own", "gated", "both"], "layer_groups": 2, "first_token": 20},
     )
     report = graft(recipe, tmp_path / "run")
     assert report.retention("own") == 1
@@ -124,7 +124,15 @@ def test_goes_the_whole_way_and_is_not_done_twice(fit_recipe: Callable[..., Reci
     for name in ("continuation", "own", "gated", "both"):
         assert (tmp_path / "run" / name / "grafter.json").is_file()
         assert not (tmp_path / "run" / name / "checkpoints").exists()
-    assert all(f"| {name} |" in (tmp_path / "run" / "graft.md").read_text() for name in report.nats)
+    table = (tmp_path / "run" / "graft.md").read_text()
+    assert all(f"| {name} |" in table for name in report.nats)
+    assert "least squares, 1 layer" in report.nats
+    assert "least squares, 1 layer" in (tmp_path / "run" / "fit.md").read_text()
+    assert report.first_token is not None
+    assert report.first_token.from_store.keys() == {"least squares", "projector", "least squares, 1 layer"}
+    assert f"To the first token after {report.first_token.tokens} tokens" in table
+    for seconds in (*report.first_token.from_store.values(), report.first_token.student, report.first_token.teacher):
+        assert seconds > 0
     assert graft(recipe, tmp_path / "run", resume=True) == GraftReport.read(tmp_path / "run" / "graft.json")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,7 @@ def fit_closed_form(
     pairs: PairDataset,
     *,
     ridge: float | None = None,
+    fewer: Sequence[KVDimensionProjector] = (),
 ) -> ClosedForm:
     """Put the least-squares map into the linear part of ``teacher``'s adapters.
 
@@ -46,6 +47,8 @@ def fit_closed_form(
         teacher: its name.
         pairs: texts that both models have read; their ``token_weights`` count.
         ridge: strength of the penalty; default: for each set of weights the best of a few on held-out texts.
+        fewer: like ``projector``, but each output layer reads only the first few of its source layers; fitted too, from
+            the same pass.
 
     Raises:
         ProjectorError: no linear part, no token, or numbers that are not finite.
@@ -60,7 +63,9 @@ def fit_closed_form(
     with progress_bar(f"least squares for {teacher}", len(pairs), "texts") as advance:
         for rows, held_out in _chunks(pairs, advance):
             sums.add(rows, held_out)
-    return sums.solve(ridge)
+    for smaller in fewer:
+        sums.solve_for(smaller, ridge)
+    return ClosedForm(sums.solve_for(projector, ridge), sums.tokens)
 
 
 class _Sums:
@@ -104,23 +109,37 @@ class _Sums:
             return [keys, values], inputs.read
         return [torch.cat([keys, values])], [[*read, *(layer + len(keys) for layer in read)] for read in inputs.read]
 
-    def solve(self, ridge: float | None) -> ClosedForm:
+    def solve_for(self, projector: KVDimensionProjector, ridge: float | None) -> Tensor:
+        """Put the maps into ``projector``, which reads all source layers or the first of them; its ridges.
+
+        The whole is solved last: it takes the held-out texts in.
+        """
         ridges, maps = [], []
+        columns = self._columns(projector)
         for fitted, held_out in zip(self.fitted, self.held_out, strict=True):
+            own, kept_out = fitted, held_out
+            if len(columns) < fitted.in_dim:
+                own, kept_out = fitted.of_inputs(columns), held_out.of_inputs(columns)
             if ridge is None:
-                chosen = choose_ridge(fitted, held_out)
+                chosen = choose_ridge(own, kept_out)
             else:
-                chosen = torch.full((fitted.num_layers,), ridge, dtype=torch.float64)
-            fitted.merge(held_out)
+                chosen = torch.full((own.num_layers,), ridge, dtype=torch.float64)
+            own.merge(kept_out)
             ridges.append(chosen)
-            maps.append(fitted.solve(chosen))
+            maps.append(own.solve(chosen))
         if self.joint:
             weight, bias = maps[0]
             maps = list(zip(weight.chunk(2, 1), bias.chunk(2, 1), strict=True))
             ridges = ridges * 2
-        for adapter, (weight, bias) in zip(self.adapters, maps, strict=True):
+        for adapter, (weight, bias) in zip(projector.adapters(self.teacher), maps, strict=True):
             adapter.load_linear(weight.float(), bias.float())
-        return ClosedForm(torch.stack(ridges), self.tokens)
+        return torch.stack(ridges)
+
+    def _columns(self, projector: KVDimensionProjector) -> Tensor:
+        """Which columns of the whole input are those of ``projector``'s source layers."""
+        width, read = self.adapters[0].in_dim, projector.adapters(self.teacher)[0].in_dim
+        blocks = (2 if self.joint else 1) * (1 + projector.context_tokens)
+        return torch.arange(width).view(blocks, -1)[:, : read // blocks].flatten()
 
 
 def _chunks(pairs: PairDataset, advance: Advance) -> Iterator[tuple[KVRows, bool]]:

@@ -6,6 +6,7 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.projector.settings import teacher_config_from
 from kvgraft.projector.sharing import parameters_by_sharing
 from kvgraft.recipe import Recipe
-from kvgraft.report.fit import FitReport, LayerFit, write_fit
+from kvgraft.report.fit import FewerLayers, FitReport, LayerFit, write_fit
 from kvgraft.run import open_run_folder
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,13 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
             data = replace(data, train=_weighted_by_attention(data))
     sources = chosen_sources(recipe, data, scan)
     linear, projector = (build_projector(recipe, data, sources, ratio) for ratio in ("linear", None))
+    fewer = _from_fewer_layers(recipe, data, sources)
     with phases.timed("least squares"):
-        closed_form = _closed_form(recipe, linear, data)
+        closed_form = _closed_form(recipe, linear, data, list(fewer.values()))
     start_from_closed_form(projector, linear, teacher)
     linear.save_pretrained(folder / LEAST_SQUARES_FOLDER)
+    for count, smaller in fewer.items():
+        smaller.save_pretrained(folder / fewer_layers_folder(count))
     if recipe.fit.steps:
         held_out = data.held_out.rows(_EVALUATION_TOKENS)
         with phases.timed("train"):
@@ -85,13 +89,23 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
     projector.save_pretrained(folder / PROJECTOR_FOLDER)
     with phases.timed("measure"):
         student = data.student.load() if recipe.fit.direction == "teacher_to_student" else None
-        fits = measure_fits(
-            {"least squares": linear, "projector": projector}, teacher, data.held_out, student, _ATTENTION_TEXTS
-        )
+        measured = {"least squares": linear, "projector": projector}
+        measured |= {fewer_layers_name(count): smaller for count, smaller in fewer.items()}
+        fits = measure_fits(measured, teacher, data.held_out, student, _ATTENTION_TEXTS)
     report = _report(recipe, data, scan, sources, closed_form, projector, fits)
     write_fit(report, scan, folder)
     shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
     return report
+
+
+def fewer_layers_folder(count: int) -> str:
+    """Where least squares from the first ``count`` source layers is kept."""
+    return f"{LEAST_SQUARES_FOLDER}_{count}"
+
+
+def fewer_layers_name(count: int) -> str:
+    """What least squares from the first ``count`` source layers is called in reports."""
+    return f"least squares, {count} layer{'' if count == 1 else 's'}"
 
 
 def chosen_sources(recipe: Recipe, data: FitData, scan: Scan) -> list[list[int]]:
@@ -152,9 +166,17 @@ def start_from_closed_form(projector: KVDimensionProjector, linear: KVDimensionP
         adapter.load_linear(fitted.skip.weight.detach(), fitted.skip.bias.detach())
 
 
-def _closed_form(recipe: Recipe, linear: KVDimensionProjector, data: FitData) -> ClosedForm:
+def _from_fewer_layers(recipe: Recipe, data: FitData, sources: list[list[int]]) -> dict[int, KVDimensionProjector]:
+    """Linear projectors that read the first one, two and so on of ``sources``, where the recipe asks for them."""
+    counts = range(1, recipe.fit.sources) if recipe.fit.fewer_sources else ()
+    return {count: build_projector(recipe, data, [read[:count] for read in sources], "linear") for count in counts}
+
+
+def _closed_form(
+    recipe: Recipe, linear: KVDimensionProjector, data: FitData, fewer: list[KVDimensionProjector]
+) -> ClosedForm:
     ridge = None if recipe.fit.ridge == "auto" else recipe.fit.ridge
-    return fit_closed_form(linear, data.teacher.recipe.name, data.train, ridge=ridge)
+    return fit_closed_form(linear, data.teacher.recipe.name, data.train, ridge=ridge, fewer=fewer)
 
 
 def _weighted_by_attention(data: FitData) -> PairDataset:
@@ -244,6 +266,11 @@ def _report(
         sharing=projector.sharing,
         parameters_by_sharing=parameters_by_sharing(projector),
         layers=layers,
+        fewer_layers={
+            name: FewerLayers(keys_r2=mean(found.keys_r2), values_r2=mean(found.values_r2))
+            for name, found in fits.items()
+            if name not in ("least squares", "projector")
+        },
         suggested_layers=scan.suggested_layers(data.layer_map, recipe.fit.direction),
         seconds=dict(data.phases.seconds),
     )

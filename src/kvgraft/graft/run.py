@@ -8,8 +8,9 @@ from pathlib import Path
 
 from kvgraft.errors import RecipeError
 from kvgraft.fit.data import FitData, prepare_fit, require_all_layers
-from kvgraft.fit.run import LEAST_SQUARES_FOLDER, PROJECTOR_FOLDER, fit
+from kvgraft.fit.run import LEAST_SQUARES_FOLDER, PROJECTOR_FOLDER, fewer_layers_folder, fewer_layers_name, fit
 from kvgraft.fit.train import CHECKPOINTS_FOLDER
+from kvgraft.graft.first_token import first_token
 from kvgraft.graft.grafter import SETTINGS_FILE, Fusion, Grafter
 from kvgraft.graft.objectives import train_on_continuations
 from kvgraft.graft.own import own_grafter, student_as_its_own_teacher
@@ -17,12 +18,11 @@ from kvgraft.graft.questions import Questions
 from kvgraft.graft.worth import Measured, cache_worth, teacher_alone
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe
-from kvgraft.report.graft import CONTROL, GraftReport, write_graft
+from kvgraft.report.graft import CONTROL, FirstTokenReport, GraftReport, write_graft
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "graft.json"
-_FITTED = {"least squares": LEAST_SQUARES_FOLDER, "projector": PROJECTOR_FOLDER}
 TRAINED = {
     "continuation": "trained on answers",
     "own": CONTROL,
@@ -54,8 +54,7 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
     questions = _held_out(recipe, data)
     measured = [
         Measured(label, _fitted_grafter(recipe, data, folder / part), questions)
-        for label, part in _FITTED.items()
-        if part == LEAST_SQUARES_FOLDER or _goes_past_least_squares(recipe)
+        for label, part in _fitted(recipe, folder).items()
     ]
     for kind in recipe.graft.trained:
         seen = student_as_its_own_teacher(data) if kind == "own" else data
@@ -88,6 +87,7 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
             f"KV of {name}, all layers, as stored": data.train.teacher.store.bytes_per_token,
             "the student's own KV, as stored": data.train.student_store.bytes_per_token,
         },
+        first_token=_first_token(recipe, data, folder) if recipe.graft.first_token else None,
         seconds=dict(data.phases.seconds),
     )
     write_graft(report, folder)
@@ -120,14 +120,39 @@ def trained_grafter(recipe: Recipe, data: FitData, kind: str, folder: Path) -> G
     return grafter
 
 
+def _first_token(recipe: Recipe, data: FitData, folder: Path) -> FirstTokenReport:
+    projectors = {
+        label: KVDimensionProjector.from_pretrained(folder / part).eval()
+        for label, part in _fitted(recipe, folder).items()
+    }
+    with data.phases.timed("time the first token"):
+        found = first_token(
+            data.student,
+            data.teacher,
+            projectors,
+            " ".join(example.text for example in [*data.held_out_examples, *data.examples]),
+            recipe.graft.first_token,
+            recipe.store,
+            policy=data.train.teacher.policy,
+        )
+    return FirstTokenReport(
+        tokens=found.tokens, from_store=found.from_store, student=found.student, teacher=found.teacher
+    )
+
+
 def _fitted_grafter(recipe: Recipe, data: FitData, folder: Path, fusion: Fusion = "none") -> Grafter:
     projector = KVDimensionProjector.from_pretrained(folder)
     heads = data.student.geometry.num_kv_heads
     return Grafter(projector, data.teacher.recipe.name, heads, recipe.graft.own_first_tokens, fusion)
 
 
-def _goes_past_least_squares(recipe: Recipe) -> bool:
-    return recipe.fit.steps > 0 or recipe.fit.objective == "continuation"
+def _fitted(recipe: Recipe, folder: Path) -> dict[str, str]:
+    """The folders of what was fitted, by the names they have in the report."""
+    found = {"least squares": LEAST_SQUARES_FOLDER}
+    if recipe.fit.steps > 0 or recipe.fit.objective == "continuation":
+        found["projector"] = PROJECTOR_FOLDER
+    counts = [count for count in range(1, recipe.fit.sources) if (folder / fewer_layers_folder(count)).is_dir()]
+    return found | {fewer_layers_name(count): fewer_layers_folder(count) for count in counts}
 
 
 def _held_out(recipe: Recipe, data: FitData) -> Questions:

@@ -106,6 +106,16 @@ class LeastSquares:
             scatter_xx = blocks.view(self.in_dim, self.in_dim)
             self._merge(index, _Moments(weight, mean_x, mean_y, scatter_xx, scatter_xy, squares_y))
 
+    def of_inputs(self, columns: Tensor) -> LeastSquares:
+        """The normal equations of the inputs ``columns [chosen]`` alone, over the same tokens: a copy."""
+        chosen = LeastSquares(self.num_layers, 0, self.out_dim, self.device)
+        chosen.in_dim = len(columns)
+        chosen.weight_sums = self.weight_sums.clone()
+        chosen._mean_x, chosen._mean_y = self._mean_x[:, columns], self._mean_y.clone()
+        chosen._scatter_xx = self._scatter_xx[:, columns[:, None], columns]
+        chosen._scatter_xy, chosen._squares_y = self._scatter_xy[:, columns], self._squares_y.clone()
+        return chosen
+
     def merge(self, other: LeastSquares) -> None:
         """Take in everything that ``other``, of the same widths, has seen."""
         for index in range(self.num_layers):

@@ -217,7 +217,8 @@ class FitRecipe(Section):
     """How ``kvgraft fit`` fits the projector between two frozen models.
 
     ``sources`` is how many layers each adapter reads: 1 is the layer of ``alignment.layers``, more are those chosen by
-    what each adds on held-out tokens. ``source_kinds: both`` makes keys and values each from keys and values.
+    what each adds on held-out tokens. ``fewer_sources`` fits least squares from the first one, two and so on of them
+    too, in the same pass. ``source_kinds: both`` makes keys and values each from keys and values.
     ``context_tokens`` lets them read so many tokens before each.
     ``objective`` is what is trained for, from least squares on: ``regression`` on the other model's KV; ``attention``,
     the same with each token counted by how much the student's attention reads it, in least squares too; or
@@ -231,6 +232,7 @@ class FitRecipe(Section):
     continuation: ContinuationRecipe = ContinuationRecipe()
     direction: Literal["teacher_to_student", "student_to_teacher"] = "teacher_to_student"
     sources: Positive = 1
+    fewer_sources: bool = False
     source_kinds: Literal["same", "both"] = "both"
     context_tokens: Annotated[int, Field(ge=0)] = 0
     ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
@@ -253,13 +255,15 @@ class GraftRecipe(Section):
     ``trained`` are grafts that go on from the fitted projector and are trained on what follows, as
     ``fit.continuation`` says: ``continuation`` replaces the student's cache; ``gated`` mixes into it, by a gate for
     each layer and head; ``both`` stands in front of it; ``own`` is the control, the same adapters on the student's own
-    KV. ``layer_groups`` says in how many groups of layers the projected cache is tried alone.
+    KV. ``layer_groups`` says in how many groups of layers the projected cache is tried alone. ``first_token`` is after
+    how many tokens of text the time to the first token is measured, 0 for not at all.
     """
 
     own_first_tokens: Annotated[int, Field(ge=0)] = 4
     texts: Positive | None = None
     trained: list[Literal["continuation", "own", "gated", "both"]] = Field(default_factory=list)
     layer_groups: Annotated[int, Field(ge=0)] = 0
+    first_token: Annotated[int, Field(ge=0)] = 1024
 
 
 class KVLossRecipe(Section):

@@ -36,6 +36,13 @@ class LayerFit(_Record):
     least_squares_attention_cosine: float | None
 
 
+class FewerLayers(_Record):
+    """Least squares from fewer source layers on held-out text, mean over the target layers."""
+
+    keys_r2: float
+    values_r2: float
+
+
 class FitReport(_Record):
     """Everything that ``kvgraft fit`` measured. ``suggested_layers`` are pairs of (student layer, teacher layer)."""
 
@@ -54,6 +61,7 @@ class FitReport(_Record):
     sharing: str
     parameters_by_sharing: dict[str, int] = {}
     layers: list[LayerFit]
+    fewer_layers: dict[str, FewerLayers] = {}
     suggested_layers: list[tuple[int, int]]
     seconds: dict[str, float]
 
@@ -129,6 +137,11 @@ def fit_markdown(report: FitReport) -> str:
     lines = [summary(report), "", "| " + " | ".join(name for name, _ in _COLUMNS) + " |"]
     lines += ["|" + " ---: |" * len(_COLUMNS)]
     lines += ["| " + " | ".join(row) + " |" for row in fit_rows(report)]
+    if report.fewer_layers:
+        means = "; ".join(
+            f"{name} {found.keys_r2:.3f}, {found.values_r2:.3f}" for name, found in report.fewer_layers.items()
+        )
+        lines += ["", f"From fewer layers, R2 of keys and of values, mean over layers: {means}."]
     if report.parameters_by_sharing:
         counts = ", ".join(f"{name} {count:,}" for name, count in report.parameters_by_sharing.items())
         lines += ["", f"Parameters by `projector.sharing`: {counts}."]

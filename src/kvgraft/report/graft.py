@@ -16,6 +16,17 @@ CONTROL = "the same adapters on the student's own KV"
 _HEADER = ("cache at the question's tokens", "nats per answer token", "retention", "95 % interval")
 
 
+class FirstTokenReport(BaseModel):
+    """Seconds until the student's token after ``tokens``: from a store by each projector, or after reading the text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: int
+    from_store: dict[str, float]
+    student: float
+    teacher: float
+
+
 class GraftReport(BaseModel):
     """Negative log-likelihood of the answers from each cache.
 
@@ -26,6 +37,7 @@ class GraftReport(BaseModel):
         question_tokens: of each question.
         parameters: of each measured projector.
         bytes_per_token: of what is read instead of the question.
+        first_token: None where it was not measured.
         seconds: of each phase.
     """
 
@@ -44,6 +56,7 @@ class GraftReport(BaseModel):
     tokens: list[int]
     parameters: dict[str, int]
     bytes_per_token: dict[str, float]
+    first_token: FirstTokenReport | None = None
     seconds: dict[str, float]
 
     @classmethod
@@ -144,6 +157,19 @@ def length_rows(report: GraftReport) -> list[tuple[str, ...]]:
     ]
 
 
+def first_token_rows(report: GraftReport) -> list[tuple[str, str, str, str]]:
+    """Seconds to the first token, and over what the student and the teacher take to read the text."""
+    timed = report.first_token
+    if timed is None:
+        return []
+    ways = {f"{name}, from the store": seconds for name, seconds in timed.from_store.items()}
+    ways |= {"the student reads the text": timed.student, f"{report.teacher} reads the text": timed.teacher}
+    return [
+        (name, f"{seconds:.3f}", f"{seconds / timed.student:.2f}", f"{seconds / timed.teacher:.2f}")
+        for name, seconds in ways.items()
+    ]
+
+
 def write_graft(report: GraftReport, folder: Path) -> None:
     """``graft.md``, and ``graft.json`` last: a run that has it is finished."""
     lines = [graft_summary(report), "", *markdown_table(_HEADER, graft_rows(report))]
@@ -154,6 +180,9 @@ def write_graft(report: GraftReport, folder: Path) -> None:
         spans = report.retention_by_length("own", _LENGTH_PARTS)
         lines += ["", "Retention by the question's tokens:", ""]
         lines += markdown_table(("cache", *(f"{low} to {high}" for low, high, _ in spans)), by_length)
+    if report.first_token is not None:
+        lines += ["", f"To the first token after {report.first_token.tokens:,} tokens:", ""]
+        lines += markdown_table(("way", "seconds", "over the student", "over the teacher"), first_token_rows(report))
     lines += ["", *(f"- {name}: {count:,} parameters" for name, count in report.parameters.items())]
     lines += [f"- {name}: {count:,.0f} bytes a token" for name, count in report.bytes_per_token.items()]
     lines += [f"- {phase}: {seconds:,.0f} s" for phase, seconds in report.seconds.items()]

@@ -1,0 +1,128 @@
+"""How soon a student's first token comes: from a stored cache of a teacher, or after reading the text itself."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvgraft.align.tokens import AlignmentPolicy
+from kvgraft.data.datasets import Example
+from kvgraft.data.spans import EncodedText, encode_with_spans
+from kvgraft.errors import GraftError
+from kvgraft.graft.sources import graft_stored
+from kvgraft.identify import IdentifiedModel
+from kvgraft.models.cache import context_length
+from kvgraft.prepare_kv import store_kv
+from kvgraft.projector.projector import KVDimensionProjector
+from kvgraft.recipe import StoreRecipe
+from kvgraft.store.reader import KVStore
+
+_CHARACTERS_A_TOKEN = 12
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """Seconds until the token after ``tokens`` of the student's, the median of some turns.
+
+    Attributes:
+        from_store: by projector: the teacher's KV read, aligned, projected, rotated and put into a cache, and one token
+            decoded; projector and store are open already.
+        student, teacher: each reads the text itself.
+        bytes_per_token: that are read from the store.
+    """
+
+    tokens: int
+    from_store: dict[str, float]
+    student: float
+    teacher: float
+    bytes_per_token: float
+
+
+@torch.no_grad()
+def first_token(
+    student: IdentifiedModel,
+    teacher: IdentifiedModel,
+    projectors: Mapping[str, KVDimensionProjector],
+    text: str,
+    tokens: int,
+    settings: StoreRecipe,
+    *,
+    policy: AlignmentPolicy = "cover",
+    repeats: int = 3,
+) -> FirstToken:
+    """Time every way in turns, so that a busy moment hits all.
+
+    Args:
+        student, teacher: the two models.
+        projectors: from ``teacher`` to the student, reading any of its layers; by the name of each.
+        text: of at least so many tokens, otherwise all of it counts.
+        tokens: of the student, as many as both models' contexts allow.
+        settings: how the store is written; its path is not used.
+        policy: token alignment, see :func:`kvgraft.align_tokens`.
+        repeats: turns.
+
+    Raises:
+        GraftError: ``text`` has no token.
+    """
+    model, own_teacher = student.load(), teacher.load()
+    length = min(tokens, context_length(model) - 1, context_length(own_teacher) // 2)
+    ids = student.tokenizer(text[: _CHARACTERS_A_TOKEN * length], add_special_tokens=False)["input_ids"][:length]
+    if not ids:
+        raise GraftError("there is no text to time the first token on")
+    text = student.tokenizer.decode(ids)
+    encoded = encode_with_spans(student.tokenizer, text)
+    of_teacher = torch.tensor([encode_with_spans(teacher.tokenizer, text).input_ids], device=own_teacher.device)
+    # Any token does: what is timed is the pass over one.
+    follows = torch.tensor([encoded.input_ids[-1:]])
+    read = torch.cat([torch.tensor([encoded.input_ids]), follows], 1).to(model.device)
+    with tempfile.TemporaryDirectory() as folder:
+        layers = tuple(range(teacher.geometry.num_layers))
+        own_settings = settings.model_copy(update={"path": Path(folder)})
+        store, _ = store_kv(teacher, [Example(text)], layers, of_teacher.shape[1], own_settings)
+        name = teacher.recipe.name
+        ways: list[Callable[[], object]] = [
+            partial(_go_on, model, projector, store, encoded, name, follows, policy)
+            for projector in projectors.values()
+        ]
+        ways += [partial(model, read, logits_to_keep=1), partial(own_teacher, of_teacher, logits_to_keep=1)]
+        *from_store, reads, teacher_reads = _medians(ways, repeats)
+        bytes_per_token = store.bytes_per_token
+    return FirstToken(
+        len(encoded.input_ids),
+        dict(zip(projectors, from_store, strict=True)),
+        reads,
+        teacher_reads,
+        bytes_per_token,
+    )
+
+
+def _go_on(
+    student: PreTrainedModel,
+    projector: KVDimensionProjector,
+    store: KVStore,
+    text: EncodedText,
+    teacher: str,
+    follows: Tensor,
+    policy: AlignmentPolicy,
+) -> None:
+    cache = graft_stored(student, projector, store, [text], teacher=teacher, policy=policy)
+    student(**cache.forward_inputs(follows))
+
+
+def _medians(ways: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    found: list[list[float]] = [[] for _ in ways]
+    for _ in range(repeats):
+        for times, way in zip(found, ways, strict=True):
+            started = time.perf_counter()
+            way()
+            times.append(time.perf_counter() - started)
+    return [statistics.median(times) for times in found]
