@@ -31,7 +31,7 @@ def main(
     recipe = load_recipe(run / "recipe.yaml")
     student = identify(TeacherRecipe(name="student", model=str(recipe.student.model)))
     teacher = identify(recipe.teachers[0])
-    adapters = KVDimensionProjector.from_pretrained(run / projector).eval()
+    adapters = KVDimensionProjector.from_pretrained(run / projector)
     examples, _ = load_examples_of(recipe, student.tokenizer)
     whole = " ".join(example.text for example in examples)
     typer.echo(f"{adapters.count_parameters():,} parameters; {torch.get_num_threads()} threads\n")

@@ -56,8 +56,10 @@ def test_own_cache_equals_reading_and_the_controls_differ(fit_recipe: Callable[.
     config = {"org/teacher-1.0": {"d_model": 16, "num_layers": 4}}
     projector = KVDimensionProjector(config, 12, source_layers={"org/teacher-1.0": [[0], [1], [3]]})
     zero = torch.zeros(3, 12)
-    grafter = Grafter(projector, "org/teacher-1.0", 2, own_first_tokens=2).eval()
-    losses = cache_worth(student, items, [Measured("random", grafter, items)], (zero, zero), 2, layer_groups=3)
+    measured = [Measured("random", Grafter(projector, "org/teacher-1.0", 2, own_first_tokens=2), items)]
+    losses = cache_worth(student, items, measured, (zero, zero), 2, layer_groups=3)
+    projector.train()  # dropout must not be measured
+    assert cache_worth(student, items, measured, (zero, zero), 2)["random"] == losses["random"]
     with torch.no_grad():
         for index, item in enumerate(items):
             ids = torch.cat([item.pair.input_ids, item.answer_ids], 1)

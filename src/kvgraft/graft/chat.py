@@ -176,7 +176,7 @@ def _grafter_of(run: Path, recipe: Recipe, graft: str | None) -> Grafter:
     if not folder.is_dir():
         found = sorted(path.name for path in run.iterdir() if path.is_dir())
         raise GraftError(f"{run} has no projector {chosen!r}; it holds {', '.join(found) or 'none'}")
-    projector = KVDimensionProjector.from_pretrained(folder).eval()
+    projector = KVDimensionProjector.from_pretrained(folder)
     return Grafter(projector, recipe.teachers[0].name, 0, recipe.graft.own_first_tokens).eval()
 
 

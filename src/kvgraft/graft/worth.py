@@ -60,7 +60,7 @@ def cache_worth(
         student: frozen.
         questions: with the student's own KV of all its layers as target.
         measured: each also gives ``NAME, another question``; those that replace the student's cache, ``NAME, tokens
-            shuffled``.
+            shuffled``. Their dropout is turned off.
         mean_kv: the mean key and value of each layer ``[layers, kv_dim]``, for the control ``mean``.
         own_first_tokens: of every question that keep the student's own KV in the controls.
         layer_groups: in so many groups of layers the first of ``measured`` is tried alone, with the student's own KV
@@ -73,6 +73,8 @@ def cache_worth(
     def note(name: str, kv: KV | None, answer: Tensor) -> None:
         losses.setdefault(name, []).append(_answer_loss(student, kv, answer))
 
+    for each in measured:
+        each.grafter.eval()
     with progress_bar("answering from each cache", len(questions), "questions") as advance:
         for index in range(len(questions)):
             item, other_index = questions[index], (index + 1) % len(questions)

@@ -240,7 +240,7 @@ class KVDimensionProjector(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> KVDimensionProjector:
-        """The projector that :meth:`save_pretrained` wrote, on the CPU.
+        """The projector that :meth:`save_pretrained` wrote, on the CPU and with dropout off.
 
         Raises:
             ProjectorError: a file is missing, damaged, or does not go with the other.
@@ -262,7 +262,7 @@ class KVDimensionProjector(nn.Module):
             raise ProjectorError(
                 f"{folder / WEIGHTS_FILE} does not go with {CONFIG_FILE} beside it; copy both from one save. {error}"
             ) from error
-        return projector
+        return projector.eval()
 
     def sources_of(self, teacher: str, keys: Tensor | KV | Pair, values: Tensor | None = None) -> Pair:
         """What the adapters of ``teacher`` read: input of the key adapter and of the value adapter.
