@@ -74,7 +74,8 @@ def first_token(
         GraftError: ``text`` has no token.
     """
     model, own_teacher = student.load(), teacher.load()
-    length = min(tokens, context_length(model) - 1, context_length(own_teacher) // 2)
+    # Room for a BOS and the token that follows.
+    length = min(tokens, context_length(model) - 2, context_length(own_teacher) // 2)
     ids = student.tokenizer(text[: _CHARACTERS_A_TOKEN * length], add_special_tokens=False)["input_ids"][:length]
     if not ids:
         raise GraftError("there is no text to time the first token on")

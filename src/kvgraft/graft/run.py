@@ -122,8 +122,7 @@ def trained_grafter(recipe: Recipe, data: FitData, kind: str, folder: Path) -> G
 
 def _first_token(recipe: Recipe, data: FitData, folder: Path) -> FirstTokenReport:
     projectors = {
-        label: KVDimensionProjector.from_pretrained(folder / part)
-        for label, part in _fitted(recipe, folder).items()
+        label: KVDimensionProjector.from_pretrained(folder / part) for label, part in _fitted(recipe, folder).items()
     }
     with data.phases.timed("time the first token"):
         found = first_token(
