@@ -6,7 +6,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,27 +23,10 @@ from kvgraft.models.cache import context_length
 from kvgraft.prepare_kv import store_kv
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import StoreRecipe
+from kvgraft.report.graft import FirstToken
 from kvgraft.store.reader import KVStore
 
 _CHARACTERS_A_TOKEN = 12
-
-
-@dataclass(frozen=True)
-class FirstToken:
-    """Seconds until the token after ``tokens`` of the student's, the median of some turns.
-
-    Attributes:
-        from_store: by projector: the teacher's KV read, aligned, projected, rotated and put into a cache, and one token
-            decoded; projector and store are open already.
-        student, teacher: each reads the text itself.
-        bytes_per_token: that are read from the store.
-    """
-
-    tokens: int
-    from_store: dict[str, float]
-    student: float
-    teacher: float
-    bytes_per_token: float
 
 
 @torch.no_grad()
@@ -98,11 +80,11 @@ def first_token(
         *from_store, reads, teacher_reads = _medians(ways, repeats)
         bytes_per_token = store.bytes_per_token
     return FirstToken(
-        len(encoded.input_ids),
-        dict(zip(projectors, from_store, strict=True)),
-        reads,
-        teacher_reads,
-        bytes_per_token,
+        tokens=len(encoded.input_ids),
+        from_store=dict(zip(projectors, from_store, strict=True)),
+        student=reads,
+        teacher=teacher_reads,
+        bytes_per_token=bytes_per_token,
     )
 
 

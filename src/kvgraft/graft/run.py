@@ -18,7 +18,7 @@ from kvgraft.graft.questions import Questions
 from kvgraft.graft.worth import Measured, cache_worth, teacher_alone
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe
-from kvgraft.report.graft import CONTROL, FirstTokenReport, GraftReport, write_graft
+from kvgraft.report.graft import CONTROL, FirstToken, GraftReport, write_graft
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +120,12 @@ def trained_grafter(recipe: Recipe, data: FitData, kind: str, folder: Path) -> G
     return grafter
 
 
-def _first_token(recipe: Recipe, data: FitData, folder: Path) -> FirstTokenReport:
+def _first_token(recipe: Recipe, data: FitData, folder: Path) -> FirstToken:
     projectors = {
         label: KVDimensionProjector.from_pretrained(folder / part) for label, part in _fitted(recipe, folder).items()
     }
     with data.phases.timed("time the first token"):
-        found = first_token(
+        return first_token(
             data.student,
             data.teacher,
             projectors,
@@ -134,9 +134,6 @@ def _first_token(recipe: Recipe, data: FitData, folder: Path) -> FirstTokenRepor
             recipe.store,
             policy=data.train.teacher.policy,
         )
-    return FirstTokenReport(
-        tokens=found.tokens, from_store=found.from_store, student=found.student, teacher=found.teacher
-    )
 
 
 def _fitted_grafter(recipe: Recipe, data: FitData, folder: Path, fusion: Fusion = "none") -> Grafter:

@@ -16,8 +16,15 @@ CONTROL = "the same adapters on the student's own KV"
 _HEADER = ("cache at the question's tokens", "nats per answer token", "retention", "95 % interval")
 
 
-class FirstTokenReport(BaseModel):
-    """Seconds until the student's token after ``tokens``: from a store by each projector, or after reading the text."""
+class FirstToken(BaseModel):
+    """Seconds until the token after ``tokens`` of the student's, the median of some turns.
+
+    Attributes:
+        from_store: by projector: the teacher's KV read, aligned, projected, rotated and put into a cache, and one token
+            decoded; projector and store are open already.
+        student, teacher: each reads the text itself.
+        bytes_per_token: that are read from the store.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -25,6 +32,7 @@ class FirstTokenReport(BaseModel):
     from_store: dict[str, float]
     student: float
     teacher: float
+    bytes_per_token: float
 
 
 class GraftReport(BaseModel):
@@ -56,7 +64,7 @@ class GraftReport(BaseModel):
     tokens: list[int]
     parameters: dict[str, int]
     bytes_per_token: dict[str, float]
-    first_token: FirstTokenReport | None = None
+    first_token: FirstToken | None = None
     seconds: dict[str, float]
 
     @classmethod
