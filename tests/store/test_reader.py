@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from kvgraft.data.spans import sample_key
 from kvgraft.errors import StoreError
 from kvgraft.store.format import StoreIdentity
+from kvgraft.store.open_shards import OpenShard
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
 from tests.store.test_writer import (
@@ -110,19 +111,46 @@ def test_as_stored_is_the_mapped_file_itself(tmp_path: Path, dtype: str) -> None
 def test_the_system_is_asked_for_the_layers_that_are_read_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = fill(tmp_path, list(range(7)))
+    fill(tmp_path, list(range(7)))
     asked: list[bytes] = []
     monkeypatch.setattr(
         os, "posix_fadvise", lambda file, offset, length, advice: asked.append(os.pread(file, length, offset))
     )
+    cached = False
+    monkeypatch.setattr(OpenShard, "is_cached", lambda shard, place: cached)
+    store = KVStore.open(tmp_path)
+    store.read(KEYS[0])
+    # Of each file all that is not KV, at first.
+    (beginning,) = asked
+    assert beginning == (tmp_path / store.manifest.samples[KEYS[0]].shard).read_bytes()[: len(beginning)]
+    assert store.read_tokens(KEYS[0]).spans.astype("int32").tobytes() in beginning
     for key in KEYS:
         store.read(key)
-        assert not asked
+        asked.clear()
         stored = store.read(key, layers=IDENTITY.layers[-1:], as_stored=True).kv
         (content,) = asked
         both = [part[0, 0].transpose(0, 1).flatten(1) for part in (stored.keys, stored.values)]
         assert content == torch.stack(both).numpy().tobytes()
-        asked.clear()
+    asked.clear()
+    cached = True
+    store.read(KEYS[0], layers=IDENTITY.layers[-1:])
+    assert not asked
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system does not say what it has cached")
+def test_a_byte_is_cached_where_it_comes_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"kv": torch.zeros(4)}, tmp_path / "file")
+    shard = OpenShard(tmp_path / "file")
+    # No file system can refuse to answer then, as some do.
+    monkeypatch.setattr(os, "RWF_NOWAIT", 0, raising=False)
+    assert shard.is_cached(0)
+    assert not shard.is_cached(1 << 20)
+
+    def would_wait(*_: object) -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "preadv", would_wait)
+    assert not shard.is_cached(0)
 
 
 def test_tokens_are_read_without_the_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

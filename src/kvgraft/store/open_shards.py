@@ -15,10 +15,17 @@ OpenShards = dict[int, dict[str, "OpenShard"]]
 
 
 class OpenShard:
-    """A shard file, whose tensors are only mapped, each once: that costs less than asking the file for every sample."""
+    """A shard file, whose tensors are only mapped, each once: that costs less than asking the file for every sample.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        small_bytes: bytes at its beginning that hold all but its largest tensor. The system fetches these at once.
+    """
+
+    def __init__(self, path: Path, small_bytes: int = 0) -> None:
         self._path = path
+        if small_bytes:
+            self.ask_ahead(0, small_bytes)
         self._mapped: Any = safe_open(path, framework="pt")
         self._tensors: dict[str, Tensor] = {}
 
@@ -28,15 +35,27 @@ class OpenShard:
             self._tensors[name] = self._mapped.get_tensor(name)
         return self._tensors[name]
 
+    def ask_ahead(self, start: int, length: int) -> None:
+        """Let the system fetch these bytes and no others; left to itself it reads far on from each page it misses."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
+    def is_cached(self, place: int) -> bool:
+        """Whether the system holds the byte at ``place`` in memory; false where it cannot say."""
+        try:
+            return os.preadv(self._file.fileno(), [bytearray(1)], place, os.RWF_NOWAIT) == 1
+        except (AttributeError, OSError):
+            return False
+
     @cached_property
-    def file(self) -> BinaryIO:
-        """The file itself, open as long as the shard is."""
+    def _file(self) -> BinaryIO:
+        """Open as long as the shard is."""
         return open(self._path, "rb")
 
 
-def open_shard(opened: OpenShards, folder: Path, name: str) -> OpenShard:
-    """Shard ``name`` of ``folder``, from what this process has ``opened`` or new."""
+def open_shard(opened: OpenShards, folder: Path, name: str, small_bytes: int = 0) -> OpenShard:
+    """Shard ``name`` of ``folder``, from what this process has ``opened`` or new; ``small_bytes`` as it takes them."""
     shards = opened.setdefault(os.getpid(), {})
     if name not in shards:
-        shards[name] = OpenShard(folder / name)
+        shards[name] = OpenShard(folder / name, small_bytes)
     return shards[name]

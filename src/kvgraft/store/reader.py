@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -255,23 +255,26 @@ class KVStore:
         return chosen if self.quantizer is None else self.quantizer.decode(chosen, index)
 
     def _ask_ahead(self, entry: SampleEntry, index: list[int]) -> None:
-        """Let the system fetch these layers of a sample and no others.
-
-        Left to itself it reads on from each page that is missed, over the layers between.
-        """
-        if not hasattr(os, "posix_fadvise"):
+        """Let the system fetch these layers of a sample and no others, unless it holds the last of them."""
+        layer_bytes = entry.tokens * self._token_bytes // len(self.identity.layers)
+        shard = self._shard(entry.shard)
+        start = self._kv_start(entry.shard) + entry.first_token * self._token_bytes
+        if index and shard.is_cached(start + index[-1] * layer_bytes):
             return
-        shard = self.manifest.shards[entry.shard]
-        token_bytes = stored_bytes_per_token(self.identity.geometry, self.identity.dtype)
-        layer_bytes = entry.tokens * token_bytes // len(self.identity.layers)
-        # The KV is the last tensor of its file.
-        start = shard.bytes - (shard.tokens - entry.first_token) * token_bytes
-        descriptor = self._shard(entry.shard).file.fileno()
         for layer in index:
-            os.posix_fadvise(descriptor, start + layer * layer_bytes, layer_bytes, os.POSIX_FADV_WILLNEED)
+            shard.ask_ahead(start + layer * layer_bytes, layer_bytes)
 
     def _slice(self, entry: SampleEntry, name: str) -> Tensor:
         return self._shard(entry.shard).get_tensor(name)[entry.first_token : entry.first_token + entry.tokens]
 
     def _shard(self, name: str) -> OpenShard:
-        return open_shard(self._handles, self.folder, name)
+        return open_shard(self._handles, self.folder, name, self._kv_start(name))
+
+    def _kv_start(self, name: str) -> int:
+        """The byte of a shard file from which on there is only KV, the last of its tensors."""
+        shard = self.manifest.shards[name]
+        return shard.bytes - shard.tokens * self._token_bytes
+
+    @cached_property
+    def _token_bytes(self) -> int:
+        return stored_bytes_per_token(self.identity.geometry, self.identity.dtype)
