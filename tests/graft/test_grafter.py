@@ -1,6 +1,7 @@
 """What the student goes on from, by kind of fusion."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from kvgraft.errors import GraftError
 from kvgraft.fit.data import FitData, prepare_fit
 from kvgraft.graft.cache import cache_from_kv
 from kvgraft.graft.grafter import Fusion, Grafter
+from kvgraft.graft.joint import joint_grafter
 from kvgraft.graft.own import own_grafter, student_as_its_own_teacher
 from kvgraft.graft.questions import Question, Questions
+from kvgraft.kv import KV
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe
 
@@ -37,6 +40,11 @@ def grafter(fusion: Fusion) -> Grafter:
     return Grafter(projector, TEACHER, 2, own_first_tokens=2, fusion=fusion)
 
 
+def joint(fit_recipe: Callable[..., Recipe], data: FitData) -> Grafter:
+    recipe = fit_recipe(fit={"sources": 2, "source_kinds": "both"}, projector={"mlp_ratio": 0.5})
+    return joint_grafter(recipe, data, [[0, 1], [1, 2], [3, 2]])
+
+
 def logits(data: FitData, question: Question, kv) -> torch.Tensor:
     student = data.student.load()
     with torch.no_grad():
@@ -59,6 +67,69 @@ def test_closed_gates_leave_the_student_as_it_is(data: FitData, questions: Quest
     changed[:, 1, 0] = False
     assert not changed.any()
     assert torch.equal(gated(question.pair).values, question.pair.target.values)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_joint_adapters_start_at_the_student_as_it_is(
+    fit_recipe: Callable[..., Recipe], data: FitData, questions: Questions, training: bool
+) -> None:
+    changed, question = joint(fit_recipe, data).train(training), questions[0]
+    kv = changed(question.pair)
+    assert torch.equal(kv.keys, question.pair.target.keys)
+    assert torch.equal(kv.values, question.pair.target.values)
+    # They learn from the first step on; a closed gate then is as exact.
+    kv.keys.square().sum().backward()
+    assert changed.projector.adapters(TEACHER)[0].skip.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        torch.nn.init.normal_(changed.projector.adapters(TEACHER)[0].skip.weight)
+        changed.gates[0, 1] = 0
+    moved = changed(question.pair).keys != question.pair.target.keys
+    assert not moved[:, 1].any()
+    assert moved[:, [0, 2], :, 2:].any()
+
+
+def test_joint_adapters_read_both_models(
+    fit_recipe: Callable[..., Recipe], data: FitData, questions: Questions
+) -> None:
+    grafter, pair = joint(fit_recipe, data).eval(), questions[0].pair
+    torch.nn.init.normal_(grafter.projector.adapters(TEACHER)[1].skip.weight)
+
+    def reads(layer: int, **sides: KV) -> bool:
+        with torch.no_grad():
+            given = [grafter(each).values - each.target.values for each in (pair, replace(pair, **sides))]
+        return bool(((given[0] - given[1])[:, layer].abs() > 1e-3).any())
+
+    for layer, teacher_layers in enumerate([[0, 1], [1, 2], [3, 2]]):
+        for other in range(4):
+            source = pair.source.keys.clone()
+            source[:, other] += 1
+            assert reads(layer, source=replace(pair.source, keys=source)) == (other in teacher_layers)
+        for other in range(3):
+            own = pair.target.keys.clone()
+            own[:, other] += 1
+            assert reads(layer, target=replace(pair.target, keys=own)) == (other == layer)
+
+
+@pytest.mark.parametrize("mlp_ratio", [0.5, "auto"])
+def test_joint_adapters_are_no_larger_than_the_control(
+    fit_recipe: Callable[..., Recipe], data: FitData, mlp_ratio: float | str
+) -> None:
+    recipe = fit_recipe(fit={"sources": 2, "source_kinds": "both"}, projector={"mlp_ratio": mlp_ratio})
+    sizes = [
+        grafter.projector.count_parameters()
+        for grafter in (
+            joint_grafter(recipe, data, [[0], [1], [3]]),
+            own_grafter(recipe, student_as_its_own_teacher(data), data.teacher.geometry.kv_dim),
+        )
+    ]
+    # A hidden unit of each of six adapters is the least that there can be between them.
+    assert 0 <= sizes[1] - sizes[0] < 6 * (2 * (12 + 16) + 12 + 1)
+
+
+def test_joint_adapters_may_be_linear(fit_recipe: Callable[..., Recipe], data: FitData, questions: Questions) -> None:
+    changed = joint_grafter(fit_recipe(projector={"mlp_ratio": "linear"}), data, [[0], [1], [3]])
+    assert changed.projector.adapters(TEACHER)[0].up is None
+    assert torch.equal(changed(questions[0].pair).keys, questions[0].pair.target.keys)
 
 
 def test_gates_and_then_adapters_learn(questions: Questions) -> None:
@@ -105,9 +176,12 @@ def test_another_text_is_read_instead_whatever_its_length(questions: Questions, 
         assert changed.mask.sum() == sum(pair.mask.shape[1] for pair in tokens)
 
 
-@pytest.mark.parametrize("fusion", ["none", "gated"])
-def test_saved_and_loaded_gives_the_same(questions: Questions, tmp_path: Path, fusion: Fusion) -> None:
-    one = grafter(fusion).eval()
+@pytest.mark.parametrize("fusion", ["none", "gated", "joint"])
+def test_saved_and_loaded_gives_the_same(
+    fit_recipe: Callable[..., Recipe], data: FitData, questions: Questions, tmp_path: Path, fusion: Fusion
+) -> None:
+    one = (joint(fit_recipe, data) if fusion == "joint" else grafter(fusion)).eval()
+    torch.nn.init.normal_(one.projector.adapters(TEACHER)[0].down.weight)
     if one.gates is not None:
         torch.nn.init.normal_(one.gates)
     one.save_pretrained(tmp_path)

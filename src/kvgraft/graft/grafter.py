@@ -9,18 +9,19 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from kvgraft.errors import GraftError
 from kvgraft.fit.data import KVPair
 from kvgraft.fit.measure import project_pair
-from kvgraft.graft.pieces import concatenate, first_tokens, in_order, with_own_tokens
+from kvgraft.graft.pieces import concatenate, first_tokens, in_order, side_by_side, with_own_tokens
 from kvgraft.kv import KV
 from kvgraft.projector.projector import KVDimensionProjector
 
-Fusion = Literal["none", "gated", "both"]
+Fusion = Literal["none", "gated", "both", "joint"]
 
 SETTINGS_FILE = "grafter.json"
+_GATES_START: dict[Fusion, float] = {"gated": 0.0, "joint": 1.0}
 _PROJECTOR_FOLDER, _GATES_FILE = "projector", "gates.safetensors"
 
 
@@ -32,6 +33,8 @@ class Grafter(nn.Module):
     - ``none``: the projected KV stands in its place, but for the first tokens and those that the teacher has none for.
     - ``gated``: own KV, moved towards the projected by a gate for each layer and head, of keys and of values. All gates
       start closed, and where a gate is closed the own KV stays as it is, bit by bit, in training and afterwards.
+    - ``joint``: own KV, changed by adapters that read both models' (:func:`kvgraft.graft.pieces.side_by_side`), through
+      such gates. They start open and their adapters at no change; a gate at zero is as exact.
     - ``both``: the projected KV as a text of its own in front of the student's.
 
     Args:
@@ -55,7 +58,8 @@ class Grafter(nn.Module):
         self.fusion: Fusion = fusion
         self.num_kv_heads = num_kv_heads
         shape = (2, projector.num_output_layers(teacher), num_kv_heads)
-        self.gates = nn.Parameter(torch.zeros(shape)) if fusion == "gated" else None
+        start = _GATES_START.get(fusion)
+        self.gates = None if start is None else nn.Parameter(torch.full(shape, start))
 
     def forward(self, text: KVPair, read: KVPair | None = None) -> KV:
         """KV in the student's geometry, slots in order, keys before rotation.
@@ -65,6 +69,8 @@ class Grafter(nn.Module):
             read: what the teacher has read; default ``text``. Another text is the control.
         """
         read = text if read is None else read
+        if self.fusion == "joint":
+            return in_order(self._changed(text.target, read))
         projected = project_pair(self.projector, self.teacher, read)
         if self.fusion == "gated":
             return in_order(self._mixed(text.target, first_tokens(projected, text.target.mask.shape[1])))
@@ -72,15 +78,21 @@ class Grafter(nn.Module):
         return grafted if self.fusion == "none" else in_order(concatenate([grafted, text.target]))
 
     def _mixed(self, own: KV, projected: KV) -> KV:
+        return self._moved(own, projected.keys - own.keys, projected.values - own.values, projected.mask)
+
+    def _changed(self, own: KV, read: KVPair) -> KV:
+        source = first_tokens(replace(read.source, mask=read.mask), own.mask.shape[1])
+        keys, values = self.projector.project_teacher_kv(self.teacher, side_by_side(own, source))
+        change = own.unflatten(keys, values, own.geometry)
+        return self._moved(own, change.keys, change.values, source.mask)
+
+    def _moved(self, own: KV, keys: Tensor, values: Tensor, mask: Tensor) -> KV:
+        """``own``, moved by keys and values as far as the gates let it; not where ``mask`` is false nor at first."""
         assert self.gates is not None
-        given = projected.mask & (projected.positions >= self.own_first_tokens)
+        given = mask & (own.positions >= self.own_first_tokens)
         # Adding zero times a finite number changes nothing: a closed gate is exact and still has a gradient.
         keys_gate, values_gate = self.gates.tanh()[:, None, :, :, None, None] * given[:, None, None, :, None]
-        return replace(
-            own,
-            keys=own.keys + keys_gate * (projected.keys - own.keys),
-            values=own.values + values_gate * (projected.values - own.values),
-        )
+        return replace(own, keys=own.keys + keys_gate * keys, values=own.values + values_gate * values)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the projector, the settings and, where there are any, the gates into ``folder``."""

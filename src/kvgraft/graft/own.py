@@ -6,12 +6,14 @@ What they gain when they are trained is what tuning the student to the text give
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from kvgraft.distill.dataset import TeacherSource
 from kvgraft.fit.closed_form import fit_closed_form
 from kvgraft.fit.data import FitData, PairDataset
 from kvgraft.fit.run import build_projector, start_from_closed_form
 from kvgraft.graft.grafter import Grafter
+from kvgraft.projector.sizing import auto_mlp_ratio
 from kvgraft.recipe import Recipe
 
 # The map that is sought is the identity, for which no ridge is needed.
@@ -46,15 +48,24 @@ def own_grafter(recipe: Recipe, own: FitData, teacher_kv_dim: int) -> Grafter:
         teacher_kv_dim: width of the KV that the recipe's adapters read.
     """
     geometry, name = own.student.geometry, own.teacher.recipe.name
-    ratio = recipe.projector.mlp_ratio
-    if isinstance(ratio, float):
-        ratio *= teacher_kv_dim / geometry.kv_dim
+    _, ratio = own_adapter_settings(recipe, geometry.kv_dim, teacher_kv_dim)
     sources = [_nearest(layer, geometry.num_layers, recipe.fit.sources) for layer in range(geometry.num_layers)]
     linear = build_projector(recipe, own, sources, "linear")
     fit_closed_form(linear, name, own.train, ridge=_RIDGE)
     projector = build_projector(recipe, own, sources, ratio)
     start_from_closed_form(projector, linear, name)
     return Grafter(projector, name, geometry.num_kv_heads, recipe.graft.own_first_tokens)
+
+
+def own_adapter_settings(recipe: Recipe, kv_dim: int, teacher_kv_dim: int) -> tuple[int, float | Literal["linear"]]:
+    """``in_dim`` and ``mlp_ratio`` of the adapters of :func:`own_grafter`, for a student of ``kv_dim``."""
+    kinds = 2 if recipe.fit.source_kinds == "both" else 1
+    ratio = recipe.projector.mlp_ratio
+    if ratio == "auto":
+        ratio = auto_mlp_ratio(teacher_kv_dim)
+    if ratio != "linear":
+        ratio *= teacher_kv_dim / kv_dim
+    return kinds * recipe.fit.sources * kv_dim, ratio
 
 
 def _nearest(layer: int, num_layers: int, count: int) -> list[int]:

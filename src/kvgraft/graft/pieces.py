@@ -1,10 +1,12 @@
-"""KV put together by position: pieces one after another, the student's own tokens among them, slots in order.
+"""KV put together: by position (pieces one after another, the student's own tokens among them, slots in order), or two
+models' side by side.
 
 All of it is on keys before rotation, so that a token may stand anywhere.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvgraft.errors import GraftError
-from kvgraft.kv import KV
+from kvgraft.kv import KV, KVGeometry
 
 
 def text_lengths(kv: KV) -> Tensor:
@@ -92,6 +94,30 @@ def with_own_tokens(kv: KV, own_kv: KV, first_tokens: int = 0) -> KV:
         positions=torch.cat([own_kv.positions, kv.positions], 1),
         mask=torch.cat([own_kv.mask & ~given.gather(1, own_kv.positions), kept], 1),
     )
+
+
+def side_by_side(own: KV, teacher: KV) -> tuple[Tensor, Tensor]:
+    """Keys and values of the same tokens in two models as layers of one width, ``[batch, layers, tokens, width]``.
+
+    Projectors take layers of one width. Here a layer is as much of one of the models' as both can be cut into: first
+    all of ``own``, then all of ``teacher``.
+    """
+    width = common_width(own.geometry, teacher.geometry)
+    keys, values = (
+        torch.cat([in_widths(part, width) for part in parts], 1)
+        for parts in zip(own.flatten(), teacher.flatten(), strict=True)
+    )
+    return keys, values
+
+
+def common_width(one: KVGeometry, other: KVGeometry) -> int:
+    """The greatest width that the layers of both can be cut into."""
+    return math.gcd(one.kv_dim, other.kv_dim)
+
+
+def in_widths(part: Tensor, width: int) -> Tensor:
+    """``[batch, layers, tokens, kv_dim]`` to ``[batch, layers * kv_dim / width, tokens, width]``."""
+    return part.reshape(*part.shape[:-1], -1, width).transpose(2, 3).flatten(1, 2)
 
 
 def in_order(kv: KV) -> KV:

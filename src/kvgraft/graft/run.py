@@ -12,6 +12,7 @@ from kvgraft.fit.run import LEAST_SQUARES_FOLDER, PROJECTOR_FOLDER, fewer_layers
 from kvgraft.fit.train import CHECKPOINTS_FOLDER
 from kvgraft.graft.first_token import first_token
 from kvgraft.graft.grafter import SETTINGS_FILE, Fusion, Grafter
+from kvgraft.graft.joint import joint_grafter
 from kvgraft.graft.objectives import train_on_continuations
 from kvgraft.graft.own import own_grafter, student_as_its_own_teacher
 from kvgraft.graft.questions import Questions
@@ -28,6 +29,7 @@ TRAINED = {
     "own": CONTROL,
     "gated": "mixed into the student's own by gates",
     "both": "in front of the student's own",
+    "joint": "the student's own, changed by adapters that read both",
 }
 _FUSIONS: dict[str, Fusion] = {"continuation": "none", "gated": "gated", "both": "both"}
 
@@ -102,6 +104,9 @@ def trained_grafter(recipe: Recipe, data: FitData, kind: str, folder: Path) -> G
     seen = student_as_its_own_teacher(data) if kind == "own" else data
     if kind == "own":
         grafter = own_grafter(recipe, seen, data.teacher.geometry.kv_dim)
+    elif kind == "joint":
+        fitted = KVDimensionProjector.from_pretrained(folder / PROJECTOR_FOLDER)
+        grafter = joint_grafter(recipe, data, fitted.source_layers[data.teacher.recipe.name])
     else:
         grafter = _fitted_grafter(recipe, data, folder / PROJECTOR_FOLDER, _FUSIONS[kind])
     with data.phases.timed(f"train {kind}"):

@@ -254,14 +254,15 @@ class GraftRecipe(Section):
     held-out texts are measured.
     ``trained`` are grafts that go on from the fitted projector and are trained on what follows, as
     ``fit.continuation`` says: ``continuation`` replaces the student's cache; ``gated`` mixes into it, by a gate for
-    each layer and head; ``both`` stands in front of it; ``own`` is the control, the same adapters on the student's own
-    KV. ``layer_groups`` says in how many groups of layers the projected cache is tried alone. ``first_token`` is after
-    how many tokens of text the time to the first token is measured, 0 for not at all.
+    each layer and head; ``joint`` changes it by adapters that read both; ``both`` stands in front of it; ``own`` is the
+    control, the same adapters on the student's own KV. ``layer_groups`` says in how many groups of layers the projected
+    cache is tried alone. ``first_token`` is after how many tokens of text the time to the first token is measured, 0
+    for not at all.
     """
 
     own_first_tokens: Annotated[int, Field(ge=0)] = 4
     texts: Positive | None = None
-    trained: list[Literal["continuation", "own", "gated", "both"]] = Field(default_factory=list)
+    trained: list[Literal["continuation", "own", "gated", "both", "joint"]] = Field(default_factory=list)
     layer_groups: Annotated[int, Field(ge=0)] = 0
     first_token: Annotated[int, Field(ge=0)] = 1024
 
