@@ -14,62 +14,22 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import PreTrainedModel
 
-from kvgraft.data.batching import pad_texts
-from kvgraft.data.spans import EncodedText
 from kvgraft.distill.arms import build_arm
 from kvgraft.distill.dataset import DistillationDataset
 from kvgraft.distill.model import DistillationModel
 from kvgraft.identify import identify
-from kvgraft.models.capture import capture
 from kvgraft.prepare import PreparedTeacher, prepare, read_texts
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.run import arm_data
 from kvgraft.store.fill import encode_for_teacher
-from kvgraft.store.reader import KVStore, StoredSample, StoredTokens
-
-
-@dataclass
-class LiveKV:
-    """A teacher in the place of its store: holds the KV of the batch that it was last run on."""
-
-    model: PreTrainedModel
-    layers: Sequence[int]
-    texts: dict[str, EncodedText]
-    _captured: dict[str, StoredSample] = field(default_factory=dict)
-
-    def run(self, keys: Sequence[str]) -> None:
-        """The teacher's pass over the texts of ``keys``."""
-        texts = [self.texts[key] for key in keys]
-        kv = capture(self.model, *pad_texts(texts), layers=self.layers)
-        self._captured = {}
-        for row, text in enumerate(texts):
-            length = len(text.input_ids)
-            own = replace(
-                kv,
-                keys=kv.keys[row : row + 1, ..., :length, :],
-                values=kv.values[row : row + 1, ..., :length, :],
-                positions=kv.positions[row : row + 1, :length],
-                mask=kv.mask[row : row + 1, :length],
-            )
-            self._captured[text.sample_key] = StoredSample(own, text.spans, text.truncated_bytes, text.text_bytes)
-
-    def read(self, key: str, layers: Sequence[int] | None = None) -> StoredSample:
-        """As a store's."""
-        sample = self._captured[key]
-        return sample if layers is None else replace(sample, kv=sample.kv.select_layers(list(layers)))
-
-    def read_tokens(self, key: str) -> StoredTokens:
-        """As a store's."""
-        text = self.texts[key]
-        return StoredTokens(text.spans, text.text_bytes, text.truncated_bytes)
+from kvgraft.store.online import OnlineKV
 
 
 class Way:
@@ -90,7 +50,7 @@ class Way:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.seconds.append(time.process_time() - started)
-        self.loss = float(loss)
+        self.loss = loss.item()
 
 
 def main(
@@ -121,14 +81,16 @@ def measure(recipe: Path, overrides: Sequence[str] = (), texts: int = 32, epochs
         model = build_arm(loaded, "kv", data)
         stored = data.train_set("kv", loaded.seed)
         live = _live(prepared.teachers[0], prepared.texts.train_examples)
-        source = replace(stored.sources[0], store=cast(KVStore, live), _alignments={})
+        source = replace(stored.sources[0], store=live, _alignments={})
         online = DistillationDataset(stored.examples, [source])
 
         def read_stored(indices: Sequence[int]) -> Any:
             return data.collator([stored[index] for index in indices])
 
         def read_online(indices: Sequence[int]) -> Any:
-            live.run([stored.examples[index].sample_key for index in indices])
+            # Nothing is kept from batch to batch.
+            live.hold([])
+            live.hold(stored.examples[index].sample_key for index in indices)
             return data.collator([online[index] for index in indices])
 
         ways = {"store": Way(model, loaded, read_stored), "online": Way(model, loaded, read_online)}
@@ -156,10 +118,12 @@ def measure(recipe: Path, overrides: Sequence[str] = (), texts: int = 32, epochs
     return {"seconds": whole, "online over store": ratio, "table": "\n".join(lines)}
 
 
-def _live(teacher: PreparedTeacher, examples: Sequence[Any]) -> LiveKV:
+def _live(teacher: PreparedTeacher, examples: Sequence[Any]) -> OnlineKV:
+    """The teacher in the place of its store; all texts of a batch in one pass."""
     identified, identity = identify(teacher.recipe), teacher.store.identity
-    encoded = encode_for_teacher(examples, identified.tokenizer, identity.max_length)
-    return LiveKV(identified.load(), identity.layers, {text.sample_key: text for text in encoded})
+    texts = {text.sample_key: text for text in encode_for_teacher(examples, identified.tokenizer, identity.max_length)}
+    model = identified.load()
+    return OnlineKV(teacher.recipe.name, identity, lambda: model, texts, 1, token_budget=1 << 30)
 
 
 def _batches(texts: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
