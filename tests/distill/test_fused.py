@@ -170,14 +170,17 @@ def test_dropout_of_the_same_seed(settings: dict[str, Any], rows: int | None) ->
     projector = case.projector.train()
 
     def plain() -> Tensor:
-        """One mask for all layers and texts, drawn whole."""
+        """One mask for all texts, drawn whole; layers that have no weights in common take the first one's."""
         sources = projector.sources_of("t", case.student.select_layers(STUDENT_LAYERS))
         outputs = []
         for adapter, source in zip(projector.adapters("t"), sources, strict=True):
             seed, units = draw_seed(), adapter.up.weight.shape[1]
             places = torch.arange(LAYERS * BATCH).view(LAYERS, BATCH).T * num_tiles(TOKENS)
             kept = draw_dropout(0.3, seed, places.flatten().tolist(), TOKENS, units)
-            outputs.append(adapter(source, kept.view(BATCH, LAYERS, TOKENS, units)))
+            kept = kept.view(BATCH, LAYERS, TOKENS, units)
+            if projector.sharing == "per_layer":
+                kept = kept[:, :1].expand(-1, LAYERS, -1, -1)
+            outputs.append(adapter(source, kept))
         return kv_regression_loss(tuple(outputs), case.teacher, case.teacher.mask, scale=case.scale)
 
     torch.manual_seed(4)

@@ -69,7 +69,8 @@ def fused_kv_loss(
     The second is what the loss would be if every token weighed 1, without gradient.
 
     Dropout comes from a seed for the keys and one for the values, which ``torch.manual_seed`` settles, and from the
-    place of a token (:mod:`kvgraft.projector.dropout`): it does not depend on how the work is cut.
+    place of a token (:mod:`kvgraft.projector.dropout`): it does not depend on how the work is cut. Layers that have no
+    weights in common drop the same units.
 
     Args:
         projector: one for which :func:`can_fuse` holds.
@@ -211,15 +212,20 @@ class _Work:
         gradients = [torch.zeros_like(tensor) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
         totals = dict(zip(parameters, gradients[2:], strict=True))
         loss, unweighted = self.weights.new_zeros(()), self.weights.new_zeros(())
-        blocks = list(self._blocks())
         num_layers = len(self.target.layers)
         # Several layers make a piece only where the texts are few.
-        for layers in layer_runs(self.adapter, num_layers, max(1, self.piece_rows // max(self.mask.numel(), 1))):
+        runs = layer_runs(self.adapter, num_layers, max(1, self.piece_rows // max(self.mask.numel(), 1)))
+        cuts = []
+        for layers in runs:
             parts = {name: sets_of_layers(parameter, layers, num_layers) for name, parameter in parameters.items()}
             own = {name: parameter.detach()[parts[name]] for name, parameter in parameters.items()}
             found = {name: None if total is None else total[parts[name]] for name, total in totals.items()}
-            for block in blocks:
-                piece = self._piece(own, layers, block)
+            cuts.append((layers, own, found))
+        for block in self._blocks():
+            drawn = self._dropout(range(1), block) if self._drops_alike else None
+            for layers, own, found in cuts:
+                dropout = self._dropout(layers, block) if drawn is None else drawn.expand(len(layers), -1, -1)
+                piece = self._piece(own, layers, block, dropout)
                 if self.compiled or torch.is_autocast_enabled(self.target.tensor.device.type):
                     errors, sides = piece.by_autograd(found, wanted[0], wanted[1], self.compiled)
                 else:
@@ -229,7 +235,7 @@ class _Work:
                 self._add_gradients(gradients, sides, layers, block)
         return loss, unweighted, gradients
 
-    def _piece(self, parameters: Mapping[str, Tensor], layers: range, block: _Block) -> Piece:
+    def _piece(self, parameters: Mapping[str, Tensor], layers: range, block: _Block, dropout: Tensor | None) -> Piece:
         chosen, dtype = slice(layers.start, layers.stop), next(iter(parameters.values())).dtype
         target = self.target.rows(layers, block, torch.float32)
         weights = self.weights[chosen, None]
@@ -239,7 +245,7 @@ class _Work:
             parameters=parameters,
             source=self.source.rows(layers, block, dtype),
             target=target.sub_(self.centre[chosen, None]).div_(self.deviation[chosen, None, None]),
-            dropout=self._dropout(layers, block, dtype),
+            dropout=dropout,
             output_units=None if units is None else (units[0][chosen], units[1][chosen]),
             form=self.form,
             weights=weights if self.token_weights is None else weights * self._of_tokens(block),
@@ -261,7 +267,13 @@ class _Work:
         assert self.token_weights is not None
         return self.token_weights[block.texts, block.tokens].flatten().index_select(0, block.real)
 
-    def _dropout(self, layers: range, block: _Block, dtype: torch.dtype) -> Tensor | None:
+    @property
+    def _drops_alike(self) -> bool:
+        """Whether all layers drop the same units, which is drawn once: where no two have weights in common."""
+        return self.adapter.up is not None and len(self.adapter.up.weight) == len(self.target.layers)
+
+    def _dropout(self, layers: range, block: _Block) -> Tensor | None:
+        """What the hidden units of ``layers`` are multiplied by, ``[layers, real rows, h]``; None where by 1."""
         adapter = self.adapter
         if adapter.up is None or not adapter.training or adapter.dropout == 0:
             return None
@@ -270,7 +282,13 @@ class _Work:
         first_tile = (block.tokens.start or 0) // TILE_TOKENS
         places = [(layer * batch + text) * tiles + first_tile for layer in layers for text in range(batch)[block.texts]]
         drawn = draw_dropout(
-            adapter.dropout, self.seed, places, block.shape[1], units, self.target.tensor.device, dtype
+            adapter.dropout,
+            self.seed,
+            places,
+            block.shape[1],
+            units,
+            self.target.tensor.device,
+            adapter.up.weight.dtype,
         )
         weights = drawn.view(len(layers), -1, units)
         return weights if block.is_full else weights.index_select(1, block.real)
