@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated
 
 import capture_speed
-import growth
 import store_speed
 import torch
 import transformers
@@ -45,7 +44,7 @@ BENCHMARKS: dict[str, Callable[[], dict[str, object]]] = {
     "fused loss": partial(script, "fused_loss.py"),
     "training step": partial(script, "training_step.py", "recipes/quickstart.yaml"),
     "whole run": partial(script, "whole_run.py", "recipes/quickstart.yaml"),
-    "growth": growth.measure,
+    "growth": partial(script, "growth.py"),
     "logit distillation": partial(script, "logit_distillation.py", "--tokens", "1024"),
 }
 
