@@ -1,6 +1,5 @@
 """Benchmarks that put the library's parts together anew still do the same work both ways."""
 
-import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +7,13 @@ from pathlib import Path
 import yaml
 
 from kvgraft.recipe import Recipe
+from tests.benchmark_scripts import load_benchmark
 
 
 def test_a_whole_run_ends_at_one_loss_with_and_without_a_store(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    specification = importlib.util.spec_from_file_location("whole_run", "benchmarks/whole_run.py")
-    assert specification is not None
-    assert specification.loader is not None
-    whole_run = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(whole_run)
+    whole_run = load_benchmark(Path("benchmarks/whole_run.py"))
     recipe = tiny_recipe(arms=["kv"], store={"dtype": "float32"}, training={"batch_size": 2})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
     table = whole_run.measure(tmp_path / "recipe.yaml", texts=4, epochs=2)["table"]

@@ -1,9 +1,7 @@
 """Every command of the README and of docs/ would run: options and recipes are checked by what runs them."""
 
 import argparse
-import importlib.util
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from kvgraft.compare.matrix import plan_matrix
 from kvgraft.evaluate.run import PARTS
 from kvgraft.projector.ablation import GROUPS
 from kvgraft.recipe import Recipe, load_recipe
+from tests.benchmark_scripts import load_benchmark
 from tests.docs.pages import PAGES, PROGRAMS, blocks, fenced_commands, inline_commands, named_commands, words_of
 
 
@@ -81,16 +80,8 @@ def check_python(words: list[str], page: Path, tmp_path: Path) -> None:
 
 
 def benchmark_command(script: Path) -> Command:
-    sys.path.insert(0, str(script.parent))  # as where the script is run
-    try:
-        specification = importlib.util.spec_from_file_location(f"benchmarks_{script.stem}", script)
-        module = importlib.util.module_from_spec(specification)
-        sys.modules[specification.name] = module  # dataclasses look their module up
-        specification.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(script.parent))
     benchmark = typer.Typer()
-    benchmark.command()(module.main)
+    benchmark.command()(load_benchmark(script).main)
     return get_command(benchmark)
 
 

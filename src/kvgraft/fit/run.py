@@ -149,11 +149,8 @@ def build_projector(
             context_tokens=recipe.fit.context_tokens,
         )
     source, target = data.train.statistics()
-    floor = torch.finfo(torch.float32).eps
-    mean, deviation = source.mean.transpose(0, 1), source.variance.sqrt().clamp_min(floor).transpose(0, 1)
-    projector.standardise_inputs(name, mean, deviation)
-    deviation = target.variance.mean(-1).sqrt().clamp_min(floor)
-    projector.standardise_outputs(name, target.mean.transpose(0, 1), deviation.transpose(0, 1))
+    projector.standardise_inputs(name, *source.standard())
+    projector.standardise_outputs(name, target.standard()[0], target.layer_deviations())
     return projector
 
 

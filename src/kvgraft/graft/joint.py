@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from kvgraft.fit.data import FitData
 from kvgraft.graft.grafter import Grafter
@@ -17,7 +16,6 @@ from kvgraft.graft.pieces import common_width, in_widths
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.projector.sizing import adapter_parameters
 from kvgraft.recipe import Recipe
-from kvgraft.store.reader import KVStatistics
 
 
 def joint_grafter(recipe: Recipe, data: FitData, teacher_sources: list[list[int]]) -> Grafter:
@@ -57,12 +55,11 @@ def joint_grafter(recipe: Recipe, data: FitData, teacher_sources: list[list[int]
     of_teacher, of_own = data.train.statistics()
     mean, deviation = (
         torch.cat([in_widths(part[:, :, None], width)[:, :, 0] for part in parts], 1)
-        for parts in zip(_standard(of_own), _standard(of_teacher), strict=True)
+        for parts in zip(of_own.standard(), of_teacher.standard(), strict=True)
     )
     projector.standardise_inputs(name, mean, deviation)
     # A change has no mean to add.
-    spread = _deviation(of_own.variance.mean(-1))
-    projector.standardise_outputs(name, torch.zeros(2, own.num_layers, own.kv_dim), spread)
+    projector.standardise_outputs(name, torch.zeros(2, own.num_layers, own.kv_dim), of_own.layer_deviations())
     return Grafter(projector, name, own.num_kv_heads, recipe.graft.own_first_tokens, "joint")
 
 
@@ -82,12 +79,3 @@ def _mlp_ratio(recipe: Recipe, data: FitData, in_dim: int) -> float | Literal["l
     hidden = 1 + (size - without_hidden) // (in_dim + out_dim + 1)
     # Half a unit more, so that dividing does not lose one.
     return (max(hidden, 1) + 0.5) / in_dim
-
-
-def _standard(statistics: KVStatistics) -> tuple[Tensor, Tensor]:
-    """Mean and deviation ``[2, layers, kv_dim]``."""
-    return statistics.mean.transpose(0, 1), _deviation(statistics.variance)
-
-
-def _deviation(variance: Tensor) -> Tensor:
-    return variance.sqrt().clamp_min(torch.finfo(torch.float32).eps).transpose(0, 1)

@@ -18,6 +18,7 @@ from kvgraft.graft.own import own_grafter, student_as_its_own_teacher
 from kvgraft.graft.questions import Questions
 from kvgraft.graft.worth import Measured, cache_worth, teacher_alone
 from kvgraft.projector.projector import KVDimensionProjector
+from kvgraft.projector.saving import read_config
 from kvgraft.recipe import Recipe
 from kvgraft.report.graft import CONTROL, FirstToken, GraftReport, write_graft
 
@@ -105,8 +106,8 @@ def trained_grafter(recipe: Recipe, data: FitData, kind: str, folder: Path) -> G
     if kind == "own":
         grafter = own_grafter(recipe, seen, data.teacher.geometry.kv_dim)
     elif kind == "joint":
-        fitted = KVDimensionProjector.from_pretrained(folder / PROJECTOR_FOLDER)
-        grafter = joint_grafter(recipe, data, fitted.source_layers[data.teacher.recipe.name])
+        sources = read_config(folder / PROJECTOR_FOLDER)["source_layers"][data.teacher.recipe.name]
+        grafter = joint_grafter(recipe, data, sources)
     else:
         grafter = _fitted_grafter(recipe, data, folder / PROJECTOR_FOLDER, _FUSIONS[kind])
     with data.phases.timed(f"train {kind}"):

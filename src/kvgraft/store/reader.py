@@ -72,6 +72,14 @@ class KVStatistics:
         variance = moments.m2[layers] / moments.count
         return cls(moments.count, moments.mean[layers].float(), variance.float())
 
+    def standard(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel ``[2, layers, kv_dim]``, keys first; no deviation is zero."""
+        return self.mean.transpose(0, 1), _deviation(self.variance)
+
+    def layer_deviations(self) -> Tensor:
+        """Deviation of each layer's keys and values ``[2, layers]`` about their channels' means; none is zero."""
+        return _deviation(self.variance.mean(-1))
+
 
 @dataclass(frozen=True)
 class KVStore:
@@ -278,3 +286,7 @@ class KVStore:
     @cached_property
     def _token_bytes(self) -> int:
         return stored_bytes_per_token(self.identity.geometry, self.identity.dtype)
+
+
+def _deviation(variance: Tensor) -> Tensor:
+    return variance.sqrt().clamp_min(torch.finfo(torch.float32).eps).transpose(0, 1)
