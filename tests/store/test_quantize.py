@@ -13,7 +13,7 @@ from torch import Tensor
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
 from kvgraft.store.format import stored_bytes_per_token
-from kvgraft.store.quantize import QUANTIZED_FORMATS, Quantizer
+from kvgraft.store.quantize import QUANTIZED_FORMATS, Quantizer, _steps
 from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
 from tests.store.test_writer import IDENTITY, KEYS, SHARD_BYTES, add, assert_same_content, fill, make_kv
@@ -122,6 +122,25 @@ def test_the_channel_with_the_heaviest_tail_stays_exact() -> None:
 def test_bytes_against_float16(dtype: str, share: float, kv_dim: int) -> None:
     geometry = KVGeometry(3, 1, kv_dim)
     assert stored_bytes_per_token(geometry, dtype) <= share * stored_bytes_per_token(geometry, "float16")
+
+
+def test_with_4_bits_no_next_step_would_leave_a_smaller_error() -> None:
+    scheme = QUANTIZED_FORMATS["int4"]
+    numbers = torch.randn(50, 1, scheme.group, generator=torch.Generator().manual_seed(0))
+    unit, shares = _steps(numbers, scheme)
+
+    def error(row: int, share: int) -> float:
+        step = float(unit[row, 0]) * (1 if share > 0 else -1) * 2 ** (-(abs(share) - 1) / 8)
+        codes = [min(max(round(number / step), -8), 7) for number in numbers[row, 0].tolist()]
+        return sum((code * step - number) ** 2 for code, number in zip(codes, numbers[row, 0].tolist(), strict=True))
+
+    smaller_steps = 0
+    for row, (share,) in enumerate(shares.view(torch.int8).tolist()):
+        chosen, sign = error(row, share), 1 if share > 0 else -1
+        for size in range(1, 4):
+            assert chosen <= error(row, sign * size) + 1e-6
+        smaller_steps += abs(share) > 1
+    assert 10 < smaller_steps < 50
 
 
 def test_one_token_and_a_file_of_a_quantizer() -> None:

@@ -29,6 +29,7 @@ _LEAST_LOADING = 1e-6
 _LEAST_UNIT = torch.finfo(torch.half).smallest_normal
 # A group's step is a signed byte: its size counts eighths of an octave below the unit, from 1 on.
 _SHARES_PER_OCTAVE, _SMALLEST_SHARE = 8, 127
+_STEPS_TRIED = 3
 _SIZES = torch.tensor([0.0, *(2 ** (-power / _SHARES_PER_OCTAVE) for power in range(_SMALLEST_SHARE))])
 _SHARES = torch.cat([_SIZES, _SIZES[:1], -_SIZES[1:].flip(0)])
 
@@ -206,11 +207,28 @@ def _steps(grouped: Tensor, scheme: QuantizedFormat) -> tuple[Tensor, Tensor]:
     step = peak / scheme.lowest
     unit = step.abs().amax(-1, keepdim=True).half().clamp_min_(_LEAST_UNIT)
     below = (unit.float() / step.abs()).log2_().mul_(_SHARES_PER_OCTAVE)
-    # Too small a step clips the largest number. With 16 codes that costs no more than rounding does and a larger step
-    # costs all the others; with more codes it is the other way round.
-    below = below.round_() if scheme.bits == 4 else below.floor_()
-    size = below.clamp_(0, _SMALLEST_SHARE - 1).add_(1)
-    return unit, torch.where(step < 0, -size, size).to(torch.int8).view(torch.uint8)
+    size = below.floor_().clamp_(0, _SMALLEST_SHARE - 1).add_(1)
+    shares = torch.where(step < 0, -size, size).to(torch.int8)
+    if scheme.bits == 4:
+        shares = _closest(grouped, unit, shares, scheme)
+    return unit, shares.view(torch.uint8)
+
+
+def _closest(grouped: Tensor, unit: Tensor, shares: Tensor, scheme: QuantizedFormat) -> Tensor:
+    """Of ``shares``, which clip nothing, and the next smaller steps, those that leave each group the least error.
+
+    With 16 codes, clipping the largest number a little may cost less than a larger step costs all the others.
+    """
+    least = grouped.new_full(shares.shape, torch.inf)
+    best = shares
+    for smaller in range(_STEPS_TRIED):
+        tried = (shares.abs().clamp_(max=_SMALLEST_SHARE - smaller) + smaller) * shares.sign()
+        step = (_SHARES[tried.view(torch.uint8).long()] * unit.float())[..., None]
+        codes = (grouped / step).round_().clamp_(scheme.lowest, scheme.highest)
+        error = codes.mul_(step).sub_(grouped).square_().sum(-1)
+        best = torch.where(error < least, tried, best)
+        least = torch.minimum(error, least)
+    return best
 
 
 def _bytes(halves: Tensor) -> Tensor:
