@@ -41,7 +41,7 @@ class QuantizedFormat:
     Attributes:
         bits: bits of a code, 8 or 4.
         lowest, highest: the range of codes. The largest number of a group has the code ``lowest``, its sign being that
-            of the step.
+            of the step; with 4 bits it may be clipped a little.
         group: most channels that share a step.
         least_deviation: what spreads less than this share of its layer is coded as if it spread so much: constant
             channels exist, and one that wakes up must not set the step of its group alone.
@@ -143,7 +143,7 @@ class Quantizer:
         standard = standard.div_(self.deviation[:, :, None]).scatter_(-1, index, 0.0)
         grouped = _split(standard, scheme.groups(kv_dim))
         unit, share = _steps(grouped, scheme)
-        codes = grouped.div_((_SHARES[share.long()] * unit.float())[..., None]).flatten(-2)
+        codes = grouped.div_(_step_sizes(share, unit)).flatten(-2)
         return torch.cat([_bytes(unit), _bytes(exact), share, _pack(codes, scheme)], -1)
 
     def decode(self, records: Tensor, layers: Sequence[int] | None = None) -> Tensor:
@@ -158,7 +158,7 @@ class Quantizer:
         _, share, codes = torch.split(records, widths, -1)
         half = self.halves(records).float()
         numbers = _unpack(codes, scheme)
-        _split(numbers, groups).mul_((_SHARES[share.long()] * half[..., :1])[..., None])
+        _split(numbers, groups).mul_(_step_sizes(share, half[..., :1]))
         numbers.mul_(self.deviation[chosen][:, :, None])
         if scheme.components:
             numbers = _turn(numbers, self.components[chosen].transpose(-1, -2))
@@ -223,12 +223,21 @@ def _closest(grouped: Tensor, unit: Tensor, shares: Tensor, scheme: QuantizedFor
     best = shares
     for smaller in range(_STEPS_TRIED):
         tried = (shares.abs().clamp_(max=_SMALLEST_SHARE - smaller) + smaller) * shares.sign()
-        step = (_SHARES[tried.view(torch.uint8).long()] * unit.float())[..., None]
-        codes = (grouped / step).round_().clamp_(scheme.lowest, scheme.highest)
-        error = codes.mul_(step).sub_(grouped).square_().sum(-1)
+        step = _step_sizes(tried.view(torch.uint8), unit)
+        error = _rounded(grouped / step, scheme).mul_(step).sub_(grouped).square_().sum(-1)
         best = torch.where(error < least, tried, best)
         least = torch.minimum(error, least)
     return best
+
+
+def _step_sizes(share: Tensor, unit: Tensor) -> Tensor:
+    """The steps ``[..., groups, 1]`` that ``share [..., groups]`` uint8 of ``unit [..., 1]`` are."""
+    return (_SHARES[share.long()] * unit.float())[..., None]
+
+
+def _rounded(codes: Tensor, scheme: QuantizedFormat) -> Tensor:
+    """``codes`` as whole numbers in range, in place."""
+    return codes.round_().clamp_(scheme.lowest, scheme.highest)
 
 
 def _bytes(halves: Tensor) -> Tensor:
@@ -238,7 +247,7 @@ def _bytes(halves: Tensor) -> Tensor:
 def _pack(codes: Tensor, scheme: QuantizedFormat) -> Tensor:
     if scheme.floating:
         return codes.clamp_(scheme.lowest, scheme.highest).to(torch.float8_e4m3fn).view(torch.uint8)
-    whole = codes.round_().clamp_(scheme.lowest, scheme.highest).to(torch.int8)
+    whole = _rounded(codes, scheme).to(torch.int8)
     if scheme.bits == 8:
         return whole.view(torch.uint8)
     first, second = (whole - scheme.lowest).view(torch.uint8).chunk(2, -1)
