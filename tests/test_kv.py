@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvgraft.errors import KVGraftError
-from kvgraft.kv import KV, KVGeometry, stack_kv
+from kvgraft.kv import KV, KVGeometry, all_finite, stack_kv
 
 
 def make(tokens: int = 4, layers: tuple[int, ...] = (2, 5, 7), seed: int = 0, batch: int = 1) -> KV:
@@ -58,6 +58,15 @@ def test_what_is_not_finite_is_named_and_padding_is_not_looked_at(bad: float) ->
     kv.values[0, 1, 0, 2, 2] = bad
     with pytest.raises(KVGraftError, match="values of teacher big are not finite at sample 0, layer 5, token 2"):
         kv.require_finite("teacher big")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_finite_is_told_from_what_is_not(dtype: torch.dtype) -> None:
+    inf, largest = float("inf"), torch.finfo(dtype).max
+    for numbers in ([1.0, -2.0], [largest, largest, -largest]):
+        assert all_finite(torch.tensor(numbers, dtype=dtype))
+    for numbers in ([1.0, float("nan")], [inf, 1.0], [inf, -inf]):
+        assert not all_finite(torch.tensor(numbers, dtype=dtype))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvgraft.errors import ProjectorError
+from kvgraft.kv import all_finite
 from kvgraft.projector.adapters import layer_sets
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -292,7 +293,7 @@ def _solve_ridge(correlation: Tensor, covariance: Tensor, ridge: float) -> Tenso
 
 def _require_finite(layer: int, **rows: Tensor) -> None:
     for name, tensor in rows.items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ProjectorError(
                 f"{name} of layer {layer} has NaN or Inf at a real token. Capture the KV in float32 or bfloat16, "
                 "or leave that sample out."

@@ -292,7 +292,7 @@ class KVDimensionProjector(nn.Module):
         standard = self.standard("input", teacher)
         if standard is not None:
             mean, deviation = (part[:, :layers, None].repeat(1, reach, 1, 1) for part in standard)
-            keys, values = (keys - mean[0]) / deviation[0], (values - mean[1]) / deviation[1]
+            keys, values = (keys - mean[0]).div_(deviation[0]), (values - mean[1]).div_(deviation[1])
         own = [[layer] for layer in range(layers)] if sources is None else sources
         read = [[layer + step * layers for step in range(reach) for layer in chosen] for chosen in own]
         return AdapterInputs(keys, values, read, self.source_kinds == "both")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvgraft.errors import ProjectorError
+from kvgraft.kv import all_finite
 
 # The guide's Qwen-14B to Qwen-1.5B, with the mean and deviation that it prints for Qwen-14B's KV.
 TEACHER_WIDTH, STUDENT_WIDTH = 5120, 1536
@@ -55,7 +56,7 @@ class AblationData:
                     f"ablation data from {self.source}: {name} hold {x.shape[2]} tokens; at least 2 are needed to tell "
                     "a target's spread"
                 )
-            if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+            if not (all_finite(x) and all_finite(y)):
                 raise ProjectorError(f"ablation data from {self.source}: {name} hold NaN or Inf")
         layers_and_widths = [(x.shape[1], x.shape[3], y.shape[3]) for x, y in self._halves()]
         if layers_and_widths[0] != layers_and_widths[1]:

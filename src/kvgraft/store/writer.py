@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvgraft.errors import StoreError
-from kvgraft.kv import KV
+from kvgraft.kv import KV, all_finite
 from kvgraft.store.few_bits import calibrate, calibration_tokens
 from kvgraft.store.format import (
     FORMAT_VERSION,
@@ -207,7 +206,7 @@ class KVStoreWriter:
         if place := _first_not_finite(numbers):
             layer, kind, token = place
             given = (kv.keys, kv.values)[kind][0, layer, :, token]
-            if bool(torch.isfinite(given).all()):
+            if all_finite(given):
                 raise self._out_of_range(key, place, str(dtype).removeprefix("torch."))
             raise StoreError(
                 f"sample {short_key(key)} has NaN or Inf in {self._named(place)}. "
@@ -337,8 +336,7 @@ def _require_fit(key: str, kv: KV, identity: StoreIdentity) -> None:
 
 
 def _first_not_finite(numbers: Tensor) -> _Place | None:
-    # The extremes are much cheaper than a look at each number, and NaN makes both NaN.
-    if all(math.isfinite(float(extreme)) for extreme in torch.aminmax(numbers)):
+    if all_finite(numbers):
         return None
     layer, kind, token, *_ = (int(index) for index in (~torch.isfinite(numbers)).nonzero()[0])
     return layer, kind, token
