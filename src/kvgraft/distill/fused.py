@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from kvgraft.distill.fused_pieces import Piece, SidesGradients
 from kvgraft.distill.losses import KVScale, LossForm, normalised_layer_weights
 from kvgraft.errors import KVGraftError, ProjectorError
+from kvgraft.gradients import times_arriving
 from kvgraft.kv import KV
 from kvgraft.projector.adapters import ElasticBottleneck, layer_runs, sets_of_layers
 from kvgraft.projector.dropout import TILE_TOKENS, draw_dropout, draw_seed, num_tiles
@@ -319,9 +320,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, arriving: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # Not in place: the trainer asks for the gradient of one loss more than once.
-        scaled = [None if gradient is None else gradient * arriving for gradient in ctx.saved_tensors]
-        return (None, None, *scaled)
+        return (None, None, *times_arriving(ctx.saved_tensors, arriving))
 
 
 def _output_units(scale: KVScale, standard: tuple[Tensor, Tensor] | None, kind: int) -> tuple[Tensor, Tensor] | None:

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kvgraft.errors import KVGraftError
+from kvgraft.gradients import times_arriving
 from kvgraft.models.head import Head, as_the_head_reads
 
 # Logits of a chunk and the teacher's beside them fill about this many numbers each.
@@ -271,10 +273,11 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [
-            None if gradient is None else (gradient * upstream[0]).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(times_arriving(ctx.saved_tensors, arriving), ctx.dtypes, strict=True)
         ]
         return (*gradients, None, None, None)
 

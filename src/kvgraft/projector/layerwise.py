@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from kvgraft.gradients import times_arriving
 from kvgraft.projector.adapters import ElasticBottleneck, layer_runs, sets_of_layers
 from kvgraft.projector.sources import AdapterInputs
 
@@ -112,4 +113,4 @@ class _LayerwiseLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, None, *(gradient * arriving for gradient in ctx.saved_tensors))
+        return (None, None, None, None, *times_arriving(ctx.saved_tensors, arriving))
