@@ -38,7 +38,16 @@ def main(
     typer.echo("| tokens | from the store | student reads | ratio | teacher reads | ratio | bytes read a token |")
     typer.echo("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for length in map(int, lengths.split(",")):
-        found = first_token(student, teacher, {projector: adapters}, whole, length, recipe.store, repeats=repeats)
+        found = first_token(
+            student,
+            teacher,
+            {projector: adapters},
+            whole,
+            length,
+            recipe.store,
+            own_first_tokens=recipe.graft.own_first_tokens,
+            repeats=repeats,
+        )
         ours = found.from_store[projector]
         typer.echo(
             f"| {found.tokens:,} | {ours:.3f} s | {found.student:.3f} s | {ours / found.student:.2f} | "

@@ -17,7 +17,7 @@ from kvgraft.align.tokens import AlignmentPolicy
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText, encode_with_spans
 from kvgraft.errors import GraftError
-from kvgraft.graft.sources import graft_stored
+from kvgraft.graft.sources import graft_stored, own_beginning
 from kvgraft.identify import IdentifiedModel
 from kvgraft.models.cache import context_length
 from kvgraft.prepare_kv import store_kv
@@ -39,6 +39,7 @@ def first_token(
     settings: StoreRecipe,
     *,
     policy: AlignmentPolicy = "cover",
+    own_first_tokens: int = 0,
     repeats: int = 3,
 ) -> FirstToken:
     """Time every way in turns, so that a busy moment hits all.
@@ -50,6 +51,7 @@ def first_token(
         tokens: of the student, as many as both models' contexts allow.
         settings: how the store is written; its path is not used.
         policy: token alignment, see :func:`kvgraft.align_tokens`.
+        own_first_tokens: of the text that the student reads itself on the way from the store.
         repeats: turns.
 
     Raises:
@@ -73,7 +75,17 @@ def first_token(
         store, _ = store_kv(teacher, [Example(text)], layers, of_teacher.shape[1], own_settings)
         name = teacher.recipe.name
         ways: list[Callable[[], object]] = [
-            partial(_go_on, model, projector, store, encoded, name, follows, policy)
+            partial(
+                _go_on,
+                model,
+                projector,
+                store,
+                encoded,
+                name,
+                follows,
+                policy,
+                min(own_first_tokens, len(encoded.input_ids)),
+            )
             for projector in projectors.values()
         ]
         ways += [partial(model, read, logits_to_keep=1), partial(own_teacher, of_teacher, logits_to_keep=1)]
@@ -96,8 +108,18 @@ def _go_on(
     teacher: str,
     follows: Tensor,
     policy: AlignmentPolicy,
+    own_first_tokens: int,
 ) -> None:
-    cache = graft_stored(student, projector, store, [text], teacher=teacher, policy=policy)
+    cache = graft_stored(
+        student,
+        projector,
+        store,
+        [text],
+        teacher=teacher,
+        policy=policy,
+        own_kv=own_beginning(student, [text], own_first_tokens) if own_first_tokens else None,
+        own_first_tokens=own_first_tokens,
+    )
     student(**cache.forward_inputs(follows))
 
 

@@ -139,6 +139,7 @@ def _first_token(recipe: Recipe, data: FitData, folder: Path) -> FirstToken:
             recipe.graft.first_token,
             recipe.store,
             policy=data.train.teacher.policy,
+            own_first_tokens=recipe.graft.own_first_tokens,
         )
 
 
