@@ -17,6 +17,5 @@ def times_arriving(kept: Iterable[Tensor | None], arriving: Tensor) -> list[Tens
     In place, so that no gradient stands in memory twice, unless the graph is kept (``retain_graph``) and another pass
     may ask for them again.
     """
-    if _graph_is_kept():
-        return [None if gradient is None else gradient * arriving for gradient in kept]
-    return [None if gradient is None else gradient.mul_(arriving) for gradient in kept]
+    multiply = Tensor.mul if _graph_is_kept() else Tensor.mul_
+    return [None if gradient is None else multiply(gradient, arriving) for gradient in kept]

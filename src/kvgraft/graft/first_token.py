@@ -10,12 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from kvgraft.align.tokens import AlignmentPolicy
 from kvgraft.data.datasets import Example
-from kvgraft.data.spans import EncodedText, encode_with_spans
+from kvgraft.data.spans import encode_with_spans
 from kvgraft.errors import GraftError
 from kvgraft.graft.sources import graft_stored, own_beginning
 from kvgraft.identify import IdentifiedModel
@@ -69,25 +67,26 @@ def first_token(
     # Any token does: what is timed is the pass over one.
     follows = torch.tensor([encoded.input_ids[-1:]])
     read = torch.cat([torch.tensor([encoded.input_ids]), follows], 1).to(model.device)
+    own_tokens = min(own_first_tokens, len(encoded.input_ids))
+
+    def go_on(store: KVStore, projector: KVDimensionProjector) -> None:
+        cache = graft_stored(
+            model,
+            projector,
+            store,
+            [encoded],
+            teacher=teacher.recipe.name,
+            policy=policy,
+            own_kv=own_beginning(model, [encoded], own_tokens) if own_tokens else None,
+            own_first_tokens=own_tokens,
+        )
+        model(**cache.forward_inputs(follows))
+
     with tempfile.TemporaryDirectory() as folder:
         layers = tuple(range(teacher.geometry.num_layers))
         own_settings = settings.model_copy(update={"path": Path(folder)})
         store, _ = store_kv(teacher, [Example(text)], layers, of_teacher.shape[1], own_settings)
-        name = teacher.recipe.name
-        ways: list[Callable[[], object]] = [
-            partial(
-                _go_on,
-                model,
-                projector,
-                store,
-                encoded,
-                name,
-                follows,
-                policy,
-                min(own_first_tokens, len(encoded.input_ids)),
-            )
-            for projector in projectors.values()
-        ]
+        ways: list[Callable[[], object]] = [partial(go_on, store, projector) for projector in projectors.values()]
         ways += [partial(model, read, logits_to_keep=1), partial(own_teacher, of_teacher, logits_to_keep=1)]
         *from_store, reads, teacher_reads = _medians(ways, repeats)
         bytes_per_token = store.bytes_per_token
@@ -98,29 +97,6 @@ def first_token(
         teacher=teacher_reads,
         bytes_per_token=bytes_per_token,
     )
-
-
-def _go_on(
-    student: PreTrainedModel,
-    projector: KVDimensionProjector,
-    store: KVStore,
-    text: EncodedText,
-    teacher: str,
-    follows: Tensor,
-    policy: AlignmentPolicy,
-    own_first_tokens: int,
-) -> None:
-    cache = graft_stored(
-        student,
-        projector,
-        store,
-        [text],
-        teacher=teacher,
-        policy=policy,
-        own_kv=own_beginning(student, [text], own_first_tokens) if own_first_tokens else None,
-        own_first_tokens=own_first_tokens,
-    )
-    student(**cache.forward_inputs(follows))
 
 
 def _medians(ways: Sequence[Callable[[], object]], repeats: int) -> list[float]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from kvgraft.data.spans import EncodedText
 from kvgraft.errors import StoreError
+from kvgraft.kv import all_finite
 from kvgraft.models.head import Head, head_of
 from kvgraft.store.fill import Found
 from kvgraft.store.format import short_key, write_atomically
@@ -130,7 +131,7 @@ class LikelihoodWriter:
         Raises:
             StoreError: one is not finite, or the disk is full.
         """
-        if not torch.isfinite(numbers[1:]).all():
+        if not all_finite(numbers[1:]):
             raise StoreError(
                 f"token likelihoods of text {short_key(key)} are not finite; load the teacher in float32 or bfloat16, "
                 "or leave this text out"

@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvgraft.errors import StoreError
+from kvgraft.kv import all_finite
 from kvgraft.store.format import (
     MANIFEST_NAME,
     TEMPORARY_SUFFIX,
@@ -277,7 +278,7 @@ class LogitStoreWriter:
                 f"sample {short_key(key)} must have int32 words [{tokens}, {self.identity.top_k}]; got "
                 f"{list(words.shape)} of {words.dtype}"
             )
-        if not torch.isfinite(token_log_likelihood).all():
+        if not all_finite(token_log_likelihood):
             raise StoreError(
                 f"sample {short_key(key)} has log-likelihoods that are NaN or Inf. Run the teacher in float32 or "
                 "bfloat16, or leave this text out."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvgraft.kv import KVGeometry
+from kvgraft.kv import KVGeometry, all_finite
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Moments:
             torch.sum(deviation.sub_(center[layer, :, None]), 1, out=left[layer])
             torch.sum(deviation.square_(), 1, out=squares[layer])
         m2 = squares.double() - left.double().square() / count
-        if dtype == torch.float32 and not bool(torch.isfinite(m2).all()):
+        if dtype == torch.float32 and not all_finite(m2):
             # Squares beyond float32.
             return cls.of(numbers.double(), counted)
         return cls(count, center.double() + left.double() / count, m2)
