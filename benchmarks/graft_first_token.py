@@ -25,13 +25,18 @@ def main(
     run: Annotated[Path, typer.Argument(help="A folder that `kvgraft graft` or `kvgraft fit` wrote.")],
     projector: Annotated[str, typer.Option(help="Which of its projectors.")] = "projector",
     lengths: Annotated[str, typer.Option(help="Student tokens.")] = "256,512,1024,2048",
+    bf16: Annotated[bool, typer.Option(help="Project in bfloat16.")] = False,
+    bf16_student: Annotated[bool, typer.Option(help="Let the student compute in bfloat16.")] = False,
     repeats: Annotated[int, typer.Option(help="Timings of each; the median counts.")] = 3,
 ) -> None:
     """Print the table in Markdown."""
     recipe = load_recipe(run / "recipe.yaml")
-    student = identify(TeacherRecipe(name="student", model=str(recipe.student.model)))
+    dtype = "bfloat16" if bf16_student else recipe.student.dtype
+    student = identify(TeacherRecipe(name="student", model=str(recipe.student.model), dtype=dtype))
     teacher = identify(recipe.teachers[0])
     adapters = KVDimensionProjector.from_pretrained(run / projector)
+    if bf16:
+        adapters.compute_in(torch.bfloat16)
     examples, _ = load_examples_of(recipe, student.tokenizer)
     whole = " ".join(example.text for example in examples)
     typer.echo(f"{adapters.count_parameters():,} parameters; {torch.get_num_threads()} threads\n")

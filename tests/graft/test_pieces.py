@@ -139,6 +139,30 @@ def test_own_tokens_fill_gaps_and_stand_first(family: str) -> None:
         torch.testing.assert_close(mixed.keys[row][:, :, real], expected)
 
 
+def test_own_tokens_in_place_are_those_put_in_order() -> None:
+    """Where slots are positions nothing is sorted; the same tokens behind each other are."""
+    student = student_of("llama")
+    with torch.no_grad():
+        kv, own = capture(student, ids(2, 10)), capture(student, ids(2, 6, 4))
+        kv.mask[0, [1, 4, 5, 8]] = False
+        own.mask[1, 5] = False
+        kv.mask[1, 5] = False
+    reversed_order = torch.arange(9, -1, -1)
+    elsewhere = replace(
+        kv,
+        keys=kv.keys[..., reversed_order, :],
+        values=kv.values[..., reversed_order, :],
+        positions=kv.positions[:, reversed_order],
+        mask=kv.mask[:, reversed_order],
+    )
+    in_place = with_own_tokens(kv, own, first_tokens=2)
+    assert in_place.mask.shape == kv.mask.shape
+    assert in_order(in_place).mask.tolist() == [[True] * 8 + [False, True], [True] * 5 + [False] + [True] * 4]
+    sorted_out = in_order(with_own_tokens(elsewhere, own, first_tokens=2))
+    for name in ("keys", "values", "positions", "mask"):
+        assert torch.equal(getattr(in_order(in_place), name), getattr(sorted_out, name))
+
+
 def test_a_stored_constant_serves_every_row() -> None:
     student = student_of("llama")
     input_ids, mask, _ = padded_batch()

@@ -136,6 +136,12 @@ def test_goes_the_whole_way_and_is_not_done_twice(fit_recipe: Callable[..., Reci
     for seconds in (*report.first_token.from_store.values(), report.first_token.student, report.first_token.teacher):
         assert seconds > 0
     assert graft(recipe, tmp_path / "run", resume=True) == GraftReport.read(tmp_path / "run" / "graft.json")
+    rounded = recipe.graft.model_copy(update={"trained": [], "first_token": 0, "bf16": True})
+    in_bfloat16 = graft(recipe.model_copy(update={"graft": rounded}), tmp_path / "bf16")
+    assert "Projected in bfloat16." in (tmp_path / "bf16" / "graft.md").read_text()
+    for name in ("least squares", "projector"):
+        assert in_bfloat16.nats[name] != report.nats[name]
+        assert in_bfloat16.nats[name] == pytest.approx(report.nats[name], abs=0.01)
 
 
 def test_what_cannot_be_grafted_is_refused(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -349,6 +349,30 @@ def test_standardised_both_ways_saves_loads_and_means_what_it_says(tmp_path) -> 
     assert loaded.config == projector.config
 
 
+@pytest.mark.parametrize("learning", [False, True])
+def test_bfloat16_keeps_what_stands_far_from_zero(learning: bool, tmp_path: Path) -> None:
+    """As outlier channels do: in bfloat16 a number of 1000 is off by up to 4."""
+    torch.manual_seed(0)
+    projector = KVDimensionProjector(
+        {"wide": {"d_model": 12, "num_layers": 4}}, 8, per_layer=True, init_method="least_squares"
+    )
+    for side, shape in (("input", (2, 4, 12)), ("output", (2, 4))):
+        mean = 1000 + torch.rand(2, 4, 12 if side == "input" else 8)
+        getattr(projector, f"standardise_{side}s")("wide", mean, torch.ones(shape))
+    for adapter in projector.eval().adapters("wide"):
+        torch.nn.init.normal_(adapter.skip.weight, std=12**-0.5)
+    keys, values = (1000 + torch.randn(2, 4, 50, 12) for _ in range(2))
+    plain = projector.project_teacher_kv("wide", keys, values)
+    halved = projector.compute_in(torch.bfloat16)
+    halved.save_pretrained(tmp_path)
+    with torch.set_grad_enabled(learning):
+        for made in (halved, KVDimensionProjector.from_pretrained(tmp_path)):
+            assert made.adapters("wide")[0].skip.weight.dtype == torch.bfloat16
+            for found, expected in zip(made.project_teacher_kv("wide", keys, values), plain, strict=True):
+                torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+                assert not torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

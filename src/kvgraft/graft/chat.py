@@ -124,6 +124,8 @@ def open_conversation(run: Path, documents: Sequence[Path], graft: str | None = 
         load_tokenizer(name, recipe.student.revision),
     )
     grafter = _grafter_of(run, recipe, graft).to(student.device)
+    if recipe.graft.bf16:
+        grafter.projector.compute_in(torch.bfloat16)
     texts = [_read(document) for document in documents]
     with torch.no_grad():
         pieces = _grafted_pieces(recipe, grafter, student, tokenizer, texts)

@@ -82,6 +82,8 @@ def with_own_tokens(kv: KV, own_kv: KV, first_tokens: int = 0) -> KV:
             f"own_kv holds {int(own_first[too_short[0]])} of the first {first_tokens} tokens in row {too_short[0]}; "
             "capture at least that many with the student, or ask for fewer"
         )
+    if _in_slots(kv) and _in_slots(own_kv) and own_kv.mask.shape[1] <= kv.mask.shape[1]:
+        return _own_in_place(kv, own_kv, first_tokens)
     kept = kv.mask & (kv.positions >= first_tokens)
     length = int(torch.maximum(text_lengths(kv), text_lengths(own_kv)).max())
     given = torch.zeros(kv.mask.shape[0], length, dtype=torch.bool, device=kv.mask.device)
@@ -94,6 +96,25 @@ def with_own_tokens(kv: KV, own_kv: KV, first_tokens: int = 0) -> KV:
         positions=torch.cat([own_kv.positions, kv.positions], 1),
         mask=torch.cat([own_kv.mask & ~given.gather(1, own_kv.positions), kept], 1),
     )
+
+
+def _in_slots(kv: KV) -> bool:
+    """Whether every slot is that of its position, in every row."""
+    slots = torch.arange(kv.mask.shape[1], device=kv.mask.device)
+    return bool((kv.positions == slots).all())
+
+
+def _own_in_place(kv: KV, own_kv: KV, first_tokens: int) -> KV:
+    """:func:`with_own_tokens` where slots are positions: in order already, so that nothing is gathered afterwards."""
+    length = own_kv.mask.shape[1]
+    taken = own_kv.mask & ((own_kv.positions < first_tokens) | ~kv.mask[:, :length])
+
+    def placed(own: Tensor, given: Tensor) -> Tensor:
+        beginning = torch.where(taken[:, None, None, :, None], own.to(given.dtype), given[..., :length, :])
+        return torch.cat([beginning, given[..., length:, :]], 3)
+
+    mask = torch.cat([taken | kv.mask[:, :length], kv.mask[:, length:]], 1)
+    return replace(kv, keys=placed(own_kv.keys, kv.keys), values=placed(own_kv.values, kv.values), mask=mask)
 
 
 def side_by_side(own: KV, teacher: KV) -> tuple[Tensor, Tensor]:

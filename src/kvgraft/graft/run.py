@@ -6,6 +6,8 @@ import logging
 import shutil
 from pathlib import Path
 
+import torch
+
 from kvgraft.errors import RecipeError
 from kvgraft.fit.data import FitData, prepare_fit, require_all_layers
 from kvgraft.fit.run import LEAST_SQUARES_FOLDER, PROJECTOR_FOLDER, fewer_layers_folder, fewer_layers_name, fit
@@ -63,6 +65,9 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
         seen = student_as_its_own_teacher(data) if kind == "own" else data
         grafter = trained_grafter(recipe, data, kind, folder)
         measured.append(Measured(TRAINED[kind], grafter, _held_out(recipe, seen)))
+    if recipe.graft.bf16:
+        for item in measured:
+            item.grafter.projector.compute_in(torch.bfloat16)
     statistics = data.train.student_store.statistics()
     losses = cache_worth(
         data.student.load(),
@@ -90,6 +95,7 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
             f"KV of {name}, all layers, as stored": data.train.teacher.store.bytes_per_token,
             "the student's own KV, as stored": data.train.student_store.bytes_per_token,
         },
+        bf16=recipe.graft.bf16,
         first_token=_first_token(recipe, data, folder) if recipe.graft.first_token else None,
         seconds=dict(data.phases.seconds),
     )
@@ -130,6 +136,9 @@ def _first_token(recipe: Recipe, data: FitData, folder: Path) -> FirstToken:
     projectors = {
         label: KVDimensionProjector.from_pretrained(folder / part) for label, part in _fitted(recipe, folder).items()
     }
+    if recipe.graft.bf16:
+        for projector in projectors.values():
+            projector.compute_in(torch.bfloat16)
     with data.phases.timed("time the first token"):
         return first_token(
             data.student,

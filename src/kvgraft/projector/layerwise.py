@@ -57,6 +57,7 @@ def project_layerwise(
         inputs: what they read.
         standard: mean ``[2, layers, out_dim]`` and deviation ``[2, layers]`` that outputs are brought to; or None.
     """
+    inputs = inputs.to(next(adapters[0].parameters()).dtype)
     num_layers, shape = inputs.num_layers, inputs.keys.shape
     outputs: list[Tensor] = []
     rows = max(1, shape[0] * shape[2])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from kvgraft.errors import ProjectorError
+from kvgraft.kv import KV
+
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,10 @@ class AdapterInputs:
     def num_layers(self) -> int:
         """Output layers."""
         return len(self.read)
+
+    def to(self, dtype: torch.dtype) -> AdapterInputs:
+        """The same numbers in ``dtype``."""
+        return replace(self, keys=self.keys.to(dtype), values=self.values.to(dtype))
 
     def of_layers(self, layers: range) -> tuple[Tensor, Tensor]:
         """``[batch, layers, tokens, in_dim]`` of some output layers, for the key adapter and for the value adapter."""
@@ -55,3 +64,17 @@ def with_previous_tokens(tensor: Tensor, count: int) -> Tensor:
     for _ in range(count):
         steps.append(torch.cat([steps[-1][..., :1, :], steps[-1][..., :-1, :]], -2))
     return steps[0] if count == 0 else torch.cat(steps, -3)
+
+
+def as_pair(teacher: str, keys: Tensor | KV | Pair, values: Tensor | None) -> Pair:
+    """Keys and values as two tensors, from any form that a projector takes them in; ``teacher`` is named in errors."""
+    if isinstance(keys, KV) and values is None:
+        return keys.flatten()
+    if isinstance(keys, tuple | list) and len(keys) == 2 and values is None:
+        keys, values = keys
+    if isinstance(keys, Tensor) and isinstance(values, Tensor):
+        return keys, values
+    raise ProjectorError(
+        f"KV for teacher {teacher!r} must be two tensors (keys, values) or one KV; got {type(keys).__name__} and "
+        f"{type(values).__name__}"
+    )

@@ -257,7 +257,8 @@ class GraftRecipe(Section):
     each layer and head; ``joint`` changes it by adapters that read both; ``both`` stands in front of it; ``own`` is the
     control, the same adapters on the student's own KV. ``layer_groups`` says in how many groups of layers the projected
     cache is tried alone. ``first_token`` is after how many tokens of text the time to the first token is measured, 0
-    for not at all.
+    for not at all. ``bf16`` projects in bfloat16 when all this is measured and in `kvgraft chat`; what is trained is
+    trained as ``fit`` says.
     """
 
     own_first_tokens: Annotated[int, Field(ge=0)] = 4
@@ -265,6 +266,7 @@ class GraftRecipe(Section):
     trained: list[Literal["continuation", "own", "gated", "both", "joint"]] = Field(default_factory=list)
     layer_groups: Annotated[int, Field(ge=0)] = 0
     first_token: Annotated[int, Field(ge=0)] = 1024
+    bf16: bool = False
 
 
 class KVLossRecipe(Section):

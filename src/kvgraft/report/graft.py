@@ -45,6 +45,7 @@ class GraftReport(BaseModel):
         question_tokens: of each question.
         parameters: of each measured projector.
         bytes_per_token: of what is read instead of the question.
+        bf16: whether it was projected in bfloat16.
         first_token: None where it was not measured.
         seconds: of each phase.
     """
@@ -64,6 +65,7 @@ class GraftReport(BaseModel):
     tokens: list[int]
     parameters: dict[str, int]
     bytes_per_token: dict[str, float]
+    bf16: bool = False
     first_token: FirstToken | None = None
     seconds: dict[str, float]
 
@@ -129,7 +131,7 @@ def graft_summary(report: GraftReport) -> str:
     return (
         f"{report.teacher} reads the question, {report.student} goes on with the answer; {report.questions} held-out "
         f"questions. Transfer, the right question's cache against another's, in nats: {moved}; the student's own "
-        f"{gap:.3f}."
+        f"{gap:.3f}.{' Projected in bfloat16.' if report.bf16 else ''}"
     )
 
 
