@@ -42,3 +42,32 @@ def test_squares_beyond_float32_cost_nothing() -> None:
     counted = torch.arange(9) > 0
     found, expected = Moments.of(given, counted), given.double()[:, :, counted]
     torch.testing.assert_close(found.m2 / 8, expected.var(2, correction=0))
+
+
+@pytest.mark.parametrize("off", [0.0, 1.0, 1e3, float("nan")])
+def test_a_guess_of_the_mean_changes_nothing_however_bad(off: float) -> None:
+    given = numbers(200, mean=1000.0).half()
+    counted = torch.arange(200) % 3 > 0
+    expected = given.double()[:, :, counted]
+    found = Moments.of(given, counted, expected.mean(2) + off)
+    torch.testing.assert_close(found.mean, expected.mean(2), rtol=1e-8, atol=0)
+    torch.testing.assert_close(found.m2, (expected - expected.mean(2)[:, :, None]).square().sum(2), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [3, 100_000])
+@pytest.mark.parametrize("counted", [0, 2])
+def test_layers_are_there_before_they_are_read(tokens: int, counted: int) -> None:
+    given, filled = numbers(tokens), torch.full((2, 2, tokens, 3), torch.nan)
+    calls = []
+
+    def fill(layers: slice) -> None:
+        calls.append(layers)
+        filled[layers] = given[layers]
+
+    chosen = torch.arange(tokens) < counted
+    found = Moments.of(filled, chosen, before_layers=fill)
+    assert torch.equal(filled, given)
+    assert [layer for layers in calls for layer in range(2)[layers]] == [0, 1]
+    plain = Moments.of(given, chosen)
+    assert torch.equal(found.mean, plain.mean)
+    assert torch.equal(found.m2, plain.m2)

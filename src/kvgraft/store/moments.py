@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from kvgraft.kv import KVGeometry, all_finite
 
+# How far from the mean, squared and in variances, deviations may be taken: float32 then has five digits of the variance.
+_FARTHEST = 100
+# Numbers that are worked on at once, few enough for a processor's caches.
+_CACHED_NUMBERS = 1 << 19
 
 @dataclass(frozen=True)
 class Moments:
@@ -29,26 +34,55 @@ class Moments:
         return cls(0, zeros, zeros)
 
     @classmethod
-    def of(cls, numbers: Tensor, counted: Tensor) -> Moments:
+    def of(
+        cls,
+        numbers: Tensor,
+        counted: Tensor,
+        about: Tensor | None = None,
+        before_layers: Callable[[slice], object] | None = None,
+    ) -> Moments:
         """Moments of the tokens of ``numbers [layers, 2, tokens, kv_dim]`` that are ``counted [tokens]`` bool.
 
-        Two passes, the second over deviations from what the first found (Chan, Golub and LeVeque 1983), a layer at a
-        time to stay in the processor's cache, in float32 as torch adds up: in pairs, and pairs of pairs.
+        Sums of deviations and of their squares (Chan, Golub and LeVeque 1983), a few layers at a time to stay in the
+        processor's cache, in float32 as torch adds up: in pairs, and pairs of pairs. NaN or Inf in a token that is
+        counted makes some of ``m2`` so.
+
+        Args:
+            numbers: any float dtype.
+            counted: which tokens.
+            about: ``[layers, 2, kv_dim]``, a guess of the mean, which deviations are taken from; it saves a pass, and is
+                dropped where it is too far off for float32. Default the tokens' own mean.
+            before_layers: called with some layers before they are read, for example to fill them.
         """
-        rows = counted.nonzero()[:, 0]
         layers, kinds, tokens, width = numbers.shape
+        rows = counted.nonzero()[:, 0]
         count = len(rows)
-        if count == 0:
-            return cls(0, *torch.zeros(2, layers, kinds, width, dtype=torch.float64))
-        own = numbers if count == tokens else numbers.index_select(2, rows)
+        in_one_run = count > 0 and int(rows[-1] - rows[0]) == count - 1
         dtype = torch.promote_types(numbers.dtype, torch.float32)
-        center, left, squares = torch.empty(3, layers, kinds, width, dtype=dtype)
-        deviation = torch.empty(kinds, count, width, dtype=dtype)
-        for layer, part in enumerate(own):
-            torch.mean(deviation.copy_(part), 1, out=center[layer])
-            torch.sum(deviation.sub_(center[layer, :, None]), 1, out=left[layer])
-            torch.sum(deviation.square_(), 1, out=squares[layer])
-        m2 = squares.double() - left.double().square() / count
+        center, left, squares = torch.zeros(3, layers, kinds, width, dtype=dtype)
+        if about is not None:
+            center.copy_(about)
+        at_once = max(1, _CACHED_NUMBERS // max(1, kinds * count * width))
+        deviations = torch.empty(min(at_once, layers), kinds, count, width, dtype=dtype)
+        for start in range(0, layers, at_once):
+            chosen = slice(start, min(start + at_once, layers))
+            if before_layers is not None:
+                before_layers(chosen)
+            if count == 0:
+                continue
+            part = numbers[chosen]
+            deviation = deviations[: len(part)]
+            deviation.copy_(part[:, :, rows[0] : rows[-1] + 1] if in_one_run else part[:, :, rows])
+            if about is None:
+                torch.mean(deviation, 2, out=center[chosen])
+            torch.sum(deviation.sub_(center[chosen, :, None]), 2, out=left[chosen])
+            torch.sum(deviation.square_(), 2, out=squares[chosen])
+        if count == 0:
+            return cls(0, center.double(), squares.double())
+        from_center = left.double().square() / count
+        m2 = squares.double() - from_center
+        if about is not None and not bool((from_center <= _FARTHEST * m2).all()):
+            return cls.of(numbers, counted)
         if dtype == torch.float32 and not all_finite(m2):
             # Squares beyond float32.
             return cls.of(numbers.double(), counted)

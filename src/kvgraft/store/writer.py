@@ -33,7 +33,7 @@ from kvgraft.store.format import (
 )
 from kvgraft.store.lock import lock_folder, unlock_folder
 from kvgraft.store.moments import Moments
-from kvgraft.store.shard import PendingSample, add_shard
+from kvgraft.store.shard import PendingSample, ShardMemory, add_shard
 from kvgraft.store.shares import SHARE_PATTERN, with_shards_of
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,11 @@ class KVStoreWriter:
         self._shard_bytes = shard_bytes
         self._pending: dict[str, PendingSample] = {}
         self._pending_bytes = 0
+        # Of what waits, and of what the thread writes.
+        self._memory, self._other_memory = ShardMemory(shard_bytes), ShardMemory(shard_bytes)
         self._moments = Moments.empty(identity.geometry)
+        # The mean of what was added last: a guess for what comes next.
+        self._mean: Tensor | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-store-writer")
         # The shard on its way to the disk: the manifest that will name it, and the keys of its samples.
         self._in_flight: tuple[Future[Manifest], frozenset[str]] | None = None
@@ -155,13 +159,13 @@ class KVStoreWriter:
                 f"got {list(counted.shape)} of {counted.dtype}"
             )
         counted = torch.ones(tokens, dtype=torch.bool) if counted is None else counted.cpu()
-        numbers = self._numbers(key, kv.detach())
-        moments = self._moments.merge(Moments.of(numbers, counted))
+        numbers, own_moments = self._numbers(key, kv.detach(), counted)
+        moments = self._moments.merge(own_moments)
         stored = numbers if self._quantizer is None else self._encoded(key, numbers)
         span_tensor = torch.from_numpy(np.array(spans, dtype=np.int32))
         self._pending[key] = PendingSample(key, stored, counted, span_tensor, truncated_bytes, text_bytes)
         self._pending_bytes += stored.nbytes
-        self._moments = moments
+        self._moments, self._mean = moments, moments.mean if moments.count else self._mean
         if not self._ready:
             waiting = sum(sample.tokens for sample in self._pending.values())
             if waiting >= calibration_tokens(self.identity.dtype):
@@ -195,15 +199,22 @@ class KVStoreWriter:
             unlock_folder(self._lock)
             self._lock = None
 
-    def _numbers(self, key: str, kv: KV) -> Tensor:
-        """The checked numbers ``[layers, 2, tokens, kv_dim]`` in the store's dtype; float32 for a quantised store."""
+    def _numbers(self, key: str, kv: KV, counted: Tensor) -> tuple[Tensor, Moments]:
+        """The checked numbers ``[layers, 2, tokens, kv_dim]`` in the store's dtype, float32 for a quantised store."""
         dtype = torch.float32 if self.identity.quantized else self.identity.torch_dtype
         geometry, tokens = kv.geometry, kv.mask.shape[1]
-        numbers = torch.empty(geometry.num_layers, 2, tokens, geometry.num_kv_heads, geometry.head_dim, dtype=dtype)
-        # Converted on the way: one pass over the numbers.
-        numbers[:, 0].copy_(kv.keys[0].transpose(1, 2))
-        numbers[:, 1].copy_(kv.values[0].transpose(1, 2))
-        if place := _first_not_finite(numbers):
+        shape = (geometry.num_layers, 2, tokens, geometry.num_kv_heads, geometry.head_dim)
+        numbers = torch.empty(shape, dtype=dtype) if self.identity.quantized else self._memory.empty(shape, dtype)
+        keys, values = kv.keys[0].transpose(1, 2), kv.values[0].transpose(1, 2)
+
+        def fill(layers: slice) -> None:
+            # Converted on the way, and what is in the processor's cache then is counted at once.
+            numbers[layers, 0].copy_(keys[layers])
+            numbers[layers, 1].copy_(values[layers])
+
+        moments = Moments.of(numbers.flatten(-2), counted, self._mean, fill)
+        finite = all_finite(moments.m2) and all_finite(numbers[:, :, ~counted])
+        if place := None if finite else _first_not_finite(numbers):
             layer, kind, token = place
             given = (kv.keys, kv.values)[kind][0, layer, :, token]
             if all_finite(given):
@@ -212,7 +223,7 @@ class KVStoreWriter:
                 f"sample {short_key(key)} has NaN or Inf in {self._named(place)}. "
                 "Run the teacher in float32 or bfloat16, or leave this text out."
             )
-        return numbers.flatten(-2)
+        return numbers.flatten(-2), moments
 
     def _encoded(self, key: str, numbers: Tensor) -> Tensor:
         """The records of what :meth:`_numbers` gave."""
@@ -267,6 +278,8 @@ class KVStoreWriter:
         # Taken out first: should writing fail, these samples count as missing again and are not tried twice.
         samples, moments = list(self._pending.values()), self._moments
         self._pending, self._pending_bytes = {}, 0
+        self._memory, self._other_memory = self._other_memory, self._memory
+        self._memory.clear()
         self._moments = Moments.empty(self.identity.geometry)
         future = self._thread.submit(add_shard, self.folder, self._manifest, samples, moments)
         self._in_flight = future, frozenset(sample.key for sample in samples)
