@@ -10,10 +10,11 @@ from torch import Tensor
 
 from kvgraft.kv import KVGeometry, all_finite
 
-# How far from the mean, squared and in variances, deviations may be taken: float32 then has five digits of the variance.
+# How far off, squared and in variances, a guess of the mean may be: float32 then has five digits of the variance.
 _FARTHEST = 100
 # Numbers that are worked on at once, few enough for a processor's caches.
 _CACHED_NUMBERS = 1 << 19
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -43,50 +44,26 @@ class Moments:
     ) -> Moments:
         """Moments of the tokens of ``numbers [layers, 2, tokens, kv_dim]`` that are ``counted [tokens]`` bool.
 
-        Sums of deviations and of their squares (Chan, Golub and LeVeque 1983), a few layers at a time to stay in the
-        processor's cache, in float32 as torch adds up: in pairs, and pairs of pairs. NaN or Inf in a token that is
-        counted makes some of ``m2`` so.
+        Sums of deviations and of their squares (Chan, Golub and LeVeque 1983). NaN or Inf in a token that is counted
+        makes some of ``m2`` so.
 
         Args:
             numbers: any float dtype.
             counted: which tokens.
-            about: ``[layers, 2, kv_dim]``, a guess of the mean, which deviations are taken from; it saves a pass, and is
-                dropped where it is too far off for float32. Default the tokens' own mean.
+            about: ``[layers, 2, kv_dim]``, a guess of the mean, which deviations are taken from; it saves a pass, and
+                is dropped where it is too far off for float32. Default the tokens' own mean.
             before_layers: called with some layers before they are read, for example to fill them.
         """
-        layers, kinds, tokens, width = numbers.shape
-        rows = counted.nonzero()[:, 0]
-        count = len(rows)
-        in_one_run = count > 0 and int(rows[-1] - rows[0]) == count - 1
-        dtype = torch.promote_types(numbers.dtype, torch.float32)
-        center, left, squares = torch.zeros(3, layers, kinds, width, dtype=dtype)
-        if about is not None:
-            center.copy_(about)
-        at_once = max(1, _CACHED_NUMBERS // max(1, kinds * count * width))
-        deviations = torch.empty(min(at_once, layers), kinds, count, width, dtype=dtype)
-        for start in range(0, layers, at_once):
-            chosen = slice(start, min(start + at_once, layers))
-            if before_layers is not None:
-                before_layers(chosen)
-            if count == 0:
-                continue
-            part = numbers[chosen]
-            deviation = deviations[: len(part)]
-            deviation.copy_(part[:, :, rows[0] : rows[-1] + 1] if in_one_run else part[:, :, rows])
-            if about is None:
-                torch.mean(deviation, 2, out=center[chosen])
-            torch.sum(deviation.sub_(center[chosen, :, None]), 2, out=left[chosen])
-            torch.sum(deviation.square_(), 2, out=squares[chosen])
-        if count == 0:
-            return cls(0, center.double(), squares.double())
-        from_center = left.double().square() / count
+        count = int(counted.sum())
+        center, left, squares = _sums(numbers, counted, about, before_layers)
+        from_center = left.double().square() / max(count, 1)
         m2 = squares.double() - from_center
         if about is not None and not bool((from_center <= _FARTHEST * m2).all()):
             return cls.of(numbers, counted)
-        if dtype == torch.float32 and not all_finite(m2):
+        if center.dtype == torch.float32 and not all_finite(m2):
             # Squares beyond float32.
             return cls.of(numbers.double(), counted)
-        return cls(count, center.double() + left.double() / count, m2)
+        return cls(count, center.double() + left.double() / max(count, 1), m2)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of tokens together (Chan's formula)."""
@@ -97,3 +74,37 @@ class Moments:
         mean = self.mean + delta * (other.count / count)
         m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / count)
         return Moments(count, mean, m2)
+
+
+def _sums(
+    numbers: Tensor, counted: Tensor, about: Tensor | None, before_layers: Callable[[slice], object] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What deviations were taken from, their sums and those of their squares, ``[layers, 2, kv_dim]`` each.
+
+    A few layers at a time to stay in the processor's caches, in float32 as torch adds up: in pairs, and pairs of pairs.
+    Without a token that is counted all three are zero.
+    """
+    layers, kinds, _, width = numbers.shape
+    rows = counted.nonzero()[:, 0]
+    count = len(rows)
+    in_one_run = count > 0 and int(rows[-1] - rows[0]) == count - 1
+    dtype = torch.promote_types(numbers.dtype, torch.float32)
+    center, left, squares = torch.zeros(3, layers, kinds, width, dtype=dtype)
+    if about is not None and count:
+        center.copy_(about)
+    at_once = max(1, _CACHED_NUMBERS // max(1, kinds * count * width))
+    deviations = torch.empty(min(at_once, layers), kinds, count, width, dtype=dtype)
+    for start in range(0, layers, at_once):
+        chosen = slice(start, min(start + at_once, layers))
+        if before_layers is not None:
+            before_layers(chosen)
+        if count == 0:
+            continue
+        part = numbers[chosen]
+        deviation = deviations[: len(part)]
+        deviation.copy_(part[:, :, rows[0] : rows[-1] + 1] if in_one_run else part[:, :, rows])
+        if about is None:
+            torch.mean(deviation, 2, out=center[chosen])
+        torch.sum(deviation.sub_(center[chosen, :, None]), 2, out=left[chosen])
+        torch.sum(deviation.square_(), 2, out=squares[chosen])
+    return center, left, squares
