@@ -27,7 +27,7 @@ from kvgraft.report.graft import CONTROL, FirstToken, GraftReport, write_graft
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "graft.json"
-TRAINED = {
+_TRAINED = {
     "continuation": "trained on answers",
     "own": CONTROL,
     "gated": "mixed into the student's own by gates",
@@ -64,7 +64,7 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
     for kind in recipe.graft.trained:
         seen = student_as_its_own_teacher(data) if kind == "own" else data
         grafter = trained_grafter(recipe, data, kind, folder)
-        measured.append(Measured(TRAINED[kind], grafter, _held_out(recipe, seen)))
+        measured.append(Measured(_trained_name(recipe, kind), grafter, _held_out(recipe, seen)))
     if recipe.graft.bf16:
         for item in measured:
             item.grafter.projector.compute_in(torch.bfloat16)
@@ -125,7 +125,7 @@ def trained_grafter(recipe: Recipe, data: FitData, kind: str, folder: Path) -> G
             recipe.fit.continuation,
             place,
             recipe.seed,
-            f"training: {TRAINED[kind]}",
+            f"training: {_trained_name(recipe, kind)}",
         )
     grafter.save_pretrained(place)
     shutil.rmtree(place / CHECKPOINTS_FOLDER, ignore_errors=True)
@@ -165,6 +165,13 @@ def _fitted(recipe: Recipe, folder: Path) -> dict[str, str]:
         found["projector"] = PROJECTOR_FOLDER
     counts = [count for count in range(1, recipe.fit.sources) if (folder / fewer_layers_folder(count)).is_dir()]
     return found | {fewer_layers_name(count): fewer_layers_folder(count) for count in counts}
+
+
+def _trained_name(recipe: Recipe, kind: str) -> str:
+    """The name in the report of the graft ``kind`` of ``graft.trained``."""
+    if kind == "continuation" and recipe.fit.continuation.target == "own_reading":
+        return "trained towards the student's own reading"
+    return _TRAINED[kind]
 
 
 def _held_out(recipe: Recipe, data: FitData) -> Questions:

@@ -38,6 +38,9 @@ from kvgraft.store.shares import SHARE_PATTERN, with_shards_of
 
 logger = logging.getLogger(__name__)
 
+# Of a shard, in memory that the shard after next takes again; what is more takes its own.
+_REUSED_BYTES = 256_000_000
+
 # Layer axis, keys (0) or values (1), token.
 _Place = tuple[int, int, int]
 
@@ -74,7 +77,7 @@ class KVStoreWriter:
         self._pending: dict[str, PendingSample] = {}
         self._pending_bytes = 0
         # Of what waits, and of what the thread writes.
-        self._memory, self._other_memory = ShardMemory(shard_bytes), ShardMemory(shard_bytes)
+        self._memory, self._other_memory = (ShardMemory(min(shard_bytes, _REUSED_BYTES)) for _ in range(2))
         self._moments = Moments.empty(identity.geometry)
         # The mean of what was added last: a guess for what comes next.
         self._mean: Tensor | None = None
