@@ -137,11 +137,17 @@ def test_goes_the_whole_way_and_is_not_done_twice(fit_recipe: Callable[..., Reci
         assert seconds > 0
     assert graft(recipe, tmp_path / "run", resume=True) == GraftReport.read(tmp_path / "run" / "graft.json")
     rounded = recipe.graft.model_copy(update={"trained": [], "first_token": 0, "bf16": True})
-    in_bfloat16 = graft(recipe.model_copy(update={"graft": rounded}), tmp_path / "bf16")
-    assert "Projected in bfloat16." in (tmp_path / "bf16" / "graft.md").read_text()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    in_bfloat16 = graft(recipe.model_copy(update={"graft": rounded}), tmp_path / "run", resume=True)
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    assert "Projected in bfloat16." in (tmp_path / "run" / "graft.md").read_text()
     for name in ("least squares", "projector"):
         assert in_bfloat16.nats[name] != report.nats[name]
         assert in_bfloat16.nats[name] == pytest.approx(report.nats[name], abs=0.01)
+    other = recipe.model_copy(update={"graft": rounded.model_copy(update={"own_first_tokens": 2})})
+    with pytest.raises(RecipeError, match="another recipe"):
+        graft(other, tmp_path / "run", resume=True)
+    assert GraftReport.read(tmp_path / "run" / "graft.json") == in_bfloat16
 
 
 def test_what_cannot_be_grafted_is_refused(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from kvgraft.graft.questions import Questions
 from kvgraft.graft.worth import Measured, cache_worth, teacher_alone
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.projector.saving import read_config
-from kvgraft.recipe import Recipe
+from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.graft import CONTROL, FirstToken, GraftReport, write_graft
+from kvgraft.run import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
     """Fit ``recipe``'s projector into ``folder`` and measure the answers of held-out questions from each cache.
 
     ``folder`` gets what :func:`kvgraft.fit.run.fit` leaves, a folder for each graft of ``graft.trained``,
-    ``graft.json`` and ``graft.md``.
+    ``graft.json`` and ``graft.md``. Resumed with other settings in ``recipe.graft``, what is fitted and trained there
+    already is kept and measured again.
 
     Raises:
         RecipeError: a direction or a layer map that leaves some student layer without a cache, or as ``fit``.
@@ -49,6 +51,8 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
         TrainingInterruptedError: Ctrl-C; a checkpoint was left.
     """
     _require_graftable(recipe)
+    if resume:
+        _forget_other_measurement(recipe, folder)
     fit(recipe, folder, resume=resume, overwrite=overwrite)
     if (folder / REPORT_FILE).is_file():
         logger.info("%s is finished and is not measured again", folder)
@@ -101,6 +105,16 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
     )
     write_graft(report, folder)
     return report
+
+
+def _forget_other_measurement(recipe: Recipe, folder: Path) -> None:
+    """Remove the report of the same run that was measured with other settings of ``recipe.graft``."""
+    report, written = folder / REPORT_FILE, folder / RECIPE_FILE
+    if report.is_file() and written.is_file():
+        earlier = load_recipe(written)
+        if earlier.fingerprint() == recipe.fingerprint() and earlier.graft != recipe.graft:
+            logger.info("%s was measured with other settings of graft and is measured again", folder)
+            report.unlink()
 
 
 def trained_grafter(recipe: Recipe, data: FitData, kind: str, folder: Path) -> Grafter:

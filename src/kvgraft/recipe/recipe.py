@@ -142,11 +142,13 @@ class Recipe(Section):
     def fingerprint(self) -> str:
         """Identity of the run: sha256 of every field that changes what an arm computes.
 
-        Arms may be added to a run, and it may be watched elsewhere, so neither counts. Of the store, only its dtype.
+        Arms may be added to a run, it may be watched elsewhere, and a graft may be measured otherwise, so none of this
+        counts. Of the store, only its dtype, and of the graft, what its training depends on.
         """
         unwatched = self.model_copy(update={"training": self.training.model_copy(update={"report_to": []})})
-        fields = unwatched.model_dump_json(exclude={"name", "store", "arms"})
-        return hashlib.sha256(f"{fields} {self.store.dtype}".encode()).hexdigest()
+        fields = unwatched.model_dump_json(exclude={"name", "store", "arms", "graft"})
+        kept = f"{self.store.dtype} {self.graft.own_first_tokens}"
+        return hashlib.sha256(f"{fields} {kept}".encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
