@@ -17,6 +17,7 @@ channels, for each group its step as a share of the unit, then the codes. All re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -31,6 +32,9 @@ _LEAST_UNIT = torch.finfo(torch.half).smallest_normal
 _SHARES_PER_OCTAVE, _SMALLEST_SHARE = 8, 127
 _STEPS_TRIED = 3
 _SIZES = torch.tensor([0.0, *(2 ** (-power / _SHARES_PER_OCTAVE) for power in range(_SMALLEST_SHARE))])
+_FLOAT8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+# Numbers that are worked on at once.
+_CACHED_NUMBERS = 1 << 18
 _SHARES = torch.cat([_SIZES, _SIZES[:1], -_SIZES[1:].flip(0)])
 
 
@@ -133,14 +137,19 @@ class Quantizer:
 
         What is too large becomes infinite in :meth:`halves`; the caller looks for it.
         """
+        return torch.cat([self._encode_layers(tokens[layers], layers) for layers in _layer_runs(tokens)])
+
+    def _encode_layers(self, tokens: Tensor, layers: slice) -> Tensor:
         scheme, kv_dim = QUANTIZED_FORMATS[self.dtype], tokens.shape[-1]
         numbers = tokens.float()
-        index = _for_each_token(self.exact, tokens.shape[2])
+        index = _for_each_token(self.exact[layers], tokens.shape[2])
         exact = numbers.gather(-1, index).half()
-        standard = numbers - self.center[:, :, None]
+        standard = numbers - self.center[layers, :, None]
         if scheme.components:
-            standard = _turn(standard, self.components)
-        standard = standard.div_(self.deviation[:, :, None]).scatter_(-1, index, 0.0)
+            turned = torch.empty_like(standard)
+            _turn(standard, self.components[layers], turned)
+            standard = turned
+        standard = standard.div_(self.deviation[layers, :, None]).scatter_(-1, index, 0.0)
         grouped = _split(standard, scheme.groups(kv_dim))
         unit, share = _steps(grouped, scheme)
         codes = grouped.div_(_step_sizes(share, unit)).flatten(-2)
@@ -151,19 +160,28 @@ class Quantizer:
 
         ``layers`` are the entries of the quantizer's layer axis that the records belong to; default all.
         """
-        scheme, kv_dim = QUANTIZED_FORMATS[self.dtype], self.center.shape[-1]
-        chosen = slice(None) if layers is None else list(layers)
+        chosen = list(range(len(records))) if layers is None else list(layers)
+        numbers = torch.empty(*records.shape[:-1], self.center.shape[-1])
+        # Without components nothing is made on the way that would leave the caches.
+        runs = _layer_runs(numbers) if QUANTIZED_FORMATS[self.dtype].components else [slice(len(records))]
+        for run in runs:
+            self._decode_layers(records[run], chosen[run], numbers[run])
+        return numbers
+
+    def _decode_layers(self, records: Tensor, chosen: list[int], numbers: Tensor) -> None:
+        """Write into ``numbers`` what is in ``records``."""
+        scheme, kv_dim = QUANTIZED_FORMATS[self.dtype], numbers.shape[-1]
         groups, kept = scheme.groups(kv_dim), scheme.exact_channels(kv_dim)
         widths = [_HALF_BYTES * (1 + kept), groups, scheme.code_bytes(kv_dim)]
         _, share, codes = torch.split(records, widths, -1)
         half = self.halves(records).float()
-        numbers = _unpack(codes, scheme)
+        _unpack(codes, scheme, numbers)
         _split(numbers, groups).mul_(_step_sizes(share, half[..., :1]))
         numbers.mul_(self.deviation[chosen][:, :, None])
         if scheme.components:
-            numbers = _turn(numbers, self.components[chosen].transpose(-1, -2))
+            _turn(numbers, self.components[chosen].transpose(-1, -2), numbers)
         numbers.add_(self.center[chosen][:, :, None])
-        return numbers.scatter_(-1, _for_each_token(self.exact[chosen], records.shape[2]), half[..., 1:])
+        numbers.scatter_(-1, _for_each_token(self.exact[chosen], records.shape[2]), half[..., 1:])
 
     def halves(self, records: Tensor) -> Tensor:
         """The float16 part of ``records``, ``[layers, 2, tokens, 1 + kept]``; infinite where a number was too large."""
@@ -190,10 +208,17 @@ def _split(numbers: Tensor, parts: int) -> Tensor:
     return numbers.view(*numbers.shape[:-1], parts, numbers.shape[-1] // parts)
 
 
-def _turn(numbers: Tensor, matrices: Tensor) -> Tensor:
+def _layer_runs(numbers: Tensor) -> list[slice]:
+    """The layers of ``numbers [layers, ...]``, as many at a time as a processor's caches hold."""
+    layers = numbers.shape[0]
+    at_once = max(1, _CACHED_NUMBERS // max(1, math.prod(numbers.shape[1:])))
+    return [slice(start, min(start + at_once, layers)) for start in range(0, layers, at_once)]
+
+
+def _turn(numbers: Tensor, matrices: Tensor, into: Tensor) -> None:
     """``numbers [layers, 2, tokens, kv_dim]`` times ``matrices [layers, 2, heads, head_dim, head_dim]`` by head."""
-    heads = _split(numbers, matrices.shape[2]).transpose(2, 3)
-    return (heads @ matrices).transpose(2, 3).flatten(-2)
+    heads, turned = (_split(part, matrices.shape[2]).transpose(2, 3) for part in (numbers, into))
+    turned.copy_(heads @ matrices)
 
 
 def _for_each_token(channels: Tensor, tokens: int) -> Tensor:
@@ -203,7 +228,8 @@ def _for_each_token(channels: Tensor, tokens: int) -> Tensor:
 
 def _steps(grouped: Tensor, scheme: QuantizedFormat) -> tuple[Tensor, Tensor]:
     """Unit ``[..., 1]`` float16 and each group's share ``[..., groups]`` uint8 of ``grouped [..., groups, size]``."""
-    peak = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    highest, lowest = grouped.amax(-1), grouped.amin(-1)
+    peak = torch.where(highest >= -lowest, highest, lowest)
     step = peak / scheme.lowest
     unit = step.abs().amax(-1, keepdim=True).half().clamp_min_(_LEAST_UNIT)
     below = (unit.float() / step.abs()).log2_().mul_(_SHARES_PER_OCTAVE)
@@ -254,9 +280,14 @@ def _pack(codes: Tensor, scheme: QuantizedFormat) -> Tensor:
     return first | second << 4
 
 
-def _unpack(codes: Tensor, scheme: QuantizedFormat) -> Tensor:
+def _unpack(codes: Tensor, scheme: QuantizedFormat, into: Tensor) -> None:
     if scheme.floating:
-        return codes.view(torch.float8_e4m3fn).float()
-    if scheme.bits == 8:
-        return codes.view(torch.int8).float()
-    return torch.cat([codes & 15, codes >> 4], -1).float().add_(scheme.lowest)
+        # Looked up: torch converts float8 number by number.
+        into.copy_(_FLOAT8.index_select(0, codes.flatten().int()).view(codes.shape))
+    elif scheme.bits == 8:
+        into.copy_(codes.view(torch.int8))
+    else:
+        first, second = into.chunk(2, -1)
+        first.copy_(codes & 15)
+        second.copy_(codes >> 4)
+        into.add_(scheme.lowest)
