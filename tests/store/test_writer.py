@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ import torch
 from kvgraft.data.spans import sample_key
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV
-from kvgraft.store.format import StoreIdentity, text_fingerprint
+from kvgraft.store import writer as writer_module
+from kvgraft.store.format import Manifest, StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
 from kvgraft.store.shard import ShardMemory
 from kvgraft.store.writer import KVStoreWriter
@@ -345,3 +348,30 @@ def test_memory_is_given_out_again_and_never_twice_at_once() -> None:
     again = memory.empty((10, 7), torch.float16)
     assert again.data_ptr() == first.data_ptr()
     assert float(again.sum()) == 70
+
+
+def test_what_is_being_written_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow disk: the next shard gathers, after a text that is refused, before a byte of this one is written."""
+    reference = fill(tmp_path / "reference", list(range(7)))
+    gathered = threading.Event()
+    write = writer_module.add_shard
+
+    def late(*arguments: Any) -> Manifest:
+        assert gathered.wait(10)
+        return write(*arguments)
+
+    monkeypatch.setattr(writer_module, "add_shard", late)
+    with KVStoreWriter(tmp_path / "slow", IDENTITY, SHARD_BYTES) as writer:
+        for index in range(3):
+            add(writer, index)
+        assert writer._in_flight is not None
+        bad = make_kv(3)
+        bad.keys[0, 0, 0, 0, 0] = torch.nan
+        with pytest.raises(StoreError, match="NaN"):
+            add(writer, 3, bad)
+        add(writer, 3)
+        gathered.set()
+        for index in range(4, 7):
+            add(writer, index)
+        writer.finish()
+    assert_same_content(KVStore.open(tmp_path / "slow"), reference)

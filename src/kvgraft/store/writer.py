@@ -76,14 +76,15 @@ class KVStoreWriter:
         self._shard_bytes = shard_bytes
         self._pending: dict[str, PendingSample] = {}
         self._pending_bytes = 0
-        # Of what waits, and of what the thread writes.
-        self._memory, self._other_memory = (ShardMemory(min(shard_bytes, _REUSED_BYTES)) for _ in range(2))
+        # The second is for a shard that begins while the thread writes one out of the first.
+        self._memories = [ShardMemory(min(shard_bytes, _REUSED_BYTES)) for _ in range(2)]
+        self._memory = self._memories[0]
         self._moments = Moments.empty(identity.geometry)
         # The mean of what was added last: a guess for what comes next.
         self._mean: Tensor | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-store-writer")
-        # The shard on its way to the disk: the manifest that will name it, and the keys of its samples.
-        self._in_flight: tuple[Future[Manifest], frozenset[str]] | None = None
+        # The shard on its way to the disk: the manifest that will name it, the keys of its samples, and their memory.
+        self._in_flight: tuple[Future[Manifest], frozenset[str], ShardMemory] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = lock_folder(self.folder)
         try:
@@ -162,6 +163,8 @@ class KVStoreWriter:
                 f"got {list(counted.shape)} of {counted.dtype}"
             )
         counted = torch.ones(tokens, dtype=torch.bool) if counted is None else counted.cpu()
+        if not self._pending:
+            self._memory = self._idle_memory()
         numbers, own_moments = self._numbers(key, kv.detach(), counted)
         moments = self._moments.merge(own_moments)
         stored = numbers if self._quantizer is None else self._encoded(key, numbers)
@@ -281,16 +284,22 @@ class KVStoreWriter:
         # Taken out first: should writing fail, these samples count as missing again and are not tried twice.
         samples, moments = list(self._pending.values()), self._moments
         self._pending, self._pending_bytes = {}, 0
-        self._memory, self._other_memory = self._other_memory, self._memory
-        self._memory.clear()
         self._moments = Moments.empty(self.identity.geometry)
         future = self._thread.submit(add_shard, self.folder, self._manifest, samples, moments)
-        self._in_flight = future, frozenset(sample.key for sample in samples)
+        self._in_flight = future, frozenset(sample.key for sample in samples), self._memory
+
+    def _idle_memory(self) -> ShardMemory:
+        """Memory that nothing is written out of: the first where it can be, so that the second need not be touched."""
+        in_flight = self._in_flight
+        busy = None if in_flight is None or in_flight[0].done() else in_flight[2]
+        idle = next(memory for memory in self._memories if memory is not busy)
+        idle.clear()
+        return idle
 
     def _end_writing(self) -> None:
         """Wait for the thread; what went wrong there is raised here."""
         if self._in_flight is not None:
-            (future, _), self._in_flight = self._in_flight, None
+            (future, *_), self._in_flight = self._in_flight, None
             self._manifest = future.result()
 
     def _flush_after(self, error: BaseException) -> None:
