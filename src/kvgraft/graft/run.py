@@ -61,10 +61,11 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
     require_all_layers(data)
     name = data.teacher.recipe.name
     questions = _held_out(recipe, data)
-    measured = [
+    fitted = [
         Measured(label, _fitted_grafter(recipe, data, folder / part), questions)
         for label, part in _fitted(recipe, folder).items()
     ]
+    measured = list(fitted)
     for kind in recipe.graft.trained:
         seen = student_as_its_own_teacher(data) if kind == "own" else data
         grafter = trained_grafter(recipe, data, kind, folder)
@@ -100,7 +101,7 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
             "the student's own KV, as stored": data.train.student_store.bytes_per_token,
         },
         bf16=recipe.graft.bf16,
-        first_token=_first_token(recipe, data, folder) if recipe.graft.first_token else None,
+        first_token=_first_token(recipe, data, fitted) if recipe.graft.first_token else None,
         seconds=dict(data.phases.seconds),
     )
     write_graft(report, folder)
@@ -146,18 +147,12 @@ def trained_grafter(recipe: Recipe, data: FitData, kind: str, folder: Path) -> G
     return grafter
 
 
-def _first_token(recipe: Recipe, data: FitData, folder: Path) -> FirstToken:
-    projectors = {
-        label: KVDimensionProjector.from_pretrained(folder / part) for label, part in _fitted(recipe, folder).items()
-    }
-    if recipe.graft.bf16:
-        for projector in projectors.values():
-            projector.compute_in(torch.bfloat16)
+def _first_token(recipe: Recipe, data: FitData, fitted: list[Measured]) -> FirstToken:
     with data.phases.timed("time the first token"):
         return first_token(
             data.student,
             data.teacher,
-            projectors,
+            {item.name: item.grafter.projector for item in fitted},
             " ".join(example.text for example in [*data.held_out_examples, *data.examples]),
             recipe.graft.first_token,
             recipe.store,

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from kvgraft.kv import KVGeometry, all_finite
+from kvgraft.store.layer_runs import layer_runs
 
 # How far off, squared and in variances, a guess of the mean may be: float32 then has five digits of the variance.
 _FARTHEST = 100
-# Numbers that are worked on at once, few enough for a processor's caches.
-_CACHED_NUMBERS = 1 << 19
+# Numbers that are worked on at once.
+_MOST = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class Moments:
                 is dropped where it is too far off for float32. Default the tokens' own mean.
             before_layers: called with some layers before they are read, for example to fill them.
         """
-        count = int(counted.sum())
-        center, left, squares = _sums(numbers, counted, about, before_layers)
+        rows = counted.nonzero()[:, 0]
+        count = len(rows)
+        center, left, squares = _sums(numbers, rows, about, before_layers)
         from_center = left.double().square() / max(count, 1)
         m2 = squares.double() - from_center
         if about is not None and not bool((from_center <= _FARTHEST * m2).all()):
@@ -77,25 +79,23 @@ class Moments:
 
 
 def _sums(
-    numbers: Tensor, counted: Tensor, about: Tensor | None, before_layers: Callable[[slice], object] | None
+    numbers: Tensor, rows: Tensor, about: Tensor | None, before_layers: Callable[[slice], object] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What deviations were taken from, their sums and those of their squares, ``[layers, 2, kv_dim]`` each.
 
-    A few layers at a time to stay in the processor's caches, in float32 as torch adds up: in pairs, and pairs of pairs.
-    Without a token that is counted all three are zero.
+    ``rows`` are the tokens that count; without one all three are zero. In float32 as torch adds up: in pairs, and
+    pairs of pairs.
     """
     layers, kinds, _, width = numbers.shape
-    rows = counted.nonzero()[:, 0]
     count = len(rows)
     in_one_run = count > 0 and int(rows[-1] - rows[0]) == count - 1
     dtype = torch.promote_types(numbers.dtype, torch.float32)
     center, left, squares = torch.zeros(3, layers, kinds, width, dtype=dtype)
     if about is not None and count:
         center.copy_(about)
-    at_once = max(1, _CACHED_NUMBERS // max(1, kinds * count * width))
-    deviations = torch.empty(min(at_once, layers), kinds, count, width, dtype=dtype)
-    for start in range(0, layers, at_once):
-        chosen = slice(start, min(start + at_once, layers))
+    runs = layer_runs((layers, kinds, count, width), _MOST)
+    deviations = torch.empty(runs[0].stop, kinds, count, width, dtype=dtype)
+    for chosen in runs:
         if before_layers is not None:
             before_layers(chosen)
         if count == 0:

@@ -17,13 +17,14 @@ channels, for each group its step as a share of the unit, then the codes. All re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
+
+from kvgraft.store.layer_runs import layer_runs
 
 _HALF_BYTES = 2
 _LEAST_LOADING = 1e-6
@@ -34,7 +35,7 @@ _STEPS_TRIED = 3
 _SIZES = torch.tensor([0.0, *(2 ** (-power / _SHARES_PER_OCTAVE) for power in range(_SMALLEST_SHARE))])
 _FLOAT8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 # Numbers that are worked on at once.
-_CACHED_NUMBERS = 1 << 18
+_MOST = 1 << 18
 _SHARES = torch.cat([_SIZES, _SIZES[:1], -_SIZES[1:].flip(0)])
 
 
@@ -137,7 +138,7 @@ class Quantizer:
 
         What is too large becomes infinite in :meth:`halves`; the caller looks for it.
         """
-        return torch.cat([self._encode_layers(tokens[layers], layers) for layers in _layer_runs(tokens)])
+        return torch.cat([self._encode_layers(tokens[layers], layers) for layers in layer_runs(tokens.shape, _MOST)])
 
     def _encode_layers(self, tokens: Tensor, layers: slice) -> Tensor:
         scheme, kv_dim = QUANTIZED_FORMATS[self.dtype], tokens.shape[-1]
@@ -146,9 +147,7 @@ class Quantizer:
         exact = numbers.gather(-1, index).half()
         standard = numbers - self.center[layers, :, None]
         if scheme.components:
-            turned = torch.empty_like(standard)
-            _turn(standard, self.components[layers], turned)
-            standard = turned
+            _turn(standard, self.components[layers])
         standard = standard.div_(self.deviation[layers, :, None]).scatter_(-1, index, 0.0)
         grouped = _split(standard, scheme.groups(kv_dim))
         unit, share = _steps(grouped, scheme)
@@ -163,7 +162,8 @@ class Quantizer:
         chosen = list(range(len(records))) if layers is None else list(layers)
         numbers = torch.empty(*records.shape[:-1], self.center.shape[-1])
         # Without components nothing is made on the way that would leave the caches.
-        runs = _layer_runs(numbers) if QUANTIZED_FORMATS[self.dtype].components else [slice(len(records))]
+        components = QUANTIZED_FORMATS[self.dtype].components
+        runs = layer_runs(numbers.shape, _MOST) if components else [slice(len(records))]
         for run in runs:
             self._decode_layers(records[run], chosen[run], numbers[run])
         return numbers
@@ -179,7 +179,7 @@ class Quantizer:
         _split(numbers, groups).mul_(_step_sizes(share, half[..., :1]))
         numbers.mul_(self.deviation[chosen][:, :, None])
         if scheme.components:
-            _turn(numbers, self.components[chosen].transpose(-1, -2), numbers)
+            _turn(numbers, self.components[chosen].transpose(-1, -2))
         numbers.add_(self.center[chosen][:, :, None])
         numbers.scatter_(-1, _for_each_token(self.exact[chosen], records.shape[2]), half[..., 1:])
 
@@ -208,17 +208,10 @@ def _split(numbers: Tensor, parts: int) -> Tensor:
     return numbers.view(*numbers.shape[:-1], parts, numbers.shape[-1] // parts)
 
 
-def _layer_runs(numbers: Tensor) -> list[slice]:
-    """The layers of ``numbers [layers, ...]``, as many at a time as a processor's caches hold."""
-    layers = numbers.shape[0]
-    at_once = max(1, _CACHED_NUMBERS // max(1, math.prod(numbers.shape[1:])))
-    return [slice(start, min(start + at_once, layers)) for start in range(0, layers, at_once)]
-
-
-def _turn(numbers: Tensor, matrices: Tensor, into: Tensor) -> None:
-    """``numbers [layers, 2, tokens, kv_dim]`` times ``matrices [layers, 2, heads, head_dim, head_dim]`` by head."""
-    heads, turned = (_split(part, matrices.shape[2]).transpose(2, 3) for part in (numbers, into))
-    turned.copy_(heads @ matrices)
+def _turn(numbers: Tensor, matrices: Tensor) -> None:
+    """In place, ``numbers [layers, 2, tokens, kv_dim]`` times ``matrices [layers, 2, heads, head_dim, head_dim]``."""
+    heads = _split(numbers, matrices.shape[2]).transpose(2, 3)
+    heads.copy_(heads @ matrices)
 
 
 def _for_each_token(channels: Tensor, tokens: int) -> Tensor:

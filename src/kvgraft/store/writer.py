@@ -38,7 +38,7 @@ from kvgraft.store.shares import SHARE_PATTERN, with_shards_of
 
 logger = logging.getLogger(__name__)
 
-# Of a shard, in memory that the shard after next takes again; what is more takes its own.
+# Of a shard, in memory that later shards take again; what is more takes its own.
 _REUSED_BYTES = 256_000_000
 
 # Layer axis, keys (0) or values (1), token.
@@ -220,7 +220,7 @@ class KVStoreWriter:
 
         moments = Moments.of(numbers.flatten(-2), counted, self._mean, fill)
         finite = all_finite(moments.m2) and all_finite(numbers[:, :, ~counted])
-        if place := None if finite else _first_not_finite(numbers):
+        if not finite and (place := _first_not_finite(numbers)):
             layer, kind, token = place
             given = (kv.keys, kv.values)[kind][0, layer, :, token]
             if all_finite(given):
