@@ -23,7 +23,6 @@ from kvgraft.kv import KV
 from kvgraft.store import writer as writer_module
 from kvgraft.store.format import Manifest, StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
-from kvgraft.store.shard import ShardMemory
 from kvgraft.store.writer import KVStoreWriter
 
 TEXTS = [f"text number {index}" for index in range(7)]
@@ -333,21 +332,6 @@ def test_samples_that_do_not_fit_the_store_are_refused(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=r"counted .* must be \[3\] bool"):
             writer.add(KEYS[0], kv, spans, 0, 3, counted=torch.ones(3))
         assert writer.missing(KEYS[:1]) == KEYS[:1]
-
-
-def test_memory_is_given_out_again_and_never_twice_at_once() -> None:
-    memory = ShardMemory(1000)
-    first, second = memory.empty((10, 7), torch.float16), memory.empty((100,), torch.float32)
-    elsewhere = memory.empty((300,), torch.float32)
-    first.fill_(1)
-    second.fill_(2)
-    elsewhere.fill_(3)
-    assert float(first.sum()) == 70
-    assert float(second.sum()) == 200
-    memory.clear()
-    again = memory.empty((10, 7), torch.float16)
-    assert again.data_ptr() == first.data_ptr()
-    assert float(again.sum()) == 70
 
 
 def test_what_is_being_written_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

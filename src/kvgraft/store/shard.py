@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +22,6 @@ _DTYPE_CODES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
-# Bytes: a line of the processor's cache.
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -46,32 +42,6 @@ class PendingSample:
     def tokens(self) -> int:
         """How many tokens the text has."""
         return self.kv.shape[2]
-
-
-class ShardMemory:
-    """Memory that the numbers of a shard gather in, and that of a later one after it.
-
-    Fresh memory comes from the system a page at a time, which takes longer than to fill it.
-
-    Args:
-        size: bytes. They count once they are used.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._bytes = torch.empty(size, dtype=torch.uint8)
-        self._used = 0
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor with nothing in it yet: here as long as there is room, and elsewhere after that."""
-        start, size = self._used, math.prod(shape) * dtype.itemsize
-        if start + size > len(self._bytes):
-            return torch.empty(shape, dtype=dtype)
-        self._used = start + size + -size % _ALIGNMENT
-        return self._bytes[start : start + size].view(dtype).view(shape)
-
-    def clear(self) -> None:
-        """Give out the same memory again: what was given before is not needed any more."""
-        self._used = 0
 
 
 def add_shard(folder: Path, manifest: Manifest, samples: list[PendingSample], moments: Moments) -> Manifest:

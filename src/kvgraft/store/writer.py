@@ -33,13 +33,10 @@ from kvgraft.store.format import (
 )
 from kvgraft.store.lock import lock_folder, unlock_folder
 from kvgraft.store.moments import Moments
-from kvgraft.store.shard import PendingSample, ShardMemory, add_shard
+from kvgraft.store.shard import PendingSample, add_shard
 from kvgraft.store.shares import SHARE_PATTERN, with_shards_of
 
 logger = logging.getLogger(__name__)
-
-# Of a shard, in memory that later shards take again; what is more takes its own.
-_REUSED_BYTES = 256_000_000
 
 # Layer axis, keys (0) or values (1), token.
 _Place = tuple[int, int, int]
@@ -76,15 +73,12 @@ class KVStoreWriter:
         self._shard_bytes = shard_bytes
         self._pending: dict[str, PendingSample] = {}
         self._pending_bytes = 0
-        # The second is for a shard that begins while the thread writes one out of the first.
-        self._memories = [ShardMemory(min(shard_bytes, _REUSED_BYTES)) for _ in range(2)]
-        self._memory = self._memories[0]
         self._moments = Moments.empty(identity.geometry)
         # The mean of what was added last: a guess for what comes next.
         self._mean: Tensor | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-store-writer")
-        # The shard on its way to the disk: the manifest that will name it, the keys of its samples, and their memory.
-        self._in_flight: tuple[Future[Manifest], frozenset[str], ShardMemory] | None = None
+        # The shard on its way to the disk: the manifest that will name it, and the keys of its samples.
+        self._in_flight: tuple[Future[Manifest], frozenset[str]] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = lock_folder(self.folder)
         try:
@@ -163,8 +157,6 @@ class KVStoreWriter:
                 f"got {list(counted.shape)} of {counted.dtype}"
             )
         counted = torch.ones(tokens, dtype=torch.bool) if counted is None else counted.cpu()
-        if not self._pending:
-            self._memory = self._idle_memory()
         numbers, own_moments = self._numbers(key, kv.detach(), counted)
         moments = self._moments.merge(own_moments)
         stored = numbers if self._quantizer is None else self._encoded(key, numbers)
@@ -209,8 +201,7 @@ class KVStoreWriter:
         """The checked numbers ``[layers, 2, tokens, kv_dim]`` in the store's dtype, float32 for a quantised store."""
         dtype = torch.float32 if self.identity.quantized else self.identity.torch_dtype
         geometry, tokens = kv.geometry, kv.mask.shape[1]
-        shape = (geometry.num_layers, 2, tokens, geometry.num_kv_heads, geometry.head_dim)
-        numbers = torch.empty(shape, dtype=dtype) if self.identity.quantized else self._memory.empty(shape, dtype)
+        numbers = torch.empty(geometry.num_layers, 2, tokens, geometry.num_kv_heads, geometry.head_dim, dtype=dtype)
         keys, values = kv.keys[0].transpose(1, 2), kv.values[0].transpose(1, 2)
 
         def fill(layers: slice) -> None:
@@ -286,20 +277,12 @@ class KVStoreWriter:
         self._pending, self._pending_bytes = {}, 0
         self._moments = Moments.empty(self.identity.geometry)
         future = self._thread.submit(add_shard, self.folder, self._manifest, samples, moments)
-        self._in_flight = future, frozenset(sample.key for sample in samples), self._memory
-
-    def _idle_memory(self) -> ShardMemory:
-        """Memory that nothing is written out of: the first where it can be, so that the second need not be touched."""
-        in_flight = self._in_flight
-        busy = None if in_flight is None or in_flight[0].done() else in_flight[2]
-        idle = next(memory for memory in self._memories if memory is not busy)
-        idle.clear()
-        return idle
+        self._in_flight = future, frozenset(sample.key for sample in samples)
 
     def _end_writing(self) -> None:
         """Wait for the thread; what went wrong there is raised here."""
         if self._in_flight is not None:
-            (future, *_), self._in_flight = self._in_flight, None
+            (future, _), self._in_flight = self._in_flight, None
             self._manifest = future.result()
 
     def _flush_after(self, error: BaseException) -> None:
