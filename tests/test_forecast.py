@@ -27,7 +27,7 @@ TEACHER = TeacherCalibration(
     bytes_per_token=1_000,
     once_bytes=7,
     captured_tokens=(200, 100),
-    whole=(StorePart(2_000, 1_000, 1_000), StorePart(400, 400, 400)),
+    whole=(StorePart(2_000, 1_000), StorePart(400, 400)),
 )
 ARM = ArmCalibration(setup=1.0, evaluation=0.5, first_step=3.0, step=2.0, checkpoint=0.25, closing=0.125)
 CALIBRATION = Calibration(
@@ -77,7 +77,7 @@ def test_seconds_of_each_phase(recipe: Recipe) -> None:
 
 
 def test_a_store_that_is_there_costs_no_time(recipe: Recipe) -> None:
-    whole = (StorePart(2_000, 0, 0), StorePart(400, 400, 400))
+    whole = (StorePart(2_000, 0), StorePart(400, 400))
     teachers = {"T": replace(TEACHER, whole=whole)}
     calibration = replace(CALIBRATION, capture=replace(CALIBRATION.capture, teachers=teachers))
     forecast = forecast_from(recipe, calibration)
@@ -85,7 +85,7 @@ def test_a_store_that_is_there_costs_no_time(recipe: Recipe) -> None:
     assert forecast.seconds["capture T (held-out text)"] == 5.0 + 4.0
     assert forecast.store_bytes == 2_400 * 1_000 + 2 * 7
     # Log-probabilities of all of it are missing: the teacher reads it again, and nothing more is counted for them.
-    whole = (StorePart(2_000, 0, 2_000), StorePart(400, 400, 400))
+    whole = (StorePart(2_000, 2_000), StorePart(400, 400))
     teachers = {"T": replace(TEACHER, whole=whole)}
     calibration = replace(CALIBRATION, capture=replace(CALIBRATION.capture, teachers=teachers))
     assert forecast_from(recipe, calibration).seconds["capture T (training text)"] == 5.0 + 20.0
@@ -96,33 +96,21 @@ def test_what_the_recipes_own_store_holds_is_found(tiny_recipe: Callable[..., Re
     prepared = prepare(recipe)
     teacher, examples = prepared.teachers[0], prepared.texts.train_examples
     tokens = teacher.store.num_tokens
-    assert store_part(recipe, teacher, teacher.store, examples) == StorePart(tokens, 0, 0)
+    assert store_part(recipe, teacher, teacher.store, examples) == StorePart(tokens, 0)
     # Log-probabilities are asked for where arms need them; one pass gives them with the KV, or alone.
     logits = tiny_recipe(arms=["kv_logits"], logit_loss={"form": "sorted_probability"})
-    assert store_part(logits, teacher, teacher.store, examples) == StorePart(tokens, 0, tokens)
+    assert store_part(logits, teacher, teacher.store, examples) == StorePart(tokens, tokens)
     arm_data(prepare(logits))
-    assert store_part(logits, teacher, teacher.store, examples) == StorePart(tokens, 0, 0)
+    assert store_part(logits, teacher, teacher.store, examples) == StorePart(tokens, 0)
     elsewhere = tiny_recipe(store={"path": str(tmp_path / "elsewhere")})
-    assert store_part(elsewhere, teacher, teacher.store, examples) == StorePart(tokens, tokens, tokens)
+    assert store_part(elsewhere, teacher, teacher.store, examples) == StorePart(tokens, tokens)
 
 
-def test_memory_counts_the_shard_that_gathers_and_the_files_that_are_mapped(recipe: Recipe) -> None:
-    # 1,000 tokens are still to be captured, of which a calibration held 200 at once.
+def test_memory_counts_the_files_that_are_mapped_while_training(recipe: Recipe) -> None:
     peak = forecast_from(recipe, CALIBRATION).peak_memory
-    assert peak == PeakMemory(host_bytes=3_000_000 + 800_000, device_bytes=20)
-    larger = replace(CALIBRATION.training, peak=PeakMemory(host_bytes=2_500_000))
-    trained = forecast_from(recipe, replace(CALIBRATION, training=larger)).peak_memory
-    assert trained.host_bytes == 2_500_000 + (2_400 - 300) * 1_000
-    alone = replace(larger, arms={"baseline": ARM})
-    assert forecast_from(recipe, replace(CALIBRATION, training=alone)).peak_memory.host_bytes == 3_800_000
-
-
-def test_a_shard_gathers_no_more_than_its_size(recipe: Recipe) -> None:
-    teachers = {"T": replace(TEACHER, bytes_per_token=1_000_000)}
-    calibration = replace(CALIBRATION, capture=replace(CALIBRATION.capture, teachers=teachers))
-    alone = replace(calibration, training=replace(calibration.training, arms={"baseline": ARM}))
-    # Shards of 64 MB, and 100 tokens of the held-out text make more than one.
-    assert forecast_from(recipe, alone).peak_memory.host_bytes == 3_000_000
+    assert peak == PeakMemory(host_bytes=1_000_000 + (2_400 - 300) * 1_000, device_bytes=20)
+    alone = replace(CALIBRATION.training, arms={"baseline": ARM})
+    assert forecast_from(recipe, replace(CALIBRATION, training=alone)).peak_memory.host_bytes == 3_000_000
 
 
 def test_a_real_calibration_before_the_run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -37,13 +37,12 @@ _HELD_OUT_BATCHES = 2
 
 @dataclass(frozen=True)
 class StorePart:
-    """KV of a teacher over the training or the held-out text: all of it, and what has to be captured yet.
+    """Tokens of a teacher's training or held-out text.
 
-    ``pass_tokens`` is what the teacher has to read: texts that lack their KV or the log-probabilities that arms need.
+    ``pass_tokens`` are what it has to read yet: texts that lack their KV or the log-probabilities that arms need.
     """
 
     tokens: int
-    missing_tokens: int
     pass_tokens: int
 
 
@@ -173,7 +172,7 @@ def _teacher_calibration(
 
 
 def store_part(recipe: Recipe, teacher: PreparedTeacher, small: KVStore, examples: Sequence[Example]) -> StorePart:
-    """Tokens of ``examples`` in a store like ``small``, and how many of them the recipe's own stores lack."""
+    """Tokens of ``examples`` in a store like ``small``, and of those that the recipe's own stores lack."""
     model, max_length = identify(teacher.recipe), small.identity.max_length
     encoded = encode_for_teacher(examples, model.tokenizer, max_length)
     tokens = {text.sample_key: len(text.input_ids) for text in encoded}
@@ -184,11 +183,7 @@ def store_part(recipe: Recipe, teacher: PreparedTeacher, small: KVStore, example
     if stores_log_probs(recipe):
         logits = LogitManifest.read(log_probs_to_fill(model, examples, encoded, max_length, recipe).folder)
         read = set() if logits is None else stored & set(logits.samples)
-    return StorePart(
-        sum(tokens.values()),
-        sum(count for key, count in tokens.items() if key not in stored),
-        sum(count for key, count in tokens.items() if key not in read),
-    )
+    return StorePart(sum(tokens.values()), sum(count for key, count in tokens.items() if key not in read))
 
 
 def _measure_training(recipe: Recipe, folder: Path) -> TrainingCalibration:

@@ -9,10 +9,9 @@ from kvgraft.calibration import ArmCalibration, Calibration, TeacherCalibration,
 from kvgraft.distill.arms import SHARE_MEASUREMENTS
 from kvgraft.memory import PeakMemory
 from kvgraft.plan import Forecast
-from kvgraft.recipe import Recipe, StoreRecipe, TrainingRecipe
+from kvgraft.recipe import Recipe, TrainingRecipe
 
 _PARTS = ("training", "held-out")
-_MEGABYTE = 1_000_000
 
 
 def make_forecast(recipe: Recipe) -> Forecast:
@@ -29,7 +28,7 @@ def forecast_from(recipe: Recipe, calibration: Calibration) -> Forecast:
     teachers = calibration.capture.teachers
     return Forecast(
         store_bytes=sum(_store_bytes(teacher) for teacher in teachers.values()),
-        peak_memory=_peak_memory(recipe.store, calibration),
+        peak_memory=_peak_memory(calibration),
         seconds=_seconds(recipe, calibration),
         calibration_seconds=calibration.seconds,
     )
@@ -39,30 +38,19 @@ def _store_bytes(teacher: TeacherCalibration) -> int:
     return sum(round(part.tokens * teacher.bytes_per_token) + teacher.once_bytes for part in teacher.whole)
 
 
-def _peak_memory(store: StoreRecipe, calibration: Calibration) -> PeakMemory:
+def _peak_memory(calibration: Calibration) -> PeakMemory:
     capture, training = calibration.capture, calibration.training
-    # A shard gathers in memory until it is full; that of the few texts never was.
-    gathering = max(
-        (
-            _more_bytes(teacher, store.shard_megabytes * _MEGABYTE, missing_only=True)
-            for teacher in capture.teachers.values()
-        ),
-        default=0,
-    )
-    # Training reads the stores through maps of their files.
+    # Training reads the stores through maps of their files; while they are made, what is captured goes to the disk at
+    # once.
     mapped = sum(_more_bytes(teacher) for teacher in capture.teachers.values())
     with_kv = any(arm not in ("baseline", "logits") for arm in training.arms)
-    return _with_more(capture.peak, gathering).at_least(_with_more(training.peak, mapped if with_kv else 0))
+    return capture.peak.at_least(_with_more(training.peak, mapped if with_kv else 0))
 
 
-def _more_bytes(teacher: TeacherCalibration, limit: float = math.inf, *, missing_only: bool = False) -> int:
-    """Bytes of KV beyond those of the few texts: of both stores together, or of the larger where only one counts."""
-    more = [
-        min((part.missing_tokens if missing_only else part.tokens) * teacher.bytes_per_token, limit)
-        - min(captured * teacher.bytes_per_token, limit)
-        for part, captured in zip(teacher.whole, teacher.captured_tokens, strict=True)
-    ]
-    return round(max(0.0, max(more) if missing_only else sum(more)))
+def _more_bytes(teacher: TeacherCalibration) -> int:
+    """Bytes of KV beyond those of the few texts."""
+    more = sum(part.tokens for part in teacher.whole) - sum(teacher.captured_tokens)
+    return round(max(0.0, more * teacher.bytes_per_token))
 
 
 def _with_more(peak: PeakMemory, more: int) -> PeakMemory:

@@ -21,7 +21,7 @@ from kvgraft.kv import KV
 from kvgraft.models.capture import capture
 from kvgraft.progress import progress_bar
 from kvgraft.projector.settings import Direction
-from kvgraft.store.format import write_atomically
+from kvgraft.store.atomic_file import write_atomically
 
 CALIBRATION_TOKENS = 4096
 _KEPT_OUT_EVERY = 5

@@ -19,7 +19,7 @@ from kvgraft.models.embeddings import EmbeddingStart, aligned_embeddings, princi
 from kvgraft.processes import process_state
 from kvgraft.progress import progress_bar
 from kvgraft.recipe import Recipe
-from kvgraft.store.format import write_atomically
+from kvgraft.store.atomic_file import write_atomically
 
 if TYPE_CHECKING:
     from kvgraft.identify import IdentifiedModel

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kvgraft.data.spans import sample_key
 from kvgraft.errors import StoreError
+from kvgraft.store.checksum import checksum
 from kvgraft.store.format import StoreIdentity
 from kvgraft.store.open_shards import OpenShard
 from kvgraft.store.reader import KVStore
@@ -82,10 +83,11 @@ def test_a_store_of_format_version_1_is_read_and_not_continued(tmp_path: Path, d
                 rows = tensors["kv"][sample.first_token : sample.first_token + sample.tokens]
                 rows.copy_(rows.clone().view(3, 2, sample.tokens, -1).permute(2, 0, 1, 3).flatten(1))
         tensors["kv"] = tensors["kv"].unflatten(1, (3, 2, -1))
-        save_file(tensors, old / name)
-        shard = (old / name).read_bytes()
-        del content["shards"][name]["checksum"]  # its name and kind were others
-        content["shards"][name] |= {"bytes": len(shard), "sha256": hashlib.sha256(shard).hexdigest()}
+        (old / name).write_bytes(shard := kv_last(tensors))
+        # The checksum's name and kind were others.
+        known = content["shards"][name]
+        content["shards"][name] = {"tokens": known["tokens"], "samples": known["samples"], "bytes": len(shard)}
+        content["shards"][name]["sha256"] = hashlib.sha256(shard).hexdigest()
     (old / "manifest.json").write_text(json.dumps(content))
 
     then = KVStore.open(old, identity)
@@ -94,6 +96,50 @@ def test_a_store_of_format_version_1_is_read_and_not_continued(tmp_path: Path, d
     assert torch.equal(some.kv.values, store.read(KEYS[4], layers=[5, 1]).kv.values)
     with pytest.raises(StoreError, match=r"version 1, which can be read but not continued.* Delete the folder"):
         KVStoreWriter(old, identity, SHARD_BYTES)
+
+
+def kv_last(tensors: dict[str, torch.Tensor]) -> bytes:
+    """A shard as it was before KV stood in front of the spans: the KV last, and no room before it."""
+    codes = {torch.int32: "I32", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32"}
+    codes |= {torch.float16: "F16", torch.uint8: "U8"}
+    header, data = {}, b""
+    for name in ("count", "mean", "m2", "spans", "kv"):
+        content = tensors[name].numpy().tobytes()
+        offsets = [len(data), len(data) + len(content)]
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": codes[tensors[name].dtype], "shape": shape, "data_offsets": offsets}
+        data += content
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_shards_whose_kv_is_last_are_read_and_continued(tmp_path: Path, dtype: str) -> None:
+    identity = replace(IDENTITY, dtype=dtype)
+    with KVStoreWriter(tmp_path / "old", identity, SHARD_BYTES) as writer:
+        for index in range(5):
+            add(writer, index)
+        writer.finish()
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    content = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    for name, shard in content["shards"].items():
+        path = tmp_path / "old" / name
+        path.write_bytes(kv_last(load_file(path)))
+        shard["bytes"], shard["checksum"] = path.stat().st_size, checksum([path.read_bytes()])
+        del shard["head_bytes"]
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps(content))
+
+    for folder in ("old", "new"):
+        with KVStoreWriter(tmp_path / folder, identity, SHARD_BYTES) as writer:
+            assert writer.missing(KEYS) == KEYS[5:]
+            for index in (5, 6):
+                add(writer, index)
+            writer.finish()
+    old, new = KVStore.open(tmp_path / "old"), KVStore.open(tmp_path / "new")
+    assert_same_content(old, new)
+    for key in KEYS:
+        assert torch.equal(old.read(key, [5, 1]).kv.keys, new.read(key, [5, 1]).kv.keys)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -120,10 +166,13 @@ def test_the_system_is_asked_for_the_layers_that_are_read_alone(
     monkeypatch.setattr(OpenShard, "is_cached", lambda shard, place: cached)
     store = KVStore.open(tmp_path)
     store.read(KEYS[0])
-    # Of each file all that is not KV, at first.
-    (beginning,) = asked
-    assert beginning == (tmp_path / store.manifest.samples[KEYS[0]].shard).read_bytes()[: len(beginning)]
-    assert store.read_tokens(KEYS[0]).spans.astype("int32").tobytes() in beginning
+    # Of each file all that is not KV, at first, and the byte of the KV that mapping it looks at.
+    beginning, end = asked
+    content = (tmp_path / store.manifest.samples[KEYS[0]].shard).read_bytes()
+    assert content[: len(beginning)] == beginning
+    assert len(beginning) == store.manifest.shards["kv-00000.safetensors"].head_bytes + 1
+    assert content[-len(end) :] == end
+    assert end.startswith(store.read_tokens(KEYS[0]).spans.astype("int32").tobytes())
     for key in KEYS:
         store.read(key)
         asked.clear()

@@ -11,7 +11,6 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +19,10 @@ import torch
 from kvgraft.data.spans import sample_key
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV
-from kvgraft.store import writer as writer_module
-from kvgraft.store.format import Manifest, StoreIdentity, text_fingerprint
+from kvgraft.store import shard_queue
+from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
+from kvgraft.store.shard import GrowingShard, PendingSample
 from kvgraft.store.writer import KVStoreWriter
 
 TEXTS = [f"text number {index}" for index in range(7)]
@@ -148,7 +148,7 @@ def test_a_killed_run_continues_from_its_whole_shards(tmp_path: Path, moment: st
         check=False,
     )
     assert run.returncode == -signal.SIGKILL, run.stderr
-    assert bool(list(folder.glob("*.tmp"))) == (moment == "in_write")
+    assert "kv-00001.safetensors.tmp" in [path.name for path in folder.glob("*.tmp")]
     with pytest.raises(StoreError, match=r"incomplete: 3 samples .* cache command"):
         KVStore.open(folder)
 
@@ -334,28 +334,87 @@ def test_samples_that_do_not_fit_the_store_are_refused(tmp_path: Path) -> None:
         assert writer.missing(KEYS[:1]) == KEYS[:1]
 
 
-def test_what_is_being_written_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow disk: the next shard gathers, after a text that is refused, before a byte of this one is written."""
+def test_a_slow_disk_holds_back_who_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts gather, one of them refused, while none can be written; then no more are taken until some are."""
     reference = fill(tmp_path / "reference", list(range(7)))
-    gathered = threading.Event()
-    write = writer_module.add_shard
+    disk_is_free, held_back = threading.Event(), threading.Event()
+    write = GrowingShard.write
+    written: list[str] = []
 
-    def late(*arguments: Any) -> Manifest:
-        assert gathered.wait(10)
-        return write(*arguments)
+    def late(shard: GrowingShard, sample: PendingSample) -> None:
+        assert disk_is_free.wait(10)
+        write(shard, sample)
+        written.append(sample.key)
 
-    monkeypatch.setattr(writer_module, "add_shard", late)
+    monkeypatch.setattr(GrowingShard, "write", late)
     with KVStoreWriter(tmp_path / "slow", IDENTITY, SHARD_BYTES) as writer:
         for index in range(3):
             add(writer, index)
-        assert writer._in_flight is not None
         bad = make_kv(3)
         bad.keys[0, 0, 0, 0, 0] = torch.nan
         with pytest.raises(StoreError, match="NaN"):
             add(writer, 3, bad)
-        add(writer, 3)
-        gathered.set()
-        for index in range(4, 7):
-            add(writer, index)
+        assert writer.missing(KEYS) == KEYS[3:]
+        assert not written
+
+        def add_more() -> None:
+            for index in range(3, 7):
+                add(writer, index)
+            held_back.set()
+
+        adding = threading.Thread(target=add_more)
+        adding.start()
+        assert not held_back.wait(0.2)
+        disk_is_free.set()
+        adding.join(10)
         writer.finish()
+    assert written == KEYS
     assert_same_content(KVStore.open(tmp_path / "slow"), reference)
+
+
+def test_a_sample_that_cannot_be_written_costs_its_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full in the middle of the second shard; the third one is written."""
+    write = GrowingShard.write
+
+    def full(shard: GrowingShard, sample: PendingSample) -> None:
+        if sample.key == KEYS[4]:
+            raise StoreError("the disk is full")
+        write(shard, sample)
+
+    monkeypatch.setattr(GrowingShard, "write", full)
+    failed = 0
+    with KVStoreWriter(tmp_path, IDENTITY, 1) as writer:
+        for index in range(7):
+            try:
+                add(writer, index)
+            except StoreError:
+                failed += 1
+                add(writer, index)
+        missing = writer.missing(KEYS)
+        while missing == []:
+            with pytest.raises(StoreError, match="disk is full"):
+                writer.finish()
+            failed += 1
+            missing = writer.missing(KEYS)
+        writer.finish()
+    assert failed == 1
+    assert not list(tmp_path.glob("*.tmp"))
+    assert sorted(KVStore.open(tmp_path, verify=True).keys()) == sorted(set(KEYS) - {KEYS[4]})
+
+
+def test_the_disk_is_set_to_work_before_a_shard_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails there, fails the shard."""
+    monkeypatch.setattr(shard_queue, "_SYNC_BYTES", 1)
+    synced: list[int] = []
+    monkeypatch.setattr(GrowingShard, "sync", lambda shard: synced.append(shard.tokens))
+    fill(tmp_path / "whole", [0, 1])
+    assert len(synced) == 2
+
+    def broken(shard: GrowingShard) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(GrowingShard, "sync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        fill(tmp_path / "broken", [0, 1])
+    assert not shard_names(tmp_path / "broken")
+    assert not list((tmp_path / "broken").glob("*.tmp"))

@@ -4,7 +4,10 @@ A folder holds ``manifest.json`` and shards ``kv-00000.safetensors``. A shard ha
 
 * ``kv`` ``[tokens, layers * 2 * kv_dim]``: one contiguous run of as many rows as a sample has tokens, which holds
   ``[layers, 2, tokens, kv_dim]``, keys (0) and values (1), so that a layer of a sample is one run as well; in a
-  quantised store the last axis is the ``record_bytes`` of :mod:`kvgraft.store.few_bits`;
+  quantised store the last axis is the ``record_bytes`` of :mod:`kvgraft.store.few_bits`. It begins at byte
+  ``head_bytes`` of the file, behind a header that is filled up with spaces, the count and the moments; in shards of
+  before (``head_bytes`` 0) it comes last;
+* ``filler``, up to 7 bytes of zeros, so that what follows lies on whole multiples of its numbers' size;
 * ``spans`` ``[tokens, 2]`` int32: the bytes of the text that each token stands for;
 * ``count`` ``[1]`` int64, ``mean`` and ``m2`` ``[layers, 2, kv_dim]`` float64: moments of the tokens that count.
 
@@ -15,23 +18,20 @@ Format version 1 held ``kv`` as ``[tokens, layers, 2, kv_dim]``. Its stores are 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Protocol
 
 import torch
-import xxhash
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
+from kvgraft.store.atomic_file import write_atomically
+from kvgraft.store.checksum import file_has_checksum, has_checksum
 from kvgraft.store.few_bits import FEW_BITS_DTYPES, FewBitsQuantizer, quantizer_from_bytes, record_bytes
 
 FORMAT_VERSION = 2
@@ -40,7 +40,6 @@ READABLE_VERSIONS = (FORMAT_VERSION, 1)
 MANIFEST_NAME = "manifest.json"
 QUANTIZER_NAME = "quantizer.safetensors"
 SHARD_PATTERN = "kv-*.safetensors"
-TEMPORARY_SUFFIX = ".tmp"
 STORE_DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -60,9 +59,6 @@ _FIELD_LABELS = {
     "rotated": "whether keys are rotated",
     "format_version": "the format version",
 }
-_READ_BYTES = 1 << 22
-# Against damage, not against a forger: some thirty times as fast as sha256.
-_XXH3_128 = "xxh3_128:"
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,8 @@ class StoreIdentity:
 class ShardEntry(BaseModel):
     """One shard file as the manifest knows it; ``bytes`` and ``checksum`` are of the whole file.
 
-    The checksum is ``xxh3_128:`` and hexadecimal digits; a manifest of before has a ``sha256`` in its place.
+    The first ``head_bytes`` were written last, and the checksum takes them last. It is ``xxh3_128:`` and hexadecimal
+    digits; a manifest of before has a ``sha256`` in its place.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -159,6 +156,7 @@ class ShardEntry(BaseModel):
     bytes: int = Field(ge=1)
     tokens: int = Field(ge=1)
     samples: int = Field(ge=1)
+    head_bytes: int = Field(default=0, ge=0)
 
 
 class SampleEntry(BaseModel):
@@ -198,6 +196,11 @@ class Manifest(BaseModel):
             if shard is None or sample.first_token + sample.tokens > shard.tokens:
                 raise ValueError(f"sample {short_key(key)} lies outside shard {sample.shard}")
         return self
+
+    def with_shard(self, name: str, shard: ShardEntry, samples: Mapping[str, SampleEntry]) -> Manifest:
+        """This manifest with one more shard and its ``samples``, and so incomplete."""
+        shards, held = {**self.shards, name: shard}, {**self.samples, **samples}
+        return self.model_copy(update={"complete": False, "shards": shards, "samples": held})
 
     def without(self, shards: Iterable[str]) -> Manifest:
         """This manifest after losing ``shards`` and their samples, and so incomplete."""
@@ -266,35 +269,9 @@ def read_quantizer(folder: Path, manifest: Manifest) -> FewBitsQuantizer | None:
     if manifest.quantizer is None or not path.is_file():
         return None
     content = path.read_bytes()
-    if not _has_checksum([content], manifest.quantizer):
+    if not has_checksum([content], manifest.quantizer):
         return None
     return quantizer_from_bytes(manifest.identity.dtype, content)
-
-
-def write_atomically(path: Path, chunks: Sequence[memoryview]) -> str:
-    """Write ``chunks`` (of bytes) to ``path`` through a temporary file beside it, safe on disk before it has its name.
-
-    Returns:
-        Checksum of the file, as :class:`ShardEntry` has it.
-
-    Raises:
-        StoreError: the disk is full; the temporary file is gone and what stood at ``path`` is untouched.
-    """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(path, sum(chunk.nbytes for chunk in chunks)) from error
-        raise
-    _sync_folder(path.parent)
-    return _checksum(chunks)
 
 
 class ListedShards(Protocol):
@@ -320,7 +297,7 @@ def damage(folder: Path, name: str, shard: ShardEntry, *, checksum: bool = True)
     size = path.stat().st_size
     if size != shard.bytes:
         return f"has {size} bytes where the manifest says {shard.bytes}"
-    if checksum and not _file_has_checksum(path, shard.checksum):
+    if checksum and not file_has_checksum(path, shard.checksum, shard.head_bytes):
         return "has another checksum than the manifest says"
     return None
 
@@ -329,37 +306,3 @@ def _readable(value: object) -> str:
     if isinstance(value, tuple):
         return str(list(value))
     return "nothing" if value == "" else str(value)
-
-
-def _disk_full(path: Path, needed: int) -> StoreError:
-    free = shutil.disk_usage(path.parent).free
-    return StoreError(
-        f"the disk is full: writing {path.name} into {path.parent} needs {needed} bytes and {free} are free there. "
-        "The shards already written stay usable: free some space and run the same command again to go on from them."
-    )
-
-
-def _checksum(chunks: Iterable[bytes | memoryview], *, sha256: bool = False) -> str:
-    """Checksum of ``chunks``, one after another: ``xxh3_128:`` and digits, or bare digits of sha256."""
-    digest = hashlib.sha256() if sha256 else xxhash.xxh3_128()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest() if sha256 else _XXH3_128 + digest.hexdigest()
-
-
-def _has_checksum(chunks: Iterable[bytes | memoryview], expected: str) -> bool:
-    return _checksum(chunks, sha256=not expected.startswith(_XXH3_128)) == expected
-
-
-def _file_has_checksum(path: Path, expected: str) -> bool:
-    with open(path, "rb") as file:
-        return _has_checksum(iter(partial(file.read, _READ_BYTES), b""), expected)
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename lasts through a power cut only once the folder itself is on disk.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,8 +21,9 @@ from kvgraft.data.spans import EncodedText
 from kvgraft.errors import StoreError
 from kvgraft.kv import all_finite
 from kvgraft.models.head import Head, head_of
+from kvgraft.store.atomic_file import write_atomically
 from kvgraft.store.fill import Found
-from kvgraft.store.format import short_key, write_atomically
+from kvgraft.store.format import short_key
 
 _PATTERN = "likelihoods-*.safetensors"
 _NAME_DIGITS = 16

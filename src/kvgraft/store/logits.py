@@ -26,15 +26,8 @@ from torch import Tensor
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import all_finite
-from kvgraft.store.format import (
-    MANIFEST_NAME,
-    TEMPORARY_SUFFIX,
-    SampleEntry,
-    ShardEntry,
-    damage,
-    short_key,
-    write_atomically,
-)
+from kvgraft.store.atomic_file import TEMPORARY_SUFFIX, write_atomically
+from kvgraft.store.format import MANIFEST_NAME, SampleEntry, ShardEntry, damage, short_key
 from kvgraft.store.lock import lock_folder, unlock_folder
 from kvgraft.store.open_shards import OpenShards, open_shard
 from kvgraft.store.shares import SHARE_PATTERN, next_shard_name, with_shards_of

@@ -14,7 +14,7 @@ from kvgraft.store.layer_runs import layer_runs
 # How far off, squared and in variances, a guess of the mean may be: float32 then has five digits of the variance.
 _FARTHEST = 100
 # Numbers that are worked on at once.
-_MOST = 1 << 19
+_MOST = 1 << 18
 
 
 @dataclass(frozen=True)

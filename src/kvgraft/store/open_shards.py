@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,13 +20,13 @@ class OpenShard:
 
     Args:
         path: the file.
-        small_bytes: bytes at its beginning that hold all but its largest tensor. The system fetches these at once.
+        small: places and lengths, in bytes, of all but its largest tensor. The system fetches these at once.
     """
 
-    def __init__(self, path: Path, small_bytes: int = 0) -> None:
+    def __init__(self, path: Path, small: Sequence[tuple[int, int]] = ()) -> None:
         self._path = path
-        if small_bytes:
-            self.ask_ahead(0, small_bytes)
+        for start, length in small:
+            self.ask_ahead(start, length)
         self._mapped: Any = safe_open(path, framework="pt")
         self._tensors: dict[str, Tensor] = {}
 
@@ -37,7 +38,8 @@ class OpenShard:
 
     def ask_ahead(self, start: int, length: int) -> None:
         """Let the system fetch these bytes and no others; left to itself it reads far on from each page it misses."""
-        if hasattr(os, "posix_fadvise"):
+        # No length stands for all that follows.
+        if length and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def is_cached(self, place: int) -> bool:
@@ -53,9 +55,9 @@ class OpenShard:
         return open(self._path, "rb")
 
 
-def open_shard(opened: OpenShards, folder: Path, name: str, small_bytes: int = 0) -> OpenShard:
-    """Shard ``name`` of ``folder``, from what this process has ``opened`` or new; ``small_bytes`` as it takes them."""
+def open_shard(opened: OpenShards, folder: Path, name: str, small: Sequence[tuple[int, int]] = ()) -> OpenShard:
+    """Shard ``name`` of ``folder``, from what this process has ``opened`` or new; ``small`` as it takes them."""
     shards = opened.setdefault(os.getpid(), {})
     if name not in shards:
-        shards[name] = OpenShard(folder / name, small_bytes)
+        shards[name] = OpenShard(folder / name, small)
     return shards[name]

@@ -266,7 +266,7 @@ class KVStore:
         """Let the system fetch these layers of a sample and no others, unless it holds the last of them."""
         layer_bytes = entry.tokens * self._token_bytes // len(self.identity.layers)
         shard = self._shard(entry.shard)
-        start = self._kv_start(entry.shard) + entry.first_token * self._token_bytes
+        start = self._kv_range(entry.shard)[0] + entry.first_token * self._token_bytes
         if index and shard.is_cached(start + index[-1] * layer_bytes):
             return
         for layer in index:
@@ -276,12 +276,17 @@ class KVStore:
         return self._shard(entry.shard).get_tensor(name)[entry.first_token : entry.first_token + entry.tokens]
 
     def _shard(self, name: str) -> OpenShard:
-        return open_shard(self._handles, self.folder, name, self._kv_start(name))
+        start, end = self._kv_range(name)
+        # With the first byte of the KV, which is looked at when it is mapped.
+        small = [(0, start + 1), (end, self.manifest.shards[name].bytes - end)]
+        return open_shard(self._handles, self.folder, name, small)
 
-    def _kv_start(self, name: str) -> int:
-        """The byte of a shard file from which on there is only KV, the last of its tensors."""
+    def _kv_range(self, name: str) -> tuple[int, int]:
+        """First byte of a shard's KV in its file, and the one behind the last."""
         shard = self.manifest.shards[name]
-        return shard.bytes - shard.tokens * self._token_bytes
+        kv_bytes = shard.tokens * self._token_bytes
+        start = shard.head_bytes or shard.bytes - kv_bytes
+        return start, start + kv_bytes
 
     @cached_property
     def _token_bytes(self) -> int:

@@ -1,11 +1,10 @@
-"""Write a KV store: samples gather in memory and reach the disk a whole shard at a time."""
+"""Write a KV store: check samples, convert them, and have them written."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,24 +15,24 @@ from torch import Tensor
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV, all_finite
+from kvgraft.store.atomic_file import TEMPORARY_SUFFIX, write_atomically
 from kvgraft.store.few_bits import calibrate, calibration_tokens
 from kvgraft.store.format import (
     FORMAT_VERSION,
     QUANTIZER_NAME,
     SHARD_PATTERN,
-    TEMPORARY_SUFFIX,
     Manifest,
     StoreIdentity,
     damage,
     read_manifest,
     read_quantizer,
     short_key,
-    write_atomically,
     write_manifest,
 )
 from kvgraft.store.lock import lock_folder, unlock_folder
 from kvgraft.store.moments import Moments
-from kvgraft.store.shard import PendingSample, add_shard
+from kvgraft.store.shard import PendingSample
+from kvgraft.store.shard_queue import ShardQueue
 from kvgraft.store.shares import SHARE_PATTERN, with_shards_of
 
 logger = logging.getLogger(__name__)
@@ -45,8 +44,8 @@ _Place = tuple[int, int, int]
 class KVStoreWriter:
     """The one writer of a store folder; use it in a ``with`` block, which holds the folder's lock.
 
-    A thread writes each shard while the next one gathers, so that at most two are held in memory. What goes wrong there
-    is raised when the next shard is full, by :meth:`finish`, or on leaving the block.
+    Samples are written while the next ones are made (:mod:`kvgraft.store.shard_queue`). What goes wrong there is raised
+    when a later sample is added, by :meth:`finish`, or on leaving the block.
 
     An existing folder is continued: leftovers of a killed run are removed, and shards that are missing or damaged are
     dropped with a warning, so that :meth:`missing` names exactly what has to be done again. What several processes left
@@ -71,19 +70,16 @@ class KVStoreWriter:
         self.folder = Path(folder)
         self.identity = identity
         self._shard_bytes = shard_bytes
+        # By key, those that wait for the store's scales.
         self._pending: dict[str, PendingSample] = {}
-        self._pending_bytes = 0
+        # Of all that was added: its mean is a guess for what comes next.
         self._moments = Moments.empty(identity.geometry)
-        # The mean of what was added last: a guess for what comes next.
-        self._mean: Tensor | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-store-writer")
-        # The shard on its way to the disk: the manifest that will name it, and the keys of its samples.
-        self._in_flight: tuple[Future[Manifest], frozenset[str]] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = lock_folder(self.folder)
+        self._queue = ShardQueue(self.folder, Manifest(identity=identity), shard_bytes)
         try:
-            self._manifest = _recover(self.folder, identity)
-            self._quantizer = read_quantizer(self.folder, self._manifest)
+            self._queue.manifest = _recover(self.folder, identity)
+            self._quantizer = read_quantizer(self.folder, self._queue.manifest)
             self.adopt_shares()
         except BaseException:
             self.close()
@@ -99,15 +95,14 @@ class KVStoreWriter:
             if self._pending and not self._ready:
                 logger.info("%d samples of %s were too few to choose its scales", len(self._pending), self.folder)
             elif error is None:
-                self._flush()
+                self._queue.flush()
             else:
                 self._flush_after(error)
         finally:
             self.close()
 
     def __contains__(self, key: object) -> bool:
-        in_flight = self._in_flight[1] if self._in_flight else ()
-        return key in self._manifest.samples or key in self._pending or key in in_flight
+        return key in self._pending or key in self._queue
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of ``keys`` that were not added yet, in their order, each once."""
@@ -157,42 +152,38 @@ class KVStoreWriter:
                 f"got {list(counted.shape)} of {counted.dtype}"
             )
         counted = torch.ones(tokens, dtype=torch.bool) if counted is None else counted.cpu()
-        numbers, own_moments = self._numbers(key, kv.detach(), counted)
-        moments = self._moments.merge(own_moments)
-        stored = numbers if self._quantizer is None else self._encoded(key, numbers)
+        numbers, moments = self._numbers(key, kv.detach(), counted)
         span_tensor = torch.from_numpy(np.array(spans, dtype=np.int32))
-        self._pending[key] = PendingSample(key, stored, counted, span_tensor, truncated_bytes, text_bytes)
-        self._pending_bytes += stored.nbytes
-        self._moments, self._mean = moments, moments.mean if moments.count else self._mean
-        if not self._ready:
+        sample = PendingSample(key, numbers, counted, moments, span_tensor, truncated_bytes, text_bytes)
+        if self._ready:
+            self._queue.append(self._encoded(sample))
+        else:
+            self._pending[key] = sample
             waiting = sum(sample.tokens for sample in self._pending.values())
             if waiting >= calibration_tokens(self.identity.dtype):
                 self._calibrate()
-        if self._ready and self._pending_bytes >= self._shard_bytes:
-            self._start_writing()
+        self._moments = self._moments.merge(moments)
 
     def adopt_shares(self) -> None:
         """Move the shards of every share into this store, and remove the shares' folders."""
-        self._end_writing()
+        self._queue.flush()
         for share in sorted(self.folder.glob(SHARE_PATTERN)):
             with KVStoreWriter(share, self.identity, self._shard_bytes) as other:
-                self._manifest = with_shards_of(self._manifest, self.folder, other._manifest, share, SHARD_PATTERN)
-                write_manifest(self.folder, self._manifest)
+                ours, theirs = self._queue.manifest, other._queue.manifest
+                self._keep(with_shards_of(ours, self.folder, theirs, share, SHARD_PATTERN))
                 shutil.rmtree(share)
 
     def finish(self) -> None:
         """Write what is left and mark the store complete; call it once every text was added."""
-        if self._pending and not self._ready:
+        if self._pending:
             self._calibrate()
-        self._flush()
-        if not self._manifest.complete:
-            manifest = self._manifest.model_copy(update={"complete": True})
-            write_manifest(self.folder, manifest)
-            self._manifest = manifest
+        self._queue.flush()
+        if not self._queue.manifest.complete:
+            self._keep(self._queue.manifest.model_copy(update={"complete": True}))
 
     def close(self) -> None:
-        """Give the folder's lock back without writing anything more."""
-        self._thread.shutdown()
+        """Give the folder's lock back without adding anything more."""
+        self._queue.close()
         if self._lock is not None:
             unlock_folder(self._lock)
             self._lock = None
@@ -209,7 +200,7 @@ class KVStoreWriter:
             numbers[layers, 0].copy_(keys[layers])
             numbers[layers, 1].copy_(values[layers])
 
-        moments = Moments.of(numbers.flatten(-2), counted, self._mean, fill)
+        moments = Moments.of(numbers.flatten(-2), counted, self._moments.mean if self._moments.count else None, fill)
         finite = all_finite(moments.m2) and all_finite(numbers[:, :, ~counted])
         if not finite and (place := _first_not_finite(numbers)):
             layer, kind, token = place
@@ -222,13 +213,14 @@ class KVStoreWriter:
             )
         return numbers.flatten(-2), moments
 
-    def _encoded(self, key: str, numbers: Tensor) -> Tensor:
-        """The records of what :meth:`_numbers` gave."""
-        assert self._quantizer is not None
-        records = self._quantizer.encode(numbers)
+    def _encoded(self, sample: PendingSample) -> PendingSample:
+        """``sample`` with the records of its numbers, where the store is quantised."""
+        if self._quantizer is None:
+            return sample
+        records = self._quantizer.encode(sample.kv)
         if place := _first_not_finite(self._quantizer.halves(records)):
-            raise self._out_of_range(key, place, self.identity.dtype)
-        return records
+            raise self._out_of_range(sample.key, place, self.identity.dtype)
+        return replace(sample, kv=records)
 
     def _out_of_range(self, key: str, place: _Place, dtype: str) -> StoreError:
         wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
@@ -252,43 +244,24 @@ class KVStoreWriter:
         tokens = counted if counted.shape[2] else torch.cat([sample.kv for sample in samples], dim=2)
         self._quantizer = calibrate(self.identity.dtype, tokens, self.identity.head_dim)
         try:
-            pending = {sample.key: replace(sample, kv=self._encoded(sample.key, sample.kv)) for sample in samples}
+            encoded = [self._encoded(sample) for sample in samples]
             digest = write_atomically(self.folder / QUANTIZER_NAME, [memoryview(self._quantizer.to_bytes())])
-            manifest = self._manifest.model_copy(update={"quantizer": digest})
-            write_manifest(self.folder, manifest)
+            self._keep(self._queue.manifest.model_copy(update={"quantizer": digest}))
         except BaseException:
             self._quantizer = None
             raise
-        self._manifest, self._pending = manifest, pending
-        self._pending_bytes = sum(sample.kv.nbytes for sample in pending.values())
+        self._pending = {}
+        for sample in encoded:
+            self._queue.append(sample)
 
-    def _flush(self) -> None:
-        """Write what waits, and return once it is on disk."""
-        self._start_writing()
-        self._end_writing()
-
-    def _start_writing(self) -> None:
-        """Hand what waits to the thread, once the shard before is on disk."""
-        self._end_writing()
-        if not self._pending:
-            return
-        # Taken out first: should writing fail, these samples count as missing again and are not tried twice.
-        samples, moments = list(self._pending.values()), self._moments
-        self._pending, self._pending_bytes = {}, 0
-        self._moments = Moments.empty(self.identity.geometry)
-        future = self._thread.submit(add_shard, self.folder, self._manifest, samples, moments)
-        self._in_flight = future, frozenset(sample.key for sample in samples)
-
-    def _end_writing(self) -> None:
-        """Wait for the thread; what went wrong there is raised here."""
-        if self._in_flight is not None:
-            (future, _), self._in_flight = self._in_flight, None
-            self._manifest = future.result()
+    def _keep(self, manifest: Manifest) -> None:
+        write_manifest(self.folder, manifest)
+        self._queue.manifest = manifest
 
     def _flush_after(self, error: BaseException) -> None:
         """Save what is whole on the way out of a failure, which stays the error that the caller sees."""
         try:
-            self._flush()
+            self._queue.flush()
         except (StoreError, OSError) as second:
             logger.warning("could not save the last samples of %s after %s: %s", self.folder, repr(error), second)
 
