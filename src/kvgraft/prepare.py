@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kvgraft.align.evidence import EVIDENCE_METHODS, LayerEvidence, evidence_path
 from kvgraft.align.layers import map_layers
+from kvgraft.bfloat16 import warn_where_slow
 from kvgraft.data.batching import EncodedExample, encode_example
 from kvgraft.data.datasets import Example, load_train_and_held_out
 from kvgraft.data.tokenizers import train_tokenizer
@@ -118,6 +119,7 @@ def prepare(recipe: Recipe, texts: Texts | None = None) -> Prepared:
     Raises:
         KVGraftError: of the room where it went wrong.
     """
+    warn_where_slow({"training.bf16": recipe.training.bf16})
     phases = Phases()
     with phases.timed("read text"):
         texts = texts or read_texts(recipe)

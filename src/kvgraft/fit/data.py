@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from kvgraft.align.evidence import EVIDENCE_METHODS
+from kvgraft.bfloat16 import warn_where_slow
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
@@ -233,6 +234,10 @@ def prepare_fit(recipe: Recipe) -> FitData:
         KVGraftError: of the room where it went wrong.
     """
     _require_two_frozen_models(recipe)
+    fit = recipe.fit
+    warn_where_slow(
+        {"fit.bf16": fit.bf16, "fit.continuation.bf16": fit.continuation.bf16, "graft.bf16": recipe.graft.bf16}
+    )
     phases = Phases()
     settings, model = recipe.student, str(recipe.student.model)
     with phases.timed("identify models"):
