@@ -5,7 +5,8 @@
 Random numbers in the shape of SmolLM2-135M's KV (30 layers, 3 heads of 64), float16 on disk, float32 in memory, texts
 in random order. The cold reads are after the kernel was asked to forget the files. Parts are what writing computes.
 Caching fills a store with SmolLM2-135M's KV of random tokens, and is set beside capturing it alone. Together fills a
-store of log-probabilities by the same pass, and is set beside a pass for each.
+store of log-probabilities by the same pass, and is set beside a pass for each. Memory, of which a process has one peak,
+is measured when asked for alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 from kvgraft.data.batching import pad_texts
 from kvgraft.data.spans import EncodedText, sample_key
 from kvgraft.kv import KV
+from kvgraft.memory import peak_memory
 from kvgraft.models.capture import capture, kv_geometry
 from kvgraft.models.loading import load_model
 from kvgraft.store.fill import StoreToFill, fill_store, fill_stores
@@ -52,7 +54,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Where to write; default the system's temporary folder.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="A dtype of the store; may be repeated.")] = None,
     only: Annotated[
-        Literal["rates", "parts", "caching", "together"] | None,
+        Literal["rates", "parts", "caching", "together", "memory"] | None,
         typer.Option(help="One of what there is."),
     ] = None,
     processor_time: Annotated[bool, typer.Option(help="Count what all threads compute, and not time passed.")] = False,
@@ -67,6 +69,8 @@ def main(
         typer.echo(measure_caching(repeats, folder, clock)["table"])
     if only in (None, "together"):
         typer.echo(measure_together(repeats, folder, clock)["table"])
+    if only == "memory":
+        typer.echo(measure_memory(texts, folder)["table"])
 
 
 def measure(
@@ -128,7 +132,7 @@ def _measure_writing(
     return seconds
 
 
-def _write_store(folder: Path, dtype: str, keys: list[str], numbers: torch.Tensor) -> None:
+def _write_store(folder: Path, dtype: str, keys: list[str], numbers: Iterable[torch.Tensor]) -> None:
     identity = StoreIdentity("model", "tokenizer", "text", tuple(range(LAYERS)), HEADS, HEAD_DIM, dtype, TOKENS)
     positions, mask = torch.arange(TOKENS)[None], torch.ones(1, TOKENS, dtype=torch.bool)
     spans = np.zeros((TOKENS, 2), dtype=np.int32)
@@ -273,6 +277,19 @@ def measure_together(
     ratio = seconds["one"] / seconds["two"]
     table = f"KV and log-probabilities by one pass: {ratio:.3f} of the time of two"
     return {"seconds": seconds, "ratio": ratio, "table": table}
+
+
+def measure_memory(texts: int = 32, folder: Path | None = None) -> dict[str, object]:
+    """Bytes beyond what the process held before that writing a float16 store holds at most, and ``table``."""
+    keys = [sample_key(str(index)) for index in range(texts)]
+    numbers = torch.randn(2, LAYERS, HEADS, TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    before = peak_memory().host_bytes
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        # The same text each time: others would be what the process holds.
+        _write_store(Path(root) / "float16", "float16", keys, [numbers] * texts)
+    held = peak_memory().host_bytes - before
+    written = texts * numbers.numel() * 2
+    return {"bytes": held, "table": f"writing {written / 1e6:.0f} MB in float16 holds {held / 1e6:.0f} MB at most"}
 
 
 def _random_texts(model: PreTrainedModel, texts: int, tokens: int) -> tuple[list[EncodedText], StoreIdentity]:
