@@ -373,7 +373,7 @@ def test_a_slow_disk_holds_back_who_adds(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_sample_that_cannot_be_written_costs_its_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is full in the middle of the second shard; the third one is written."""
+    """Each sample has a shard of its own here; those after the one that fails are written."""
     write = GrowingShard.write
 
     def full(shard: GrowingShard, sample: PendingSample) -> None:

@@ -52,7 +52,7 @@ class AtomicFile:
         """Give the file its name, once it is safe on disk."""
         with self._room():
             self._file.flush()
-            os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
             os.replace(self._temporary, self.path)
         _sync_folder(self.path.parent)

@@ -27,7 +27,7 @@ class KVStoreToFill:
     Args:
         folder: see :func:`kv_store_folder`.
         identity: what the store holds.
-        shard_bytes: KV bytes after which a shard is written to disk.
+        shard_bytes: KV bytes after which a shard ends.
         verify: compare every shard's checksum where the store says that it is complete.
     """
 

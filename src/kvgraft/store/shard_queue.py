@@ -36,8 +36,8 @@ class ShardQueue:
     Args:
         folder: the store's folder, whose lock the caller holds.
         manifest: of what is on disk.
-        shard_bytes: KV bytes after which a shard ends, with the sample that reaches them. No more than these wait to be
-            written.
+        shard_bytes: KV bytes after which a shard ends, with the sample that reaches them. While more than these wait to
+            be written, no sample is taken.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, shard_bytes: int) -> None:
