@@ -174,32 +174,41 @@ def gather_aligned(kv: KV, alignment: TokenAlignment) -> KV:
             "keys are rotated to the teacher's positions and cannot move to the student's; "
             "capture with rotated=False and rotate after gathering"
         )
-    device = kv.keys.device
-    students, teachers = (torch.from_numpy(index).to(device) for index in alignment.pairs())
-    if not bool(kv.mask[0, teachers].all()):
+    students, teachers = alignment.pairs()
+    if not bool(kv.mask[0, torch.from_numpy(teachers)].all()):
         raise AlignmentError("the alignment chooses teacher tokens that the KV's mask marks as padding")
-    mask = torch.from_numpy(alignment.aligned).to(device)
-    positions = torch.arange(len(mask), device=device)
+    student_tokens = len(alignment.ranges)
+    counts = np.bincount(students, minlength=student_tokens)
+    move = _mean_over_pairs if counts.max(initial=0) > 1 or not len(teachers) else _pick
+    device = kv.keys.device
+    pairs = (torch.from_numpy(students).to(device), torch.from_numpy(teachers).to(device))
+    numbers = torch.from_numpy(counts).to(device)
     return KV(
-        keys=_mean_over_pairs(kv.keys, students, teachers, len(mask)),
-        values=_mean_over_pairs(kv.values, students, teachers, len(mask)),
-        positions=positions[None],
-        mask=mask[None],
+        keys=move(kv.keys, *pairs, numbers),
+        values=move(kv.values, *pairs, numbers),
+        positions=torch.arange(student_tokens, device=device)[None],
+        mask=torch.from_numpy(alignment.aligned).to(device)[None],
         layers=kv.layers,
     )
 
 
-def _mean_over_pairs(tensor: Tensor, students: Tensor, teachers: Tensor, student_tokens: int) -> Tensor:
-    """Mean of the tokens ``teachers`` that share an entry of ``students``: ``[..., student_tokens, width]``."""
-    chosen = tensor.index_select(3, teachers)
-    shape = (*tensor.shape[:3], student_tokens, tensor.shape[4])
-    counts = torch.bincount(students, minlength=student_tokens)
-    if bool((counts == 1).all()):
-        return chosen
-    if bool((counts <= 1).all()):
-        # In place: autocast, under which grafts are trained, has a copy of its own that takes no float16.
-        return tensor.new_zeros(shape).index_copy_(3, students, chosen)
+def _pick(tensor: Tensor, students: Tensor, teachers: Tensor, counts: Tensor) -> Tensor:
+    """As :func:`_mean_over_pairs`, where no mean is of more than one token."""
+    if len(students) == len(counts):
+        return tensor.index_select(3, teachers)
+    # Any token where there is none: taking all and clearing a few is faster than filling zeros in.
+    index = torch.zeros_like(counts).index_copy_(0, students, teachers)
+    return tensor.index_select(3, index).index_fill_(3, (counts == 0).nonzero()[:, 0], 0)
+
+
+def _mean_over_pairs(tensor: Tensor, students: Tensor, teachers: Tensor, counts: Tensor) -> Tensor:
+    """Mean of the tokens ``teachers`` that share an entry of ``students``: ``[..., student_tokens, width]``.
+
+    ``counts [student_tokens]`` is how many each has; zeros where none.
+    """
+    shape = (*tensor.shape[:3], len(counts), tensor.shape[4])
     # Sums in float32 at least: half precision would round after every token.
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    sums = torch.zeros(shape, dtype=wide, device=tensor.device).index_add(3, students, chosen.to(wide))
+    chosen = tensor.index_select(3, teachers).to(wide)
+    sums = torch.zeros(shape, dtype=wide, device=tensor.device).index_add(3, students, chosen)
     return (sums / counts.clamp(min=1).to(wide)[:, None]).to(tensor.dtype)
