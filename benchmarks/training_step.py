@@ -4,10 +4,11 @@
 
 The arms `baseline` and `kv` of the recipe, and `kv` with all projected KV held (plain) and compiled, take turns on the
 same batches: forward, backward, clipping, AdamW. Reading is what the data loader takes for a batch with the teachers'
-KV. Time is processor time of one thread, so that other processes weigh little; the median of all steps after the first
-is given. Waiting is time passed until a batch is there that a thread reads during the step before, as in `kvgraft
-train`, over the time passed with a step of arm `kv`. The adapters' matrix products are measured by themselves: no way
-to project can be faster. The teachers' KV is cached first if the store lacks it.
+KV. Time is processor time of one thread, so that other processes weigh little, or with more threads time
+passed; the median of all steps after the first is given. Waiting is time passed until a batch is there that a thread
+reads during the step before, as in `kvgraft train`, over the time passed with a step of arm `kv`. The adapters' matrix
+products are measured by themselves: no way to project can be faster. The teachers' KV is cached first if the store
+lacks it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -34,14 +35,15 @@ from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.run import arm_data
 
+Clock = Callable[[], float]
 PLAIN, COMPILED = "kv, all projected KV held", "kv, compiled"
 
 
 class Arm:
     """A model in training, and what each of its steps took."""
 
-    def __init__(self, recipe: Recipe, data: ArmData, name: str) -> None:
-        self.name, self.clip = name, recipe.training.max_grad_norm
+    def __init__(self, recipe: Recipe, data: ArmData, name: str, clock: Clock = time.thread_time) -> None:
+        self.name, self.clip, self.clock = name, recipe.training.max_grad_norm, clock
         built = "baseline" if name == "baseline" else "kv"
         self.model: DistillationModel = build_arm(recipe, built, data).train()
         if name == COMPILED:
@@ -52,12 +54,12 @@ class Arm:
 
     def step(self, batch: dict[str, Any]) -> None:
         """One step on ``batch``."""
-        started = time.thread_time()
+        started = self.clock()
         self.loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.seconds.append(time.thread_time() - started)
+        self.seconds.append(self.clock() - started)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """What the step goes down."""
@@ -71,19 +73,21 @@ def main(
     recipe: Annotated[Path, typer.Argument(help="A recipe for `kvgraft train`.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Change one field: a.b=value.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of each arm.")] = 12,
+    threads: Annotated[int, typer.Option(help="Threads that share an operation.")] = 1,
 ) -> None:
     """Print the table in Markdown."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
+    clock = time.thread_time if threads == 1 else time.perf_counter
     loaded = load_recipe(recipe, overrides or [])
     data = arm_data(prepare(loaded))
-    arms = [Arm(loaded, data, name) for name in ("baseline", "kv", PLAIN, COMPILED)]
+    arms = [Arm(loaded, data, name, clock) for name in ("baseline", "kv", PLAIN, COMPILED)]
     reading: list[float] = []
     products: list[float] = []
     batches = batches_of(loaded, data, "kv")
     for _ in range(steps):
-        started = time.thread_time()
+        started = clock()
         batch = next(batches)
-        reading.append(time.thread_time() - started)
+        reading.append(clock() - started)
         products.append(_product_seconds(arms[1].model, batch))
         for arm in arms:
             arm.step(batch)
@@ -98,8 +102,11 @@ def main(
     )
     read, step = statistics.median(reading[1:]), statistics.median(arms[1].seconds[1:])
     typer.echo(f"| reading a batch | {read * 1e3:.1f} | {read / (read + step):.1%} of a step with KV |")
+    _, alone = _waiting(arms[0], batches_of(loaded, data, "baseline"), steps)
     waited, passed = _waiting(arms[1], batches, steps)
     typer.echo(f"| waiting for a batch read ahead | {waited * 1e3:.1f} | {waited / passed:.1%} of a step with KV |")
+    typer.echo(f"| time passed with step and waiting, baseline | {alone * 1e3:.0f} | 1.00 |")
+    typer.echo(f"| time passed with step and waiting, kv | {passed * 1e3:.0f} | {passed / alone:.2f} |")
 
 
 def _product_seconds(model: DistillationModel, batch: dict[str, Any]) -> float:

@@ -2,8 +2,10 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from kvgraft.data.read_ahead import read_ahead
 
@@ -48,3 +50,22 @@ def test_an_error_comes_where_its_item_would_have() -> None:
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(OSError, match="no such shard"):
         next(batches)
+
+
+def test_the_thread_computes_alone_and_other_threads_keep_their_helpers() -> None:
+    def helpers() -> Iterator[int]:
+        while True:
+            yield torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = read_ahead(helpers())
+        # The first is got by the caller.
+        assert [next(found), next(found)] == [3, 1]
+        with ThreadPoolExecutor(1) as born_later:
+            assert born_later.submit(torch.get_num_threads).result() == 3
+        assert torch.get_num_threads() == 3
+        found.close()
+    finally:
+        torch.set_num_threads(before)

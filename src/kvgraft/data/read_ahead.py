@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar, cast
@@ -28,7 +28,7 @@ def read_ahead(items: Iterable[Item], depth: int = 1) -> Generator[Item, None, N
     """
     iterator = iter(items)
     item: object = next(iterator, _END)
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead", initializer=_on_the_same_device()) as thread:
+    with _beside_the_caller() as thread:
         waiting: deque[Future[object]] = deque()
         while item is not _END:
             while len(waiting) < depth:
@@ -37,7 +37,23 @@ def read_ahead(items: Iterable[Item], depth: int = 1) -> Generator[Item, None, N
             item = waiting.popleft().result()
 
 
-def _on_the_same_device() -> Callable[[], None] | None:
+def _beside_the_caller() -> ThreadPoolExecutor:
+    """A thread that takes nothing from the caller's: neither its CUDA device nor, where there is none, its cores.
+
+    torch shares what a thread computes among helpers, as many as there are cores and others for each thread. Those of
+    two threads at once wait for each other in busy loops.
+    """
     # Each thread has a current CUDA device of its own, which starts as the first.
-    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return partial(torch.cuda.set_device, torch.cuda.current_device()) if initialized else None
+    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_cuda else _compute_alone
+    thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead", initializer=begin)
+    thread.submit(int).result()
+    # What a thread sets holds for itself and for threads to come.
+    torch.set_num_threads(torch.get_num_threads())
+    return thread
+
+
+def _compute_alone() -> None:
+    # Asked first, or torch gives a new thread the number of all others when it computes something.
+    torch.get_num_threads()
+    torch.set_num_threads(1)

@@ -26,8 +26,8 @@ from kvgraft.projector.dropout import TILE_TOKENS, draw_dropout, draw_seed, num_
 from kvgraft.projector.layerwise import is_bare
 from kvgraft.projector.projector import KVDimensionProjector
 
-# Rows (a token in a layer) of one piece: on a CPU few enough for its caches, elsewhere enough to keep it busy.
-_CPU_ROWS, _DEVICE_ROWS = 4 * TILE_TOKENS, 128 * TILE_TOKENS
+# Rows (a token in a layer) of one piece: few enough for the caches of a CPU's core, enough to keep another device busy.
+_CORE_ROWS, _DEVICE_ROWS = 4 * TILE_TOKENS, 128 * TILE_TOKENS
 
 
 def can_fuse(projector: KVDimensionProjector, teacher: str) -> bool:
@@ -116,7 +116,7 @@ def fused_kv_loss(
             weights=shares * weight / ((keys_weight + values_weight) * count.clamp_min(1)),
             token_weights=token_weights,
             seed=draw_seed(),
-            piece_rows=piece_rows or (_CPU_ROWS if mask.device.type == "cpu" else _DEVICE_ROWS),
+            piece_rows=piece_rows or _piece_rows(mask.device),
             compiled=compiled,
         )
         moved = [source.tensor, *adapter.parameters()]
@@ -130,6 +130,10 @@ def fused_kv_loss(
     loss, own = torch.stack(losses).sum(), torch.stack(unweighted).sum()
     # Alternating counts one distance twice, each time with the other side held still: its gradient is that of once.
     return (loss + loss.detach(), 2 * own) if objective == "alternating" else (loss, own)
+
+
+def _piece_rows(device: torch.device) -> int:
+    return min(_CORE_ROWS * torch.get_num_threads(), _DEVICE_ROWS) if device.type == "cpu" else _DEVICE_ROWS
 
 
 @dataclass(frozen=True)
