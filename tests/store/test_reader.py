@@ -57,6 +57,32 @@ def test_what_was_added_comes_back(tmp_path: Path, dtype: str, layers: list[int]
         assert (stored.text_bytes, stored.truncated_bytes) == (len(TEXTS[index]), index)
 
 
+@pytest.mark.parametrize("layers", [None, [4], [5, 1]])
+def test_the_bytes_of_samples_and_no_others_are_asked_for_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: list[int] | None
+) -> None:
+    store = fill(tmp_path, list(range(7)))
+    asked: list[tuple[Path, int, int]] = []
+    monkeypatch.setattr(OpenShard, "is_cached", lambda shard, place: False)
+    for key in KEYS:
+        store.read(key)
+    monkeypatch.setattr(OpenShard, "ask_ahead", lambda shard, *place: asked.append((shard._path, *place)))
+    chosen = [KEYS[5], KEYS[2]]
+    store.ask_ahead(chosen, layers)
+    found = b"".join(path.read_bytes()[start : start + length] for path, start, length in asked)
+    stored = [store.read(key, layers, as_stored=True).kv for key in chosen]
+    kinds = [torch.stack(kv.flatten(), 2)[0] for kv in stored]
+    assert found == b"".join(kind.contiguous().numpy().tobytes() for kind in kinds)
+
+
+def test_asking_ahead_names_what_is_not_there(tmp_path: Path) -> None:
+    store = fill(tmp_path, [1])
+    with pytest.raises(StoreError, match="is not in the KV store"):
+        store.ask_ahead([KEYS[2]])
+    with pytest.raises(StoreError, match="teacher layers"):
+        store.ask_ahead([KEYS[1]], [99])
+
+
 def test_layout_on_disk_is_layer_major_with_heads_joined(tmp_path: Path) -> None:
     store = fill(tmp_path, [1, 3])
     (name,) = shard_names(tmp_path)

@@ -66,9 +66,12 @@ class TeacherSource:
     _alignments: dict[str, TokenAlignment] = field(default_factory=dict, repr=False)
 
     def hold(self, examples: Sequence[EncodedExample | EncodedText]) -> None:
-        """Let a teacher that runs beside the student read ``examples`` together."""
+        """Fetch the KV of ``examples`` together, or let a teacher that runs beside the student read them together."""
+        keys = [example.sample_key for example in examples]
         if isinstance(self.store, OnlineKV):
-            self.store.hold(example.sample_key for example in examples)
+            self.store.hold(keys)
+        else:
+            self.store.ask_ahead(keys, self.teacher_layers)
 
     def alignment(self, example: EncodedExample | EncodedText) -> TokenAlignment:
         """Teacher tokens for each student token of ``example``."""
