@@ -196,7 +196,7 @@ def main(
     """Print the tables in Markdown."""
     torch.set_num_threads(1)
     typer.echo(f"{layers} layers x {tokens:,} tokens, kv_dim {student_width} to {teacher_width}, ratio {ratio:g}\n")
-    typer.echo("| dropout | way | seconds | over plain | share of product rate | extra MB | over plain |")
+    typer.echo("| dropout | way | seconds | time over plain | share of product rate | extra MB | memory over plain |")
     typer.echo("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     for share in dropout or [0.1, 0.0]:
         sizes = Sizes(layers, tokens, student_width, teacher_width, ratio, share)

@@ -1,4 +1,4 @@
-"""Every benchmark of speed and size in one run: tables on the screen, figures and the machine in JSON.
+"""Every benchmark of speed and size in one run: tables, and one of all aims; figures and the machine in JSON.
 
 python benchmarks/run.py --output benchmarks.json [--only capture]
 """
@@ -22,6 +22,7 @@ import store_speed
 import torch
 import transformers
 import typer
+from aims import aims_table
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"no benchmark {sorted(unknown)}; there are {', '.join(BENCHMARKS)}")
     results: dict[str, object] = {"machine": describe_machine()}
+    tables: dict[str, str] = {}
     for name in only or BENCHMARKS:
         started = time.perf_counter()
         load = os.getloadavg()[0]
@@ -68,9 +70,12 @@ def main(
             # It said itself what went wrong; the others can be measured all the same.
             found = {"table": f"failed: {error}"}
         seconds = time.perf_counter() - started
+        tables[name] = str(found["table"])
         results[name] = {**found, "took_seconds": seconds, "load_before": load}
-        typer.echo(f"## {name}\n\n{found['table']}\n")
+        results["aims"] = aims_table(tables)
+        typer.echo(f"## {name}\n\n{tables[name]}\n")
         output.write_text(json.dumps(results, indent=2))
+    typer.echo(f"## In one table\n\n{results.get('aims')}\n")
     logger.info("written to %s", output)
 
 

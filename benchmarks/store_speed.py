@@ -259,7 +259,8 @@ def measure_caching(
         ways = {"capture": plain, "caching": lambda: fill(Path(root) / "store")}
         seconds = interleaved_medians(ways, repeats, clock=clock)
     ratio = seconds["caching"] / seconds["capture"]
-    return {"seconds": seconds, "ratio": ratio, "table": f"caching over capture: {ratio:.3f} of its time"}
+    table = f"| what | time over capture alone |\n| --- | ---: |\n| caching | {ratio:.3f} |"
+    return {"seconds": seconds, "ratio": ratio, "table": table}
 
 
 def measure_together(

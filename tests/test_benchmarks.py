@@ -20,3 +20,18 @@ def test_a_whole_run_ends_at_one_loss_with_and_without_a_store(
     online, stored = re.findall(r"\| ([0-9.]+) \|$", table, re.MULTILINE)
     assert online == stored
     assert float(stored) > 0
+
+
+def test_aims_are_set_beside_what_was_found() -> None:
+    aims = load_benchmark(Path("benchmarks/aims.py"))
+    header = "| model | trunk, seconds | all layers over trunk | lower half over trunk | plain way over all layers |"
+    capture = f"4 texts\n\n{header}\n| --- | ---: |\n| SmolLM2-135M.gguf | 1,000.5 | 1.03 | 0.551 | 1,400.0 |\n"
+    batches = "| batching | real tokens | over shuffled |\n| --- | ---: |\n| buckets | 98.7% | 1.58 |"
+    table = aims.aims_table({"capture": capture, "batches": batches, "a part without aims": "text"})
+    assert "| capture | SmolLM2-135M: all layers over trunk | 1.03 | at most 1.03 | yes |" in table
+    assert "| capture | SmolLM2-135M: lower half over trunk | 0.551 | at most 0.55 | **no** |" in table
+    assert "| capture | SmolLM2-135M: plain way over all layers | 1,400.0 | at least 1.4 | yes |" in table
+    assert "| capture | gemma-3-270m: plain way over all layers | not measured | at least 2.5 | **no** |" in table
+    assert "| batches | buckets: real tokens | 98.7% | at least 97% | yes |" in table
+    assert "caching" not in table
+    assert aims.aims_table({"growth": "text"}) == ""
