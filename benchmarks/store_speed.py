@@ -123,18 +123,19 @@ def _measure_writing(
     def store(dtype: str) -> Callable[[], None]:
         return lambda: _write_store(root / dtype, dtype, keys, numbers)
 
-    def remove() -> None:
-        # Taking a file away takes as long as writing it, on some systems.
-        for path in root.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        os.sync()
-
     ways = {"plain": plain, **{dtype: store(dtype) for dtype in dtypes}}
-    seconds = interleaved_medians(ways, repeats, before_each=remove, clock=clock)
+    seconds = interleaved_medians(ways, repeats, lambda: _remove_all(root), clock)
     # What will be read.
     for way in ways.values():
         way()
     return seconds
+
+
+def _remove_all(folder: Path) -> None:
+    # Taking a file away takes as long as writing it, on some systems.
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.sync()
 
 
 def _write_store(folder: Path, dtype: str, keys: list[str], numbers: Iterable[torch.Tensor]) -> None:
@@ -251,13 +252,12 @@ def measure_caching(
             capture(model, *pad_texts(encoded[first : first + batch]))
 
     def fill(root: Path) -> None:
-        shutil.rmtree(root, ignore_errors=True)
-        store = KVStoreToFill(root, identity, 8_000_000)
+        store = KVStoreToFill(root / "store", identity, 8_000_000)
         fill_store(store, "teacher", lambda: model, encoded, token_budget=batch * tokens)
 
     with tempfile.TemporaryDirectory(dir=folder) as root:
-        ways = {"capture": plain, "caching": lambda: fill(Path(root) / "store")}
-        seconds = interleaved_medians(ways, repeats, clock=clock)
+        ways = {"capture": plain, "caching": lambda: fill(Path(root))}
+        seconds = interleaved_medians(ways, repeats, lambda: _remove_all(Path(root)), clock)
     ratio = seconds["caching"] / seconds["capture"]
     table = f"| what | time over capture alone |\n| --- | ---: |\n| caching | {ratio:.3f} |"
     return {"seconds": seconds, "ratio": ratio, "table": table}
@@ -276,7 +276,6 @@ def measure_together(
     logits = LogitIdentity("model", "tokenizer", "text", tokens, model.config.vocab_size, top_k=32)
 
     def fill(root: Path, together: bool) -> None:
-        shutil.rmtree(root, ignore_errors=True)
         kv_store = KVStoreToFill(root / "kv", identity, 8_000_000)
         logit_store = LogitStoreToFill(root / "logits", logits, 8_000_000)
         passes: list[list[StoreToFill[Any]]] = [[kv_store, logit_store]] if together else [[kv_store], [logit_store]]
@@ -284,8 +283,8 @@ def measure_together(
             fill_stores(stores, "teacher", lambda: model, encoded, token_budget=texts // 2 * tokens)
 
     with tempfile.TemporaryDirectory(dir=folder) as root:
-        ways = {"two": lambda: fill(Path(root) / "two", False), "one": lambda: fill(Path(root) / "one", True)}
-        seconds = interleaved_medians(ways, repeats, clock=clock)
+        ways = {"two": lambda: fill(Path(root), False), "one": lambda: fill(Path(root), True)}
+        seconds = interleaved_medians(ways, repeats, lambda: _remove_all(Path(root)), clock)
     ratio = seconds["one"] / seconds["two"]
     table = f"KV and log-probabilities by one pass: {ratio:.3f} of the time of two"
     return {"seconds": seconds, "ratio": ratio, "table": table}
