@@ -38,7 +38,7 @@ def read_ahead(items: Iterable[Item], depth: int = 1) -> Generator[Item, None, N
 
 
 def _beside_the_caller() -> ThreadPoolExecutor:
-    """A thread that takes nothing from the caller's: neither its CUDA device nor, where there is none, its cores.
+    """A thread on the caller's CUDA device or, where there is none, one that leaves the cores to the caller.
 
     torch shares what a thread computes among helpers, as many as there are cores and others for each thread. Those of
     two threads at once wait for each other in busy loops.
