@@ -62,7 +62,7 @@ def aims_table(tables: Mapping[str, str]) -> str:
         digits = re.match(r"[\d.]+", text.replace(",", ""))
         number = float(digits[0]) if digits else None
         met = number is not None and (number <= aim.limit if aim.at_most else number >= aim.limit)
-        what = f"{aim.row.strip(' |')}: {aim.column}".replace("|", ",")
+        what = f"{aim.row.strip(' |').replace(' |', ',')}: {aim.column}"
         bound = f"{'at most' if aim.at_most else 'at least'} {aim.limit:g}{'%' if '%' in text else ''}"
         shown = text.split(" ")[0] or "not measured"
         lines.append(f"| {aim.part} | {what} | {shown} | {bound} | {'yes' if met else '**no**'} |")

@@ -75,7 +75,8 @@ def main(
         results["aims"] = aims_table(tables)
         typer.echo(f"## {name}\n\n{tables[name]}\n")
         output.write_text(json.dumps(results, indent=2))
-    typer.echo(f"## In one table\n\n{results.get('aims')}\n")
+    if results["aims"]:
+        typer.echo(f"## In one table\n\n{results['aims']}\n")
     logger.info("written to %s", output)
 
 

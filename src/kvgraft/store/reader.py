@@ -281,12 +281,13 @@ class KVStore:
         held = len(self.identity.layers)
         sample_bytes = entry.tokens * self._token_bytes
         start = self._kv_range(entry.shard)[0] + entry.first_token * self._token_bytes
-        if self.identity.format_version == 1 or len(set(index)) == held:
+        wanted = dict.fromkeys(index)
+        if self.identity.format_version == 1 or len(wanted) == held:
             # Layers lie side by side, token by token, or all of them are wanted.
             places, length = [start], sample_bytes
         else:
             length = sample_bytes // held
-            places = [start + layer * length for layer in index]
+            places = [start + layer * length for layer in wanted]
         shard = self._shard(entry.shard)
         if places and not shard.is_cached(places[-1]):
             for place in places:
