@@ -31,9 +31,27 @@ def main(
     batch: Annotated[int, typer.Option(help="Texts in a pass.")] = 4,
     tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 192,
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 5,
+    profile: Annotated[bool, typer.Option("--profile", help="What capturing all layers computes, instead.")] = False,
 ) -> None:
     """Print the ratios in Markdown."""
+    if profile:
+        for name in model or MODELS:
+            typer.echo(profile_of(name, batch, tokens))
+        return
     typer.echo(measure(model or MODELS, batch, tokens, repeats)["table"])
+
+
+def profile_of(name: str, batch: int, tokens: int) -> str:
+    """Shares of the operations that capturing all layers spends most in, as a table."""
+    model = load_model(name, None, dtype="float32", device="cpu")
+    input_ids = _random_ids(model, batch, tokens)
+    capture(model, input_ids)
+    with torch.profiler.profile() as profiled:
+        capture(model, input_ids)
+    found = sorted(profiled.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
+    whole = sum(entry.self_cpu_time_total for entry in found)
+    rows = [f"| {entry.key} | {entry.self_cpu_time_total / whole:.1%} |" for entry in found[:8]]
+    return "\n".join([f"| operation of {name.rpartition('/')[2]} | share |\n| --- | ---: |", *rows, ""])
 
 
 def measure(
@@ -61,8 +79,7 @@ def measure(
 
 @torch.no_grad()
 def _measure_model(model: PreTrainedModel, batch: int, tokens: int, repeats: int) -> dict[str, float]:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    input_ids = torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    input_ids = _random_ids(model, batch, tokens)
     positions = torch.arange(tokens).expand(batch, -1)
     lower_half = range(kv_geometry(model.config).num_layers // 2)
     ways = {
@@ -74,6 +91,11 @@ def _measure_model(model: PreTrainedModel, batch: int, tokens: int, repeats: int
         "plain": lambda: unrotated_cache(model, input_ids, positions),
     }
     return interleaved_medians(ways, repeats)
+
+
+def _random_ids(model: PreTrainedModel, batch: int, tokens: int) -> torch.Tensor:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def unrotated_cache(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
