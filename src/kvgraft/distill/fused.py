@@ -92,7 +92,7 @@ def fused_kv_loss(
     student = [student_kv.layers.index(layer) for layer in student_layers]
     own_layers = list(range(len(student_layers)))
     standard = projector.standard("output", teacher)
-    scale = KVScale(scale.mean.to(mask.device), scale.deviation.to(mask.device))
+    scale = scale.to(mask.device)
     losses, unweighted = [], []
     for kind, weight in enumerate((keys_weight, values_weight)):
         if weight == 0:

@@ -42,6 +42,10 @@ class KVScale:
     mean: Tensor
     deviation: Tensor
 
+    def to(self, device: torch.device) -> KVScale:
+        """The same numbers on ``device``."""
+        return KVScale(self.mean.to(device), self.deviation.to(device))
+
     @classmethod
     def from_moments(cls, mean: Tensor, variance: Tensor) -> KVScale:
         """From per-channel ``mean`` and ``variance``, both ``[layers, 2, kv_dim]`` as a store keeps them."""
@@ -74,7 +78,7 @@ def kv_token_errors(
     """
     predicted_parts, target_parts = _as_tensors(predicted, "predicted"), _as_tensors(target, "target")
     _require_same_shape(predicted_parts, target_parts, mask)
-    scale = scale or KVScale.from_tokens(target_parts, mask)
+    scale = (scale or KVScale.from_tokens(target_parts, mask)).to(mask.device)
     layers = normalised_layer_weights(layer_weights, predicted_parts[0].shape[1], predicted_parts[0].device)
     total = predicted_parts[0].new_zeros(int(mask.sum()), dtype=torch.float32)
     for index, weight in enumerate((keys_weight, values_weight)):

@@ -49,6 +49,7 @@ def relation_errors(
     require_relation_heads(relation_heads, student.geometry.kv_dim, teacher.geometry.kv_dim)
     mask = teacher.mask
     tokens = mask.shape[1]
+    student_scale, teacher_scale = student_scale.to(mask.device), teacher_scale.to(mask.device)
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
     related = (causal & mask[:, None, :])[:, None]
     layers = normalised_layer_weights(layer_weights, student.keys.shape[1], mask.device)
@@ -97,5 +98,4 @@ def _log_relations(states: Tensor, related: Tensor, heads: int) -> Tensor:
 
 
 def _standard(states: Tensor, scale: KVScale, kind: int, layer: int) -> Tensor:
-    mean, deviation = scale.mean[kind, layer], scale.deviation[kind, layer]
-    return (states.float() - mean.to(states.device)) / deviation.to(states.device)
+    return (states.float() - scale.mean[kind, layer]) / scale.deviation[kind, layer]

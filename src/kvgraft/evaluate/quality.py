@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,7 @@ def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]
     was_training = model.training
     model.eval()
     loss_sum, tokens = 0.0, 0
-    own = _Moments()
+    own = _Moments(_products)
     similarity: dict[str, _SimilaritySums] = {}
     logit_sums: dict[str, tuple[float, int]] = {}
     for batch in batches:
@@ -109,7 +109,7 @@ def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]
         with record_hidden(model.student) as hidden:
             ce_loss, student_kv = model.student_pass(batch["input_ids"], batch["attention_mask"], batch["labels"])
         loss_sum, tokens = loss_sum + float(ce_loss) * labelled, tokens + labelled
-        own.add(torch.stack(student_kv.flatten(), 1), student_kv.mask)
+        own.add(_rows(student_kv.flatten(), student_kv.mask))
         for name, target in batch.get("teacher_kv", {}).items():
             if target.mask.any():
                 similarity.setdefault(name, _SimilaritySums()).add(model, name, student_kv, target)
@@ -125,48 +125,67 @@ def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]
         loss=loss_sum / max(tokens, 1),
         tokens=tokens,
         text_bytes=text_bytes,
-        kv_deviation=own.deviation(),
-        kv_effective_rank=own.effective_rank(),
+        kv_deviation=float(own.variance().diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0).sqrt().mean()),
+        kv_effective_rank=float(effective_rank(own.variance()).mean()),
         teachers={name: sums.result() for name, sums in similarity.items()},
         logit_losses={name: total / max(counted, 1) for name, (total, counted) in logit_sums.items()},
     )
 
 
+def _rows(pair: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    """``[2, layers, tokens that count, width]`` of keys and values ``[batch, layers, tokens, width]``."""
+    return torch.stack([part.transpose(0, 1)[:, mask].float() for part in pair])
+
+
+def _products(rows: Tensor) -> Tensor:
+    return rows.mT @ rows
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return rows.square().sum((-2, -1))
+
+
 class _Moments:
-    """Running mean and covariance ``[2, layers, kv_dim, kv_dim]`` of keys and values."""
+    """Running mean ``[..., width]`` and summed ``second`` moment about it of tokens ``[..., tokens, width]``.
 
-    def __init__(self) -> None:
+    A batch is summed where it lies and in float32, about its own mean; batches are put together in float64 on the
+    processor, since some accelerators lack it (Chan, Golub and LeVeque 1983).
+    """
+
+    def __init__(self, second: Callable[[Tensor], Tensor]) -> None:
         self.count = 0
-        self.sum: Tensor | float = 0.0
-        self.outer: Tensor | float = 0.0
+        self._second = second
+        self._mean: Tensor | float = 0.0
+        self._sum: Tensor | float = 0.0
 
-    def add(self, kv: Tensor, mask: Tensor) -> None:
-        """``kv [batch, 2, layers, tokens, kv_dim]``."""
-        rows = kv.permute(1, 2, 0, 3, 4)[:, :, mask].double()
-        self.count += rows.shape[2]
-        self.sum = self.sum + rows.sum(2)
-        self.outer = self.outer + rows.transpose(2, 3) @ rows
+    def add(self, rows: Tensor) -> None:
+        """Take in ``rows [..., tokens, width]``, at least one token."""
+        added = rows.shape[-2]
+        mean = rows.mean(-2, keepdim=True)
+        second = _exact(self._second(rows - mean))
+        shift = _exact(mean) - self._mean
+        self._sum = self._sum + second + self._second(shift) * (self.count * added / (self.count + added))
+        self.count += added
+        self._mean = self._mean + shift * (added / self.count)
 
-    def covariance(self) -> Tensor:
-        mean = torch.as_tensor(self.sum) / self.count
-        return torch.as_tensor(self.outer) / self.count - mean[..., :, None] * mean[..., None, :]
+    def variance(self) -> Tensor:
+        """The mean second moment about the mean."""
+        return torch.as_tensor(self._sum) / self.count
 
-    def deviation(self) -> float:
-        return float(self.covariance().diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0).sqrt().mean())
 
-    def effective_rank(self) -> float:
-        return float(effective_rank(self.covariance()).mean())
+def _exact(sums: Tensor) -> Tensor:
+    return sums.cpu().double()
 
 
 class _SimilaritySums:
-    """Running sums behind :class:`KVSimilarity`, ``[2, layers]`` or ``[2, layers, kv_dim]``."""
+    """Running sums behind :class:`KVSimilarity`, ``[2, layers]``."""
 
     def __init__(self) -> None:
         self.count = 0
         self.loss_sum = 0.0
         self.residual: Tensor | float = 0.0
         self.alive: dict[int, Tensor] = {}
-        self.sums: dict[str, list[Tensor | float]] = {"predicted": [0.0, 0.0], "target": [0.0, 0.0]}
+        self.predicted, self.target = _Moments(_squares), _Moments(_squares)
 
     def add(self, model: DistillationModel, name: str, student_kv: KV, target: KV) -> None:
         self.count += int(target.mask.sum())
@@ -176,14 +195,10 @@ class _SimilaritySums:
         assert model.projector is not None
         comparison = model.compare(student_kv, name, target)[0]
         self.loss_sum += float(model.comparison_errors(comparison, name, target.mask).sum())
-        sides = {
-            side: torch.stack([part.transpose(1, 2)[target.mask].double() for part in pair])
-            for side, pair in (("predicted", comparison.predicted), ("target", comparison.target))
-        }
-        self.residual = self.residual + (sides["predicted"] - sides["target"]).square().sum((1, 3))
-        for side, rows in sides.items():
-            first, second = self.sums[side]
-            self.sums[side] = [first + rows.sum(1), second + rows.square().sum(1)]
+        predicted, wanted = _rows(comparison.predicted, target.mask), _rows(comparison.target, target.mask)
+        self.residual = self.residual + _exact(_squares(predicted - wanted))
+        self.predicted.add(predicted)
+        self.target.add(wanted)
         forwards = model.projector.direction == "teacher_to_student"
         self._note_alive_units(
             model.projector, name, target if forwards else model.compared(student_kv, name), target.mask
@@ -200,8 +215,8 @@ class _SimilaritySums:
     def result(self) -> KVSimilarity:
         if not isinstance(self.residual, Tensor):
             return KVSimilarity(self.loss_sum / self.count)
-        predicted, target = self._spread("predicted"), self._spread("target")
-        r2 = 1 - self.residual / target
+        predicted, target = self.predicted.variance(), self.target.variance().clamp_min(torch.finfo(torch.float64).tiny)
+        r2 = 1 - self.residual / self.count / target
         return KVSimilarity(
             loss=self.loss_sum / self.count,
             keys_r2=r2[0].tolist(),
@@ -211,11 +226,6 @@ class _SimilaritySums:
             if self.alive
             else None,
         )
-
-    def _spread(self, side: str) -> Tensor:
-        """Sum of squares about the mean, ``[2, layers]``."""
-        first, second = (torch.as_tensor(value) for value in self.sums[side])
-        return (second - first.square() / self.count).sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _mean(values: list[float]) -> float:

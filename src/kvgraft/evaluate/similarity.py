@@ -92,7 +92,7 @@ def layer_similarity(
 
 @dataclass(frozen=True)
 class _Sides:
-    """Keys or values of the tokens that count: ``[layers, tokens, width]`` float64.
+    """Keys or values of the tokens that count: ``[layers, tokens, width]`` float64 on the processor.
 
     ``predicted`` and ``aim`` are the run's own comparison through its projector, None where there is none.
     """
@@ -131,7 +131,8 @@ def _sides(model: DistillationModel, teacher: str, student_kv: KV, teacher_kv: K
 
 def _rows(pair: tuple[Tensor, Tensor], mask: Tensor) -> list[Tensor]:
     """``[batch, layers, tokens, width]`` as ``[layers, tokens that count, width]``, keys and values."""
-    return [part.transpose(1, 2)[mask].transpose(0, 1).double() for part in pair]
+    # On the processor: some accelerators lack float64.
+    return [part.transpose(0, 1)[:, mask].cpu().double() for part in pair]
 
 
 class _KindSimilarity:
@@ -152,9 +153,9 @@ class _KindSimilarity:
         """Take in training text."""
         layers, tokens, width = sides.student.shape
         if not self.fitted_tokens:
-            sizes = (layers, width, sides.teacher.shape[-1], sides.student.device)
+            sizes = (layers, width, sides.teacher.shape[-1])
             self._fits = (LeastSquares(*sizes), LeastSquares(*sizes))
-        everyone = torch.ones(1, tokens, dtype=torch.bool, device=sides.student.device)
+        everyone = torch.ones(1, tokens, dtype=torch.bool)
         self._fits[chooses_ridge].add(sides.student[None], sides.teacher[None], everyone)
         self.fitted_tokens += tokens
         self._teacher_sum = self._teacher_sum + sides.teacher.sum(1, keepdim=True)
@@ -167,7 +168,7 @@ class _KindSimilarity:
         self._map = solve_with_chosen_ridge(fitting, choosing)
         layers = fitting.num_layers
         same_layers = [(layer, layer) for layer in range(layers)]
-        self.cka = LinearCKA(same_layers, layers, layers, fitting.in_dim, fitting.out_dim, fitting.device)
+        self.cka = LinearCKA(same_layers, layers, layers, fitting.in_dim, fitting.out_dim)
         self._least_squares = _Prediction(torch.as_tensor(self._teacher_sum) / self.fitted_tokens)
         if isinstance(self._aim_sum, Tensor):
             self._projector = _Prediction(self._aim_sum / self.fitted_tokens)

@@ -58,6 +58,10 @@ class KVPair:
     mask: Tensor
     input_ids: Tensor
 
+    def to(self, device: torch.device) -> KVPair:
+        """The same on ``device``."""
+        return KVPair(self.source.to(device), self.target.to(device), self.mask.to(device), self.input_ids.to(device))
+
     def rows(self, context_tokens: int = 0, weights: Tensor | None = None) -> KVRows:
         """The tokens that count, each with so many before it; ``weights [target layers, tokens]`` go along."""
         chosen = self.mask[0]

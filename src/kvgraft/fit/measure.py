@@ -68,6 +68,7 @@ def measure_fits(
 
 def project_pair(projector: KVDimensionProjector, teacher: str, pair: KVPair) -> KV:
     """The projected source of ``pair`` in the shape of its target."""
+    pair = pair.to(next(projector.parameters()).device)
     forwards = projector.direction == "teacher_to_student"
     project = projector.project_teacher_kv if forwards else projector.project_student_kv
     keys, values = project(teacher, pair.source)
@@ -89,7 +90,7 @@ class _Sums:
     def add(self, projected: KV, pair: KVPair) -> None:
         chosen = pair.mask[0]
         given, wanted = (
-            torch.stack([part[0][:, chosen] for part in kv.flatten()]).double() for kv in (projected, pair.target)
+            torch.stack([part[0][:, chosen] for part in kv.flatten()]).cpu().double() for kv in (projected, pair.target)
         )
         self.tokens += wanted.shape[2]
         self.errors = self.errors + (given - wanted).square().sum((2, 3))
@@ -97,7 +98,7 @@ class _Sums:
         self.squares = self.squares + wanted.square().sum(2)
 
     def add_cosine(self, cosine: Tensor) -> None:
-        self.cosines = self.cosines + cosine.double().sum(1)
+        self.cosines = self.cosines + cosine.cpu().double().sum(1)
         self.cosine_tokens += cosine.shape[1]
 
     def result(self) -> Fit:

@@ -19,6 +19,7 @@ from kvgraft.graft.sources import graft_stored, own_beginning
 from kvgraft.identify import IdentifiedModel
 from kvgraft.models.cache import context_length
 from kvgraft.prepare_kv import store_kv
+from kvgraft.processes import on_cpu
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import StoreRecipe
 from kvgraft.report.graft import FirstToken
@@ -105,5 +106,8 @@ def _medians(ways: Sequence[Callable[[], object]], repeats: int) -> list[float]:
         for times, way in zip(found, ways, strict=True):
             started = time.perf_counter()
             way()
+            if not on_cpu():
+                # A card is handed its work and goes on with it after the call.
+                torch.accelerator.synchronize()
             times.append(time.perf_counter() - started)
     return [statistics.median(times) for times in found]

@@ -68,7 +68,8 @@ class Grafter(nn.Module):
             text: what the student goes on from, with its own KV of it as target.
             read: what the teacher has read; default ``text``. Another text is the control.
         """
-        read = text if read is None else read
+        device = next(self.parameters()).device
+        text, read = text.to(device), (text if read is None else read).to(device)
         if self.fusion == "joint":
             return in_order(self._changed(text.target, read))
         projected = project_pair(self.projector, self.teacher, read)

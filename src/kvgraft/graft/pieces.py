@@ -74,6 +74,7 @@ def with_own_tokens(kv: KV, own_kv: KV, first_tokens: int = 0) -> KV:
     _require_before_rotation(own_kv, "own_kv")
     if own_kv.mask.shape[0] == 1:
         own_kv = _repeated(own_kv, kv.mask.shape[0])
+    own_kv = own_kv.to(kv.mask.device)
     _require_same_kind(kv, own_kv, "own_kv")
     own_first = (own_kv.mask & (own_kv.positions < first_tokens)).sum(1)
     too_short = (own_first < first_tokens).nonzero().flatten().tolist()

@@ -23,6 +23,7 @@ from kvgraft.models.capture import kv_geometry
 from kvgraft.models.lora import ADAPTER_WEIGHTS, load_adapters
 from kvgraft.models.placement import DeviceMap, Quantization, placement_options
 from kvgraft.models.tensor_parallel import tensor_parallel_options
+from kvgraft.processes import process_state
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def load_model(
         ModelError: it cannot be found or loaded; says what the name was taken for.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = str(process_state().device)
     torch_dtype = getattr(torch, dtype)
     placement = placement_options(torch_dtype, device, quantization, device_map)
     if tensor_parallel:

@@ -59,8 +59,8 @@ def unpack_top(words: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
     bits = code_bits(vocabulary)
     unsigned = words.long() & 0xFFFFFFFF
     ids, code = unsigned >> bits, unsigned & ((1 << bits) - 1)
-    odds = (code.double() / ((1 << bits) - 1) - 0.5) * (2 * _LARGEST_LOG_ODDS)
+    odds = (code.float() / ((1 << bits) - 1) - 0.5) * (2 * _LARGEST_LOG_ODDS)
     taken, left = F.logsigmoid(odds), F.logsigmoid(-odds).cumsum(-1)
     log_probs = taken + F.pad(left, (1, 0))[..., :-1]
     rest = left[..., -1] if words.shape[-1] else left.new_zeros(left.shape[:-1])
-    return ids, log_probs.float(), rest.float()
+    return ids, log_probs, rest

@@ -1,0 +1,42 @@
+"""Whole runs on a device of their own (tests/accelerator.py): nothing that a real one refuses, and the same results.
+
+A card is rarely at hand. What would stop there, tensors left on the processor or float64 where there is none, stops
+here too. The tests run again in processes of their own, since a device cannot be taken back.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUNS = {
+    "train": [
+        "test_run.py::test_run_folder_holds_everything",
+        "test_run.py::test_other_objectives_run",
+        "distill/test_trainer.py::test_gradients_do_not_depend_on_accumulation",
+        "distill/test_logit_arms.py::test_four_arms_from_one_recipe",
+    ],
+    "several teachers": ["test_teachers.py", "test_online.py"],
+    "evaluate": ["evaluate/test_run.py::test_everything_is_measured_and_written_without_touching_the_run"],
+    "fit": ["fit/test_run.py::test_every_setting_goes_the_whole_way"],
+    "graft": [
+        "graft/test_worth.py::test_goes_the_whole_way_and_is_not_done_twice",
+        "graft/test_objectives.py::test_training_makes_answers_likelier_and_resumes",
+        "graft/test_chat.py::test_goes_on_from_the_documents_and_from_what_was_said",
+        "graft/test_docs.py",
+    ],
+}
+
+
+@pytest.mark.parametrize("tests", RUNS.values(), ids=RUNS)
+def test_runs_on_a_device(tests: list[str]) -> None:
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.accelerator", "-p", "no:xdist", "-x", *tests]
+    done = subprocess.run(
+        [*command[: -len(tests)], *(str(folder / test) for test in tests)],
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
