@@ -135,3 +135,21 @@ def test_the_table_says_that_nothing_was_lost(old: Path, tmp_path: Path) -> None
 
 def test_a_ratio_that_is_no_number_is_refused(old: Path, tmp_path: Path) -> None:
     assert runner.invoke(app, ["migrate", str(old), str(tmp_path / "new"), "--mlp-ratio", "wide"]).exit_code == 2
+
+
+def test_names_that_are_alike_without_their_signs_stay_apart(tmp_path: Path) -> None:
+    assert teacher_layers(["模型", "教师"], ["模型=3", "教师=4"]) == {"模型": ("模型", 3), "教师": ("教师", 4)}
+    assert teacher_layers(["a-b", "a_b"], ["a-b=2"], 5) == {"a-b": ("a-b", 2), "a_b": ("a_b", 5)}
+    for found, teachers in ((["a_b"], ["a.b=2", "a-b=3"]), (["a_b"], ["a_b=2", "a_b=3"]), (["a-b", "a_b"], ["a.b=2"])):
+        with pytest.raises(ProjectorError, match="a_b"):
+            teacher_layers(found, teachers, 5)
+    old = {
+        f"{kind}_adapters.{name}.weight": torch.randn(4, 6) for kind in ("key", "value") for name in ("模型", "教师")
+    }
+    torch.save(old, tmp_path / "old.pt")
+    migrate_checkpoint(tmp_path / "old.pt", tmp_path / "new", teachers=["模型=3", "教师=4"])
+    projector = KVDimensionProjector.from_pretrained(tmp_path / "new")
+    assert list(projector.teachers) == ["模型", "教师"]
+    x = torch.randn(1, 3, 5, 6)
+    keys, _ = projector.project_teacher_kv("模型", x, x)
+    torch.testing.assert_close(keys, x @ old["key_adapters.模型.weight"].T)

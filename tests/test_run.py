@@ -1,7 +1,9 @@
 """Whole runs on a tiny random teacher: what is left in the folder, resuming, and what a user may get wrong."""
 
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,13 +15,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from kvgraft.errors import KVGraftError, RecipeError
+from kvgraft.distill.trainer import KVTrainer
+from kvgraft.errors import DataError, KVGraftError, RecipeError
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.log import read_metrics
-from kvgraft.run import run
+from kvgraft.run import _finish_arm, run
 
 GUIDE_TEMPLATE = {
     "experiment": {"name", "date"},
@@ -206,3 +209,102 @@ def test_texts_of_one_token_train(tiny_recipe: Callable[..., Recipe], tmp_path: 
     )
     result = run(recipe, tmp_path / "run")
     assert all(value == value for arm in result.arms for value in arm.last.values())
+
+
+def disk_full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_stopped_after_the_last_step_no_step_is_added(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(arms=["kv"], training={"lr_scheduler": "constant_with_warmup"})
+    whole = run(recipe, tmp_path / "whole")
+    save = KVTrainer.save_model
+
+    def no_room(self, folder=None, _internal_call=False):  # type: ignore[no-untyped-def]
+        if str(folder).endswith("student"):
+            disk_full()
+        save(self, folder, _internal_call)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KVTrainer, "save_model", no_room)
+        with pytest.raises(OSError, match="No space left"):
+            run(recipe, tmp_path / "stopped")
+    resumed = run(recipe, tmp_path / "stopped", resume=True)
+    assert resumed.arms[0].evaluations == whole.arms[0].evaluations
+    for part in ("student/model.safetensors", "projector/projector.safetensors"):
+        first, second = (load_file(tmp_path / name / "kv" / part) for name in ("whole", "stopped"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_torn_checkpoint_is_passed_over(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(arms=["kv"])
+    whole = run(recipe, tmp_path / "whole")
+    save = Trainer._save_optimizer_and_scheduler
+
+    def no_room(self, folder):  # type: ignore[no-untyped-def]
+        if folder.endswith("checkpoint-4"):
+            disk_full()
+        save(self, folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_save_optimizer_and_scheduler", no_room)
+        with pytest.raises(OSError, match="No space left"):
+            run(recipe, tmp_path / "stopped")
+    resumed = run(recipe, tmp_path / "stopped", resume=True)
+    assert resumed.arms[0].evaluations == whole.arms[0].evaluations
+
+
+def test_an_arm_is_finished_or_not_where_the_disk_is_full(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe(arms=["baseline"], training={"steps": 2})
+    run(recipe, tmp_path / "run")
+    (tmp_path / "run" / "baseline" / "arm.json").unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            _finish_arm(tmp_path / "run" / "baseline", "baseline", recipe, 0, 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "run" / "baseline" / "arm.json").exists()
+
+
+@pytest.mark.parametrize("part", ["train", "held_out"])
+def test_text_without_any_label_is_refused(tiny_recipe: Callable[..., Recipe], tmp_path: Path, part: str) -> None:
+    short = [{"prompt": "Say: ", "completion": f"answer {number}"} for number in range(8)]
+    long = [{"prompt": "word " * 100, "completion": f"reply {number}"} for number in range(8)]
+    source = {"train": jsonl(tmp_path / "a.jsonl", short), "held_out": jsonl(tmp_path / "b.jsonl", short[:1])}
+    source[part] = jsonl(tmp_path / "long.jsonl", long)
+    recipe = tiny_recipe(
+        arms=["baseline"], data={**source, "loss_on": "completion", "train_samples": None, "held_out_samples": None}
+    )
+    if part == "train":
+        source["held_out"] = jsonl(tmp_path / "b.jsonl", [{"prompt": "Other: ", "completion": "one"}])
+    with pytest.raises(DataError, match=r"8 of 8 (training|held-out) texts have no token that enters the loss"):
+        run(recipe, tmp_path / "run")
+
+
+def test_a_run_is_not_resumed_on_other_text(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    held_out = jsonl(tmp_path / "held_out.jsonl", [{"text": "Held out it is."}])
+
+    def recipe(word: str, *arms: str) -> Recipe:
+        source = jsonl(tmp_path / "train.jsonl", [{"text": f"{word} {number} apples"} for number in range(8)])
+        data = {"train": source, "held_out": held_out, "train_samples": None, "held_out_samples": None}
+        return tiny_recipe(arms=list(arms), data=data, training={"steps": 2})
+
+    run(recipe("Tom has", "baseline"), tmp_path / "run")
+    with pytest.raises(RecipeError, match="training text changed since"):
+        run(recipe("Anna ate", "baseline", "kv"), tmp_path / "run", resume=True)
+    assert len(run(recipe("Tom has", "baseline", "kv"), tmp_path / "run", resume=True).arms) == 2
+
+
+@pytest.mark.parametrize("how", ["overwrite", "resume"])
+def test_a_folder_that_is_no_run_is_left_alone(tiny_recipe: Callable[..., Recipe], tmp_path: Path, how: str) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(RecipeError, match=r"holds chapter\.tex and no recipe\.yaml: it is not the folder of a run"):
+        run(tiny_recipe(arms=["baseline"]), tmp_path / "thesis", **{how: True})
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"

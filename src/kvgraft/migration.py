@@ -97,20 +97,20 @@ def teacher_layers(
     Raises:
         ProjectorError: a ``NAME=LAYERS`` in another form or for no teacher of the checkpoint, or unknown layers.
     """
-    given = dict(_name_and_layers(text) for text in teachers)
-    named = {plain_name(name): name for name in given}
-    known = {plain_name(name): model.num_hidden_layers for name, model in known_models().items()}
-    extra = [name for name in given if plain_name(name) not in map(plain_name, found)]
-    if extra:
+    pairs = [_name_and_layers(text) for text in teachers]
+    given = dict(pairs)
+    source = {name: _old_name(name, found) for name in given}
+    named = {old_name: name for name, old_name in source.items()}
+    if len(given) != len(pairs) or len(named) != len(given):
         raise ProjectorError(
-            f"the old checkpoint has no teacher {', '.join(extra)}; it has {', '.join(found)}; give "
-            "one of those as NAME=LAYERS"
+            f"several of {', '.join(teachers)} stand for one teacher of the old checkpoint, which has "
+            f"{', '.join(found)}; name each once"
         )
+    known = {plain_name(name): model.num_hidden_layers for name, model in known_models().items()}
     layers: dict[str, tuple[str, int]] = {}
     for old_name in found:
-        plain = plain_name(old_name)
-        name = named.get(plain, old_name)
-        count = given.get(name, known.get(plain) if num_layers is None else num_layers)
+        name = named.get(old_name, old_name)
+        count = given.get(name, known.get(plain_name(old_name)) if num_layers is None else num_layers)
         if count is None:
             raise ProjectorError(
                 f"the old checkpoint does not say how many layers the KV of teacher {old_name!r} has; add --teacher "
@@ -140,6 +140,17 @@ def _name_and_layers(text: str) -> tuple[str, int]:
     if not name or not count.isdecimal() or int(count) < 1:
         raise ProjectorError(f"a teacher must be given as NAME=LAYERS, such as Qwen2-7B=28; got {text!r}")
     return name, int(count)
+
+
+def _old_name(name: str, found: Sequence[str]) -> str:
+    """The teacher of an old checkpoint that ``name`` stands for: that very one, or the one that lost its dots."""
+    alike = [name] if name in found else [old for old in found if plain_name(old) == plain_name(name)]
+    if len(alike) != 1:
+        reason = f"has no teacher {name}" if not alike else f"has {', '.join(alike)}, and {name} may be any of them"
+        raise ProjectorError(
+            f"the old checkpoint {reason}; it has {', '.join(found)}; give one of those as NAME=LAYERS"
+        )
+    return alike[0]
 
 
 def _tensors(maps: Mapping[str, Mapping[str, tuple[Tensor, Tensor | None]]]) -> list[list[Tensor]]:

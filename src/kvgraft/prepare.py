@@ -158,7 +158,22 @@ def read_texts(recipe: Recipe) -> Texts:
     cut = sum(bool(example.truncated_bytes) for examples in encoded for example in examples)
     if cut:
         logger.warning("%d texts were cut to data.max_length %d tokens", cut, recipe.data.max_length)
+    for part, examples in zip(("training", "held-out"), encoded, strict=True):
+        _require_labels(part, examples, recipe)
     return Texts(train, held_out, tokenizer, *encoded)
+
+
+def _require_labels(part: str, examples: list[EncodedExample], recipe: Recipe) -> None:
+    """Raise DataError where no token of ``examples`` enters the loss, and warn where some texts have none."""
+    silent = sum(not example.has_label for example in examples)
+    if not silent:
+        return
+    data = recipe.data
+    said = f"{silent} of {len(examples)} {part} texts have no token that enters the loss"
+    why = f"data.max_length {data.max_length} and data.loss_on {data.loss_on} leave nothing of their completions"
+    if silent == len(examples):
+        raise DataError(f"{said}: {why}. Raise data.max_length, set data.loss_on: all, or shorten the prompts")
+    logger.warning("%s: %s", said, why)
 
 
 def load_examples_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[Example], list[Example]]:

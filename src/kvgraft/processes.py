@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, reduce
 
 _Value = TypeVar("_Value")
 
@@ -26,3 +26,11 @@ def from_main_process(value: _Value) -> _Value:
     held = [value]
     broadcast_object_list(held)
     return held[0]
+
+
+def from_any_process(said: bool) -> bool:
+    """Whether any process says so; each has to call this."""
+    state = process_state()
+    if state.num_processes == 1:
+        return said
+    return bool(reduce(torch.tensor(float(said), device=state.device), "sum") > 0)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import logging
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from kvgraft.data.batching import EncodedExample
 from kvgraft.distill.arms import (
     CHECKPOINTS_FOLDER,
     ArmData,
@@ -33,10 +37,11 @@ from kvgraft.report.log import write_experiment_log
 from kvgraft.report.plots import save_curves
 from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
 from kvgraft.report.tables import markdown
+from kvgraft.store.atomic_file import write_atomically
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE, RESULT_FILE, ARM_FILE = "recipe.yaml", "result.json", "arm.json"
+RECIPE_FILE, RESULT_FILE, ARM_FILE, INPUTS_FILE = "recipe.yaml", "result.json", "arm.json", "inputs.json"
 _VERSIONS = ("kvgraft", "torch", "transformers", "accelerate")
 
 
@@ -60,6 +65,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
         open_run_folder(recipe, folder, resume, overwrite)
     process_state().wait_for_everyone()
     prepared = prepare(recipe)
+    _require_same_inputs(folder, _inputs(prepared))
     result = _describe(prepared)
     data = arm_data(prepared)
     for arm in recipe.arms:
@@ -91,6 +97,12 @@ def write_report(recipe: Recipe, result: RunResult, folder: Path) -> None:
 def open_run_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool) -> None:
     """Make ``folder`` and write the resolved recipe; see :func:`run` for what is refused."""
     there = folder.is_dir() and any(folder.iterdir())
+    if there and not (folder / RECIPE_FILE).is_file():
+        first = min(path.name for path in folder.iterdir())
+        raise RecipeError(
+            f"{folder} holds {first} and no {RECIPE_FILE}: it is not the folder of a run and is left alone. "
+            "Give another --output FOLDER"
+        )
     if there and overwrite:
         shutil.rmtree(folder)
     elif there and not resume:
@@ -98,7 +110,7 @@ def open_run_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool)
             f"{folder} holds a run already. Go on with it: --resume. Keep it and write elsewhere: --output FOLDER. "
             "Remove it and start over: --overwrite."
         )
-    elif there and (folder / RECIPE_FILE).is_file():
+    elif there:
         earlier = load_recipe(folder / RECIPE_FILE)
         if earlier.fingerprint() != recipe.fingerprint():
             raise RecipeError(
@@ -106,7 +118,39 @@ def open_run_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool)
                 "one; give --output FOLDER for a new run, or --overwrite"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    write_atomically(folder / RECIPE_FILE, [memoryview(recipe.to_yaml().encode())])
+
+
+def _inputs(prepared: Prepared) -> dict[str, str]:
+    """What the recipe names and does not hold: digests of the text as the student reads it, and of the teachers."""
+    texts = prepared.texts
+    return {
+        "training text": _text_digest(texts.train),
+        "held-out text": _text_digest(texts.held_out),
+        **{f"teacher {teacher.recipe.name}": teacher.store.identity.model for teacher in prepared.teachers},
+    }
+
+
+def _text_digest(examples: Sequence[EncodedExample]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.sample_key} {example.input_ids} {example.labels}\n".encode())
+    return digest.hexdigest()
+
+
+def _require_same_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Raise RecipeError where arms in ``folder`` were trained on something else; runs of before hold no record."""
+    path = folder / INPUTS_FILE
+    earlier = json.loads(path.read_bytes()) if path.is_file() else inputs
+    changed = [name for name, digest in inputs.items() if earlier.get(name) != digest]
+    if changed:
+        raise RecipeError(
+            f"{folder} was begun with something else behind the same recipe: {', '.join(changed)} changed since. Its "
+            "arms could not be compared; bring back what it was, or give --output FOLDER for a new run, or --overwrite"
+        )
+    process_state().wait_for_everyone()
+    if process_state().is_main_process:
+        write_atomically(path, [memoryview(json.dumps(inputs, indent=1).encode())])
 
 
 def _differing(first: Recipe, second: Recipe) -> str:
@@ -199,6 +243,6 @@ def _finish_arm(folder: Path, arm: str, recipe: Recipe, projector_parameters: in
     )
     if process_state().is_main_process:
         # Written last: an arm with this file is finished.
-        (folder / ARM_FILE).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_atomically(folder / ARM_FILE, [memoryview((result.model_dump_json(indent=2) + "\n").encode())])
         shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
     process_state().wait_for_everyone()

@@ -182,3 +182,36 @@ def test_a_run_where_each_model_has_its_own_template(
     assert "a new student's tokenizer has no chat template" in make_plan(new).problems[0]
     lacking = recipe.model_copy(update={"student": StudentRecipe(model=str(tiny_student))})
     assert "has no chat template" in make_plan(lacking).problems[0]
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+MESSAGES = [
+    {"role": "user", "content": "Weather in Paris?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "18 C"},
+    {"role": "assistant", "content": "It is 18 C."},
+]
+
+
+def _rows(folder: Path) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps({"messages": MESSAGES}) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("keep_turns", [False, True])
+def test_tool_calls_that_would_be_dropped_are_refused(tmp_path: Path, keep_turns: bool) -> None:
+    source = _rows(tmp_path)
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: `messages` hold `tool_calls`"):
+        load_examples(source, keep_turns=keep_turns)
+
+
+def test_a_template_whose_filter_fails_names_the_line(tmp_path: Path, tiny_student: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_student))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }}{% endfor %}{% endfor %}{% endfor %}"
+    )
+    source = _rows(tmp_path)
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: the tokenizer's chat template refuses"):
+        load_examples(source, tokenizer=tokenizer)

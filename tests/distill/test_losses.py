@@ -138,3 +138,50 @@ def test_what_does_not_fit_is_named() -> None:
         compute_kv_loss((keys, values), {})
     with pytest.raises(KVGraftError, match="teacher_weights"):
         compute_kv_loss((keys, values), {"a": (keys, values)}, teacher_weights={"a": -1.0})
+
+
+def pair_of(seed: int) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randn(2, 2, 3, 4, 6, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_a_mask_of_numbers_is_refused() -> None:
+    student, target = pair_of(0), pair_of(1)
+    scales = {"t": KVScale.from_tokens(target, torch.ones(2, 4, dtype=torch.bool))}
+    attention_mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    with pytest.raises(KVGraftError, match=r"attention_mask\.bool\(\)"):
+        compute_kv_loss(student, {"t": target}, mask=attention_mask, scales=scales)
+
+
+@pytest.mark.parametrize("case", ["one token", "constant target"])
+def test_a_target_without_spread_gives_a_finite_loss(case: str) -> None:
+    student, target = pair_of(0), pair_of(1)
+    student[0].requires_grad_()
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    if case == "one token":
+        mask[:] = False
+        mask[0, 0] = True
+    else:
+        target = tuple(torch.full_like(part, 0.5) for part in target)
+    loss = compute_kv_loss(student, {"t": target}, mask=mask)
+    errors = [(s - t).square().mean((1, 3))[mask].mean() for s, t in zip(student, target, strict=True)]
+    torch.testing.assert_close(loss, sum(errors) / 2)
+    (gradient,) = torch.autograd.grad(loss, student[0])
+    assert gradient.abs().max() < 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "huber"},
+        {"keys_weight": 0.0, "values_weight": 0.0},
+        {"keys_weight": -1.0, "values_weight": 2.0},
+        {"layer_weights": [-1.0, 2.0]},
+        {"layer_weights": [float("nan"), 1.0]},
+        {"teacher_weights": {"teachr": 3.0}},
+        {"teacher_weights": {"t": float("nan")}},
+    ],
+)
+def test_settings_out_of_range_are_refused(options: dict) -> None:
+    pair = tuple(torch.randn(2, 1, 2, 4, 6))
+    with pytest.raises(KVGraftError, match=next(iter(options))):
+        compute_kv_loss(pair, {"t": pair}, **options)

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from kvgraft.distill import callbacks
 from kvgraft.distill.arms import build_arm
 from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe
@@ -180,3 +182,29 @@ def test_mismatched_arm_gets_the_kv_of_another_text(tiny_recipe: Callable[..., R
     # Held-out KV is every text's own: it measures, and does not teach.
     held_out = data.held_out_set("mismatched")
     assert held_out.partner == list(range(len(held_out)))
+
+
+@pytest.mark.parametrize("objective", ["student_to_teacher", "relational"])
+def test_gradient_checkpointing_gives_the_same_gradients(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, objective: str
+) -> None:
+    student = tiny_recipe().student.model_dump()
+    found = []
+    for checkpointing in (False, True):
+        recipe = tiny_recipe(
+            student={**student, "gradient_checkpointing": checkpointing},
+            training={"steps": 1},
+            kv_loss={"objective": objective},
+        )
+        steps, trainer = gradients(recipe, tmp_path / str(checkpointing))
+        assert trainer.distillation.student.is_gradient_checkpointing == checkpointing
+        found.append(steps[0])
+    assert relative_difference(*found) < 1e-6
+
+
+def test_processes_stop_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One process alone was asked to, another one.
+    monkeypatch.setattr(callbacks, "from_any_process", lambda said: True)
+    interrupt, control = callbacks.InterruptCallback(), TrainerControl()
+    interrupt.on_step_end(TrainingArguments(), TrainerState(), control)
+    assert (interrupt.interrupted, control.should_save, control.should_training_stop) == (True, True, True)

@@ -41,6 +41,11 @@ class EncodedExample:
     sample_key: str
 
     @property
+    def has_label(self) -> bool:
+        """Whether a loss is taken of any of its tokens; nothing predicts the first."""
+        return any(label != IGNORED for label in self.labels[1:])
+
+    @property
     def predicted_bytes(self) -> int:
         """Bytes of the text whose tokens carry a label."""
         labelled = np.array(self.labels) != IGNORED

@@ -276,6 +276,11 @@ def _from_messages(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase
         raise DataError(f"{where}: `messages` need an assistant turn with text; the roles are {[r for r, _ in turns]}")
     if tokenizer is not None and tokenizer.chat_template and not keep_turns:
         return _from_chat_template(where, messages[: last + 1], tokenizer)
+    if any(message.get("tool_calls") for message in messages[: last + 1]):
+        raise DataError(
+            f"{where}: `messages` hold `tool_calls`, which only a chat template can write, with data.chat_template: "
+            "student; name a student or tokenizer that has one, or put the calls into `content`"
+        )
     if keep_turns:
         turns = [(role, content.strip()) for role, content in turns]
     text = "\n".join(f"{role}: {content}" for role, content in turns[: last + 1])
@@ -291,7 +296,7 @@ def _from_chat_template(where: str, messages: list[Any], tokenizer: PreTrainedTo
         prompt = ""
         if len(messages) > 1:  # transformers refuses to render an empty conversation
             prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, LookupError) as error:  # a filter raises what Python does
         raise DataError(f"{where}: the tokenizer's chat template refuses these `messages`: {error}") from error
     # Some templates render a turn otherwise once another follows it: the prompt is what both have in common.
     differences = (index for index, (one, other) in enumerate(zip(text, prompt, strict=False)) if one != other)

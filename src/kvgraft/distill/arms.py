@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from kvgraft.data.batch_plan import plan_batches
 from kvgraft.data.batching import EncodedExample
 from kvgraft.distill.build import build_distillation
 from kvgraft.distill.callbacks import EvaluateLastCallback, InterruptCallback, MetricsCallback, ProgressCallback
+from kvgraft.distill.checkpoints import last_checkpoint, train_from
 from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, PlannedBatches, TeacherSource
 from kvgraft.distill.logit_part import LogitPart
 from kvgraft.distill.logit_sources import LogitSource
@@ -111,10 +111,9 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path, callbacks: 
     """
     model = build_arm(recipe, arm, data)
     checkpoints = folder / CHECKPOINTS_FOLDER
-    last_checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    checkpoint, done = last_checkpoint(checkpoints)
     interrupt = InterruptCallback()
     steps = recipe.training.steps
-    done = int(last_checkpoint.rsplit("-", 1)[1]) if last_checkpoint else 0
     with progress_bar(f"training {arm}", steps, "steps", done=done) as advance:
         trainer = KVTrainer(
             model,
@@ -139,9 +138,9 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path, callbacks: 
         )
         # With its own bars off, the Trainer would print every log.
         trainer.remove_callback(PrinterCallback)
-        if last_checkpoint is None:
+        if checkpoint is None:
             trainer.evaluate()
-        trainer.train(resume_from_checkpoint=last_checkpoint)
+        train_from(trainer, checkpoint, done)
         if interrupt.interrupted and trainer.state.global_step < steps:
             raise TrainingInterruptedError(
                 f"stopped at step {trainer.state.global_step} of {steps} of arm {arm}; a checkpoint is in {checkpoints}"

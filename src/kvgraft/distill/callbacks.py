@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kvgraft.data.read_ahead import read_ahead
+from kvgraft.processes import from_any_process
 from kvgraft.progress import Advance
 from kvgraft.report.log import append_metrics, read_metrics
 
@@ -104,7 +105,9 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop with a checkpoint if asked to."""
-        if self.interrupted:
+        # Together: a process that stopped alone would leave the others waiting for its gradients.
+        if from_any_process(self.interrupted):
+            self.interrupted = True
             control.should_save = True
             control.should_training_stop = True
 

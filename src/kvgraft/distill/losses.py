@@ -58,7 +58,10 @@ class KVScale:
         rows = [_real_tokens(tensor.detach(), mask) for tensor in _as_tensors(pair, "target")]
         mean = torch.stack([row.mean(0) for row in rows], 1)
         variance = torch.stack([row.var(0, unbiased=False) for row in rows], 1)
-        return cls.from_moments(mean, variance)
+        scale = cls.from_moments(mean, variance)
+        # A layer without any spread, of one token say, has no unit of its own.
+        has_spread = variance.mean(-1).transpose(0, 1) > 0
+        return cls(scale.mean, scale.deviation.where(has_spread, 1.0))
 
 
 def kv_token_errors(
@@ -78,6 +81,13 @@ def kv_token_errors(
     """
     predicted_parts, target_parts = _as_tensors(predicted, "predicted"), _as_tensors(target, "target")
     _require_same_shape(predicted_parts, target_parts, mask)
+    if form not in FORMS:
+        raise KVGraftError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
+    if not (min(keys_weight, values_weight) >= 0 and 0 < keys_weight + values_weight < float("inf")):
+        raise KVGraftError(
+            "keys_weight and values_weight must not be negative, and one must be above 0; got "
+            f"{keys_weight} and {values_weight}"
+        )
     scale = (scale or KVScale.from_tokens(target_parts, mask)).to(mask.device)
     layers = normalised_layer_weights(layer_weights, predicted_parts[0].shape[1], predicted_parts[0].device)
     total = predicted_parts[0].new_zeros(int(mask.sum()), dtype=torch.float32)
@@ -166,7 +176,10 @@ def compute_kv_loss(
     if mask is None:
         mask = student_kv.mask if isinstance(student_kv, KV) else _all_tokens(student_kv[0])
     weights = {name: (teacher_weights or {}).get(name, 1.0) for name in aligned_kvs}
-    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+    unknown = sorted(set(teacher_weights or {}) - set(aligned_kvs))
+    if unknown:
+        raise KVGraftError(f"teacher_weights names {unknown}; aligned_kvs holds {', '.join(aligned_kvs)}")
+    if not (min(weights.values()) >= 0 and 0 < sum(weights.values()) < float("inf")):
         raise KVGraftError(f"teacher_weights must be positive in sum and none negative; got {weights}")
     losses = [
         weights[name]
@@ -217,8 +230,12 @@ def _require_same_shape(predicted: tuple[Tensor, Tensor], target: tuple[Tensor, 
             "be [batch, layers, tokens, kv_dim]. Align tokens and layers and project the width first."
         )
     batch, _, tokens, _ = predicted[0].shape
-    if mask.shape != (batch, tokens):
-        raise KVGraftError(f"mask must be [{batch}, {tokens}] to go with the KV; got {list(mask.shape)}")
+    if mask.shape != (batch, tokens) or mask.dtype != torch.bool:
+        # Numbers would be taken for indices of texts.
+        raise KVGraftError(
+            f"mask must be [{batch}, {tokens}] and bool to go with the KV; got {list(mask.shape)} and {mask.dtype}; "
+            "of a tokenizer's attention_mask, give attention_mask.bool()"
+        )
 
 
 def normalised_layer_weights(
@@ -227,8 +244,10 @@ def normalised_layer_weights(
     """Weights ``[num_layers]`` that sum to one; None is equal weights."""
     if layer_weights is None:
         return torch.full((num_layers,), 1.0 / num_layers, device=device)
-    if len(layer_weights) != num_layers or sum(layer_weights) <= 0:
-        raise KVGraftError(f"layer_weights must hold {num_layers} weights with a positive sum; got {layer_weights}")
+    if len(layer_weights) != num_layers or not (min(layer_weights) >= 0 and 0 < sum(layer_weights) < float("inf")):
+        raise KVGraftError(
+            f"layer_weights must hold {num_layers} weights with a positive sum, none negative; got {layer_weights}"
+        )
     weights = torch.tensor(layer_weights, dtype=torch.float32, device=device)
     return weights / weights.sum()
 

@@ -73,9 +73,11 @@ class DistillationModel(nn.Module):
         """Student layers whose KV is compared with some teacher's."""
         return sorted({student for pairs in self.layer_maps.values() for student, _ in pairs})
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute the student's activations in backward; called by the Trainer."""
-        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute the student's activations in backward; called by the Trainer, by newer ones with more options."""
+        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def forward(
         self,

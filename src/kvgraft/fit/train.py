@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from kvgraft.distill.callbacks import InterruptCallback, MetricsCallback, ProgressCallback
+from kvgraft.distill.checkpoints import last_checkpoint, train_from
 from kvgraft.distill.trainer import PROJECTOR_FOLDER
 from kvgraft.errors import TrainingInterruptedError
 from kvgraft.fit.data import KVRows, PairDataset, TokenBatches
@@ -170,8 +170,7 @@ def train_fit(
         TrainingInterruptedError: Ctrl-C; a checkpoint was left.
     """
     checkpoints = folder / CHECKPOINTS_FOLDER
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    done = int(last.rsplit("-", 1)[1]) if last else 0
+    last, done = last_checkpoint(checkpoints)
     interrupt = InterruptCallback()
     with progress_bar(label, settings.steps, "steps", done=done) as advance:
         trainer = FitTrainer(
@@ -183,7 +182,7 @@ def train_fit(
             callbacks=[ProgressCallback(advance), MetricsCallback(folder / METRICS_FILE, "fit"), interrupt],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last)
+        train_from(trainer, last, done)
     if interrupt.interrupted and trainer.state.global_step < settings.steps:
         raise TrainingInterruptedError(
             f"stopped at step {trainer.state.global_step} of {settings.steps}; a checkpoint is in {checkpoints}"

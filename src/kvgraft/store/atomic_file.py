@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +30,8 @@ class AtomicFile:
     def __init__(self, path: Path, needed_bytes: int) -> None:
         self.path = path
         self._needed_bytes = needed_bytes
-        self._temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        # Its own name: another process may be writing the same file, as where two runs find the same layer map.
+        self._temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
         with self._room():
             self._file = open(self._temporary, "wb")  # noqa: SIM115 - open until it is whole, or discarded
 

@@ -114,6 +114,7 @@ class LikelihoodWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._waiting: dict[str, Tensor] = {}
+        self._waiting_tokens = 0
 
     def __enter__(self) -> LikelihoodWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,8 @@ class LikelihoodWriter:
                 "or leave this text out"
             )
         self._waiting[key] = numbers
-        if sum(len(waiting) for waiting in self._waiting.values()) >= _TOKENS_PER_FILE:
+        self._waiting_tokens += len(numbers)
+        if self._waiting_tokens >= _TOKENS_PER_FILE:
             self._write()
 
     def adopt_shares(self) -> None:
@@ -152,7 +154,7 @@ class LikelihoodWriter:
         if self._waiting:
             content = save(self._waiting)
             write_atomically(self._folder / _file_name(content), [memoryview(content)])
-            self._waiting = {}
+            self._waiting, self._waiting_tokens = {}, 0
 
 
 @torch.no_grad()

@@ -230,6 +230,7 @@ class LogitStoreWriter:
     def __init__(self, folder: Path, identity: LogitIdentity, shard_bytes: int) -> None:
         self.folder, self.identity, self._shard_bytes = folder, identity, shard_bytes
         self._pending: dict[str, _Pending] = {}
+        self._pending_bytes = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = lock_folder(folder)
         try:
@@ -276,10 +277,10 @@ class LogitStoreWriter:
                 f"sample {short_key(key)} has log-likelihoods that are NaN or Inf. Run the teacher in float32 or "
                 "bfloat16, or leave this text out."
             )
-        self._pending[key] = _Pending(words, token_log_likelihood.float(), truncated_bytes, text_bytes)
-        if sum(sample.words.nbytes + sample.token_log_likelihood.nbytes for sample in self._pending.values()) >= (
-            self._shard_bytes
-        ):
+        sample = _Pending(words, token_log_likelihood.float(), truncated_bytes, text_bytes)
+        self._pending[key] = sample
+        self._pending_bytes += sample.words.nbytes + sample.token_log_likelihood.nbytes
+        if self._pending_bytes >= self._shard_bytes:
             self._flush()
 
     def adopt_shares(self) -> None:
@@ -305,7 +306,7 @@ class LogitStoreWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        pending, self._pending = self._pending, {}
+        pending, self._pending, self._pending_bytes = self._pending, {}, 0
         samples = list(pending.values())
         name = next_shard_name(self._manifest.shards, _SHARD_PATTERN)
         tensors = {

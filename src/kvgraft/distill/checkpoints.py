@@ -1,0 +1,33 @@
+"""Going on from the checkpoints that the Trainer leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+
+def last_checkpoint(folder: Path) -> tuple[str | None, int]:
+    """The last checkpoint in ``folder`` that was written to its end, and its step; None and 0 where there is none."""
+    whole = [(int(path.name.rsplit("-", 1)[1]), str(path)) for path in folder.glob("checkpoint-*") if _is_whole(path)]
+    step, path = max(whole, default=(0, None))
+    return path, step
+
+
+def train_from(trainer: Trainer, checkpoint: str | None, done: int) -> None:
+    """Train on from ``checkpoint``, after ``done`` steps; or from the start where it is None."""
+    if checkpoint is not None and done >= trainer.args.max_steps:
+        # Stopped between its last step and its end: the Trainer would take one step more.
+        trainer._load_from_checkpoint(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    # The Trainer writes its state last; a kill or a full disk leaves a folder without it, or a part of it.
+    try:
+        return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
