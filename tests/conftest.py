@@ -3,6 +3,7 @@
 They check arithmetic and plumbing, not worth; what claims worth runs on real weights (tests/integration, benchmarks).
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,3 +112,12 @@ def fit_recipe(tiny_recipe: Callable[..., Recipe], tiny_student: Path) -> Callab
         return recipe.model_copy(update={"student": StudentRecipe(model=str(tiny_student))})
 
     return make
+
+
+@pytest.fixture
+def short_teacher(tmp_path: Path) -> Path:
+    (tmp_path / "short").mkdir()
+    folder = _save_llama(tmp_path / "short", 400, hidden_size=32, num_hidden_layers=4)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from kvgraft.align.layers import map_layers
 from kvgraft.bfloat16 import warn_where_slow
 from kvgraft.data.batching import EncodedExample, encode_example
 from kvgraft.data.datasets import Example, load_train_and_held_out
+from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
 from kvgraft.distill.objectives import projector_direction
@@ -130,7 +131,12 @@ def prepare(recipe: Recipe, texts: Texts | None = None) -> Prepared:
     for teacher in recipe.teachers:
         with phases.timed(f"identify {teacher.name}"):
             models.append(identify(teacher))
-            _require_long_context(recipe, models[-1], texts)
+            require_long_context(
+                recipe,
+                models[-1],
+                [*texts.train_examples, *texts.held_out_examples],
+                [*texts.train, *texts.held_out],
+            )
             if needs_log_probs(recipe):
                 reads_one_vocabulary(recipe, teacher.name, texts.tokenizer, models[-1].tokenizer)
     teachers = [_prepare_teacher(recipe, model, texts, config, phases) for model in models]
@@ -306,16 +312,20 @@ def find_layer_evidence(recipe: Recipe, model: IdentifiedModel, texts: Texts, di
     )
 
 
-def _require_long_context(recipe: Recipe, model: IdentifiedModel, texts: Texts) -> None:
+def require_long_context(
+    recipe: Recipe,
+    model: IdentifiedModel,
+    examples: Sequence[Example],
+    read_by_student: Sequence[EncodedExample | EncodedText],
+) -> None:
     """Raise RecipeError where ``model`` cannot read as far into a text as the student does, and may not be cut."""
     context = model.context
     if model.recipe.long_texts == "cut" or context is None or context > teacher_max_length(recipe, model.config):
         return
-    examples = [*texts.train_examples, *texts.held_out_examples]
     read_by_teacher = encode_for_teacher(examples, model.tokenizer, context)
     cut = [
         own.sample_key
-        for own, other in zip([*texts.train, *texts.held_out], read_by_teacher, strict=True)
+        for own, other in zip(read_by_student, read_by_teacher, strict=True)
         if other.truncated_bytes > own.truncated_bytes
     ]
     if cut:

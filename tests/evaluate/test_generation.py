@@ -92,3 +92,19 @@ def test_prompts_without_room(student: Student) -> None:
     assert written[1].text == ""
     with pytest.raises(DataError, match=r"none of 1 prompts leaves room for 4 tokens.*fewer --shots"):
         generate_greedy(model, tokenizer, [long], max_new_tokens=4)
+
+
+def test_the_most_likely_token_is_taken_whatever_the_model_ships(tiny_student: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_student), AutoTokenizer.from_pretrained(tiny_student)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=0.5)
+    model.generation_config.repetition_penalty = 1.3
+    ids = tokenizer("Tom has 3 apples", return_tensors="pt")["input_ids"]
+    expected = ids
+    with torch.no_grad():
+        for _ in range(12):
+            expected = torch.cat([expected, model(expected).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    (found,) = generate_greedy(model, tokenizer, ["Tom has 3 apples"], max_new_tokens=12)
+    assert found.text == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+    assert model.generation_config.repetition_penalty == 1.3

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvgraft.errors import DataError, RecipeError, ResultError
 from kvgraft.evaluate.gsm8k import AnswerSettings
 from kvgraft.evaluate.run import EvaluationSettings, evaluate
-from kvgraft.recipe import Recipe
+from kvgraft.prepare import read_texts
+from kvgraft.recipe import Recipe, StudentRecipe
 from kvgraft.report.evaluation import evaluation_tables
 from kvgraft.run import run
 from tests.conftest import fields_of_tiny_recipe
@@ -113,3 +115,38 @@ def test_unknown_parts_and_tasks_that_are_not_named(finished: Path) -> None:
         evaluate(finished, EvaluationSettings(only=["qualities"]))
     with pytest.raises(DataError, match="none is named; give --tasks"):
         evaluate(finished, EvaluationSettings(only=["tasks"]))
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{m['role']}}|>\n{{m['content']}}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_problems_are_asked_in_the_template_that_was_trained(
+    tiny_fields: dict, tiny_student: Path, tmp_path: Path
+) -> None:
+    student = tmp_path / "student"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_student), AutoTokenizer.from_pretrained(tiny_student)
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(student)
+    tokenizer.save_pretrained(student)
+    messages = [
+        [{"role": "user", "content": f"{n} and {n}?"}, {"role": "assistant", "content": f"It is #### {2 * n}"}]
+        for n in range(40)
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in messages))
+    data = {"train": str(tmp_path / "d.jsonl"), "max_length": 90, "chat_template": "own"}
+    # Baseline alone: the teacher needs no template then but is read all the same.
+    teacher = tmp_path / "student"
+    fields = tiny_fields | {"data": data, "arms": ["baseline"], "teachers": [{"name": TEACHER, "model": str(teacher)}]}
+    fields["training"] = {**fields["training"], "steps": 1}
+    recipe = Recipe.model_validate(fields).model_copy(update={"student": StudentRecipe(model=str(student))})
+    run(recipe, tmp_path / "run")
+    texts = read_texts(recipe)
+    settings = EvaluationSettings(only=["gsm8k"], answers=AnswerSettings(shots=1, max_new_tokens=2))
+    evaluate(tmp_path / "run", settings)
+    samples = [json.loads(line) for line in (tmp_path / "run/evaluation/samples.jsonl").read_text().splitlines()]
+    shot = texts.tokenizer.decode(texts.train[0].input_ids).rstrip() + "\n\n"
+    for sample, example in zip(samples, texts.held_out, strict=True):
+        assert (shot + texts.tokenizer.decode(example.input_ids)).startswith(sample["prompt"])

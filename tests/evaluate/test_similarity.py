@@ -120,3 +120,23 @@ def test_text_without_an_answer_of_the_teacher_is_an_error(tiny_recipe: Callable
     train, held_out = batches(data.train_set("kv", 0), data), batches(data.held_out_set("kv"), data)
     with pytest.raises(DataError, match=r"org/teacher-1.0 answers for no token of the held-out text"):
         layer_similarity(build_arm(recipe, "kv", data), TEACHER, LAYER_MAP, train, held_out)
+
+
+def test_least_squares_does_not_depend_on_the_batch(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe(data={"train_samples": 64, "held_out_samples": 8, "max_length": 24})
+    data = arm_data(prepare(recipe))
+    model = build_arm(recipe, "kv", data)
+    found = [
+        layer_similarity(
+            model,
+            TEACHER,
+            [(0, 0), (1, 3)],
+            batches(data.train_set("kv", 0), data, size),
+            batches(data.held_out_set("kv"), data, size),
+        )
+        for size in (2, 5, 64)
+    ]
+    for other in found[1:]:
+        assert [layer.least_squares_r2 for layer in other] == pytest.approx(
+            [layer.least_squares_r2 for layer in found[0]], abs=1e-5
+        )

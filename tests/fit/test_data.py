@@ -101,3 +101,10 @@ def test_several_teachers_are_refused(fit_recipe: Callable[..., Recipe]) -> None
     two = [recipe.teachers[0], recipe.teachers[0].model_copy(update={"name": "other"})]
     with pytest.raises(RecipeError, match="one teacher"):
         prepare_fit(recipe.model_copy(update={"teachers": two}))
+
+
+def test_a_teacher_of_a_short_context_is_refused(fit_recipe: Callable[..., Recipe], short_teacher: Path) -> None:
+    teacher = {"name": "org/teacher-1.0", "model": str(short_teacher)}
+    with pytest.raises(RecipeError, match="reads 64 tokens"):
+        prepare_fit(fit_recipe(teachers=[teacher], data={"max_length": 300}))
+    prepare_fit(fit_recipe(teachers=[teacher | {"long_texts": "cut"}], data={"max_length": 300}))

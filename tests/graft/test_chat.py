@@ -68,3 +68,15 @@ def test_bad_input_is_refused(run: Path, documents: Path, tmp_path: Path) -> Non
     (documents / "a.txt").write_text("long text " * 400)
     with pytest.raises(GraftError, match="context"):
         open_conversation(run, [documents / "a.txt"])
+
+
+def test_a_document_beyond_the_teachers_context_is_refused(
+    fit_recipe: Callable[..., Recipe], short_teacher: Path, tmp_path: Path
+) -> None:
+    fit(
+        fit_recipe(teachers=[{"name": "org/teacher-1.0", "model": str(short_teacher)}], data={"max_length": 30}),
+        tmp_path / "run",
+    )
+    (tmp_path / "a.txt").write_text("Anna has 3 apples and buys 4 more of them. " * 5)
+    with pytest.raises(GraftError, match="context of teacher"):
+        open_conversation(tmp_path / "run", [tmp_path / "a.txt"])

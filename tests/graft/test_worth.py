@@ -1,13 +1,17 @@
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from kvgraft.errors import GraftError, RecipeError
 from kvgraft.fit.data import prepare_fit
 from kvgraft.graft.grafter import Grafter
+from kvgraft.graft.joint import joint_grafter
+from kvgraft.graft.own import own_grafter, student_as_its_own_teacher
 from kvgraft.graft.questions import Questions
 from kvgraft.graft.run import graft
 from kvgraft.graft.worth import Measured, cache_worth, teacher_alone
@@ -159,3 +163,74 @@ def test_what_cannot_be_grafted_is_refused(fit_recipe: Callable[..., Recipe], tm
     data = prepare_fit(fit_recipe(data={"train": str(tmp_path / "data.jsonl")}))
     with pytest.raises(GraftError, match="no text has a prompt"):
         Questions(data.held_out, data.held_out_examples)
+
+
+FITS = {"data": {"train_samples": 20, "held_out_samples": 5, "max_length": 96}, "graft": {"first_token": 0}}
+
+
+def rows(path: Path, found: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return str(path)
+
+
+def test_the_teacher_alone_reads_no_further_than_the_student(
+    fit_recipe: Callable[..., Recipe], short_teacher: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(short_teacher)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=4, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(short_teacher)
+    teacher = {"name": "org/teacher-1.0", "model": str(short_teacher)}
+    data = prepare_fit(fit_recipe(teachers=[teacher], data={"max_length": 120}))
+    items = Questions(data.held_out, data.held_out_examples)
+    alone = teacher_alone(data.teacher.load(), data.teacher.tokenizer, items)
+    assert alone is not None
+    assert all(torch.tensor(alone.sums).isfinite())
+
+
+def test_another_question_is_not_the_same_one(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    def texts(numbers: range) -> list[dict]:
+        return [
+            {"question": f"Tom has {n} apples and buys {n}. How many now?", "answer": f"He has {w} {2 * n} apples."}
+            for n in numbers
+            for w in ("then", "now", "in all")
+        ]
+
+    data = {"train": rows(tmp_path / "a.jsonl", texts(range(2, 12))), "train_samples": None, "held_out_samples": None}
+    data["held_out"] = rows(tmp_path / "b.jsonl", texts(range(12, 15)))
+    report = graft(fit_recipe(**FITS | {"data": data}, store={"dtype": "float32"}), tmp_path / "run")
+    assert all(
+        own != other for own, other in zip(report.sums["own"], report.sums["another question, own"], strict=True)
+    )
+
+
+def test_questions_may_be_shorter_than_the_first_tokens(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    found = [{"prompt": f"{a}{b}:", "completion": f"{a + b}, the sum of both"} for a in range(9) for b in range(9)]
+    recipe = fit_recipe(**FITS | {"data": {"train": rows(tmp_path / "a.jsonl", found)}})
+    assert graft(recipe, tmp_path / "run").questions > 1
+
+
+def test_a_continuation_goes_on_from_one_that_was_fitted(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    steps = {"objective": "continuation", "continuation": {"steps": 2, "learning_rate": 3e-2, "texts_per_step": 2}}
+    graft_settings = {"first_token": 0, "trained": ["continuation"]}
+    recipe = fit_recipe(**FITS | {"data": {"max_length": 250, "train_samples": 20}, "graft": graft_settings}, fit=steps)
+    report = graft(recipe, tmp_path / "run")
+    assert report.nats["trained on answers"] != report.nats["projector"]
+
+
+@pytest.mark.parametrize("context", [0, 1, 2])
+def test_joint_adapters_are_about_as_large_as_the_control(fit_recipe: Callable[..., Recipe], context: int) -> None:
+    recipe = fit_recipe(
+        data={"train_samples": 6, "held_out_samples": 4},
+        fit={"sources": 2, "context_tokens": context},
+        projector={"mlp_ratio": 0.5},
+    )
+    data = prepare_fit(recipe)
+    own = own_grafter(recipe, student_as_its_own_teacher(data), data.teacher.geometry.kv_dim)
+    joint = joint_grafter(recipe, data, [[0, 1], [1, 2], [3, 2]])
+    share = joint.projector.count_parameters() / own.projector.count_parameters()
+    assert 0.9 < share <= 1
+    question = data.held_out[0]
+    with torch.no_grad():
+        torch.testing.assert_close(joint.eval()(question).keys, question.target.keys)

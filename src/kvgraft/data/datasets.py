@@ -288,6 +288,13 @@ def _from_messages(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase
     return Example(text, len(text) - len(f" {turns[last][1]}"), kept)
 
 
+def in_template(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """A conversation that keeps its turns as the model of ``tokenizer`` reads it; other examples as they are."""
+    if not example.turns:
+        return example
+    return _from_chat_template(example.text[:40], [turn._asdict() for turn in example.turns], tokenizer)
+
+
 def _from_chat_template(where: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Example:
     from jinja2 import TemplateError  # transformers needs jinja2 only where there is a chat template
 

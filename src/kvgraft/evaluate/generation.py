@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -83,6 +85,19 @@ def generate_greedy(
     return written
 
 
+@contextmanager
+def greedily(model: PreTrainedModel) -> Iterator[None]:
+    """Without what the model's ``generation_config.json`` would change, such as a repetition penalty."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     ids: list[int] = list(tokenizer(prompt)["input_ids"])
     # Some tokenizers close every text, and what is closed has no continuation.
@@ -123,15 +138,16 @@ class _Batch:
             extra["stopping_criteria"] = StoppingCriteriaList([stop])
         if must_continue is not None:
             extra["logits_processor"] = LogitsProcessorList([_Forced(reader, must_continue)])
-        output = model.generate(
-            **self.inputs,
-            max_new_tokens=budget,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self.pad,
-            eos_token_id=self.tokenizer.eos_token_id,
-            **extra,
-        )
+        with greedily(model):
+            output = model.generate(
+                **self.inputs,
+                max_new_tokens=budget,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self.pad,
+                eos_token_id=self.tokenizer.eos_token_id,
+                **extra,
+            )
         rows: list[list[int]] = output[:, self.prompt_tokens :].tolist()
         lengths = stop.lengths if stop is not None else {}
         return [self._generation(row[: lengths.get(index)]) for index, row in enumerate(rows)]

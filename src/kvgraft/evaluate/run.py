@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kvgraft.data.datasets import Example, load_examples
+from kvgraft.data.datasets import Example, in_template, load_examples
 from kvgraft.distill.arms import STUDENT_FOLDER, ArmData, load_arm
 from kvgraft.distill.dataset import Batches, DistillationDataset
 from kvgraft.distill.model import DistillationModel
@@ -177,7 +177,7 @@ def _problems(
         return [], []
     source = _source(recipe, settings)
     if settings.data is None:
-        examples = held_out
+        examples = [in_template(example, tokenizer) for example in held_out]
     else:
         examples = load_examples(settings.data, "held_out", seed=recipe.data.seed, tokenizer=tokenizer)
     try:
@@ -189,6 +189,7 @@ def _problems(
         return [], []
     if not settings.answers.shots:
         return problems, []
+    train = [in_template(example, tokenizer) for example in train]
     shots = problems_of(train, f"{recipe.data.train} (from which --shots are taken)")
     if len(shots) < settings.answers.shots:
         raise DataError(f"--shots {settings.answers.shots}, and {recipe.data.train} has {len(shots)} training problems")

@@ -21,7 +21,7 @@ from kvgraft.projector.closed_form import LeastSquares, solve_with_chosen_ridge
 Kind = Literal["keys", "values"]
 KINDS: tuple[Kind, ...] = ("keys", "values")
 Batches = Iterable[dict[str, Any]]
-# Every fifth batch of the training text stays out of the fit and chooses its ridge.
+# Every fifth text of the training text stays out of the fit and chooses its ridge.
 _KEPT_OUT_EVERY = 5
 
 
@@ -74,9 +74,15 @@ def layer_similarity(
     model.eval()
     kinds = [_KindSimilarity(kind) for kind in KINDS]
     layers = [student for student, _ in layer_map]
-    for index, (student, target) in enumerate(_pairs(model, teacher, layers, train)):
+    texts = 0
+    for student, target in _pairs(model, teacher, layers, train):
+        number = texts + target.mask.any(1).cumsum(0)
+        texts = int(number[-1])
+        kept_out = (number % _KEPT_OUT_EVERY == 0)[:, None].expand_as(target.mask)[target.mask].cpu()
         for kind, sides in enumerate(_sides(model, teacher, student, target)):
-            kinds[kind].fit(sides, chooses_ridge=(index + 1) % _KEPT_OUT_EVERY == 0)
+            for chooses_ridge, tokens in ((False, ~kept_out), (True, kept_out)):
+                if bool(tokens.any()):
+                    kinds[kind].fit(sides.select(tokens), chooses_ridge)
     if not kinds[0].fitted_tokens:
         raise DataError(f"teacher {teacher} answers for no token of the training text, so there is nothing to fit on")
     for similarity in kinds:
@@ -101,6 +107,11 @@ class _Sides:
     teacher: Tensor
     predicted: Tensor | None
     aim: Tensor | None
+
+    def select(self, tokens: Tensor) -> _Sides:
+        """Those of ``tokens``, bool."""
+        parts = (self.student, self.teacher, self.predicted, self.aim)
+        return _Sides(*(None if part is None else part[:, tokens] for part in parts))  # type: ignore[arg-type]
 
 
 def _pairs(

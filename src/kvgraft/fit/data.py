@@ -26,6 +26,7 @@ from kvgraft.prepare import (
     load_examples_of,
     read_texts,
     require_coverage,
+    require_long_context,
     teacher_max_length,
 )
 from kvgraft.prepare_kv import store_kv
@@ -249,6 +250,8 @@ def prepare_fit(recipe: Recipe) -> FitData:
         teacher = identify(recipe.teachers[0])
     with phases.timed("read text"):
         examples, held_out_examples = load_examples_of(recipe, student.tokenizer)
+        read = [*examples, *held_out_examples]
+        require_long_context(recipe, teacher, read, encode_for_teacher(read, student.tokenizer, recipe.data.max_length))
     layer_map = _layer_map(recipe, student, teacher, phases)
     train, held_out = (
         _pairs(recipe, student, teacher, layer_map, texts, phases) for texts in (examples, held_out_examples)

@@ -94,7 +94,8 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
         fits = measure_fits(measured, teacher, data.held_out, student, _ATTENTION_TEXTS)
     report = _report(recipe, data, scan, sources, closed_form, projector, fits)
     write_fit(report, scan, folder)
-    shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
+    for trained in (folder, folder / CONTINUATION_FOLDER):
+        shutil.rmtree(trained / CHECKPOINTS_FOLDER, ignore_errors=True)
     return report
 
 

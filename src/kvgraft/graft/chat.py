@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import encode_with_spans
 from kvgraft.errors import GraftError, RecipeError
+from kvgraft.evaluate.generation import greedily
 from kvgraft.fit.run import PROJECTOR_FOLDER
 from kvgraft.graft.cache import cache_from_kv, project
 from kvgraft.graft.grafter import SETTINGS_FILE, Grafter
@@ -65,7 +66,7 @@ class Conversation:
 
         def decode() -> None:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), greedily(self.student):
                     outcome.append(
                         self.student.generate(
                             **inputs,
@@ -152,6 +153,12 @@ def _grafted_pieces(
 ) -> list[KV]:
     """Each text's projected KV, its first tokens the student's own."""
     teacher = identify(recipe.teachers[0])
+    for text in texts:
+        if encode_with_spans(teacher.tokenizer, text, teacher.context).truncated_bytes:
+            raise GraftError(
+                f"the document {text[:40]!r} is longer than the context of teacher {teacher.recipe.name}, which is "
+                f"{teacher.context} tokens; give it in parts"
+            )
     layers = tuple(range(teacher.geometry.num_layers))
     store, _ = store_kv(teacher, [Example(text) for text in texts], layers, teacher.context or 2**20, recipe.store)
     pieces = []

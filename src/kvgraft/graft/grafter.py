@@ -75,7 +75,8 @@ class Grafter(nn.Module):
         projected = project_pair(self.projector, self.teacher, read)
         if self.fusion == "gated":
             return in_order(self._mixed(text.target, first_tokens(projected, text.target.mask.shape[1])))
-        grafted = in_order(with_own_tokens(projected, read.target, self.own_first_tokens))
+        own_tokens = min(self.own_first_tokens, read.target.mask.shape[1])
+        grafted = in_order(with_own_tokens(projected, read.target, own_tokens))
         return grafted if self.fusion == "none" else in_order(concatenate([grafted, text.target]))
 
     def _mixed(self, own: KV, projected: KV) -> KV:

@@ -35,7 +35,7 @@ def joint_grafter(recipe: Recipe, data: FitData, teacher_sources: list[list[int]
         for layer, read in enumerate(teacher_sources)
     ]
     kinds = 2 if recipe.fit.source_kinds == "both" else 1
-    in_dim = kinds * width * len(sources[0])
+    in_dim = kinds * width * len(sources[0]) * (1 + recipe.fit.context_tokens)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         projector = KVDimensionProjector(
@@ -51,6 +51,7 @@ def joint_grafter(recipe: Recipe, data: FitData, teacher_sources: list[list[int]
             activation=recipe.projector.activation,
             source_layers={name: sources},
             source_kinds=recipe.fit.source_kinds,
+            context_tokens=recipe.fit.context_tokens,
         )
     of_teacher, of_own = data.train.statistics()
     mean, deviation = (

@@ -65,7 +65,7 @@ def own_adapter_settings(recipe: Recipe, kv_dim: int, teacher_kv_dim: int) -> tu
         ratio = auto_mlp_ratio(teacher_kv_dim)
     if ratio != "linear":
         ratio *= teacher_kv_dim / kv_dim
-    return kinds * recipe.fit.sources * kv_dim, ratio
+    return kinds * recipe.fit.sources * kv_dim * (1 + recipe.fit.context_tokens), ratio
 
 
 def _nearest(layer: int, num_layers: int, count: int) -> list[int]:

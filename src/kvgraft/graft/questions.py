@@ -67,6 +67,22 @@ class Questions(Dataset[Question]):
         answer = torch.tensor([list(text.input_ids)[tokens:]])
         return Question(_beginning(self.pairs[index], tokens, within), answer)
 
+    def another(self, place: int) -> int:
+        """The next question that is not the same tokens.
+
+        Raises:
+            GraftError: all questions are the same.
+        """
+        count = len(self._places)
+        for other in range(place + 1, place + count):
+            if self._question_ids(other % count) != self._question_ids(place):
+                return other % count
+        raise GraftError("all held-out questions are the same, and the control needs another one's cache")
+
+    def _question_ids(self, place: int) -> list[int]:
+        index, tokens, _ = self._places[place]
+        return list(self.pairs.texts[index].input_ids[:tokens])
+
     def before_text(self, place: int) -> KV | None:
         """The student's own KV of what its tokenizer puts before any text, such as BOS; None where it puts nothing."""
         index, _, _ = self._places[place]

@@ -82,7 +82,9 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
         recipe.graft.own_first_tokens,
         recipe.graft.layer_groups,
     )
-    losses[f"{name} alone"] = teacher_alone(data.teacher.load(), data.teacher.tokenizer, questions)
+    alone = teacher_alone(data.teacher.load(), data.teacher.tokenizer, questions)
+    if alone is not None:
+        losses[f"{name} alone"] = alone
     report = GraftReport(
         name=recipe.name,
         seed=recipe.seed,

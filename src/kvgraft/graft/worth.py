@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,7 +19,10 @@ from kvgraft.graft.grafter import Grafter
 from kvgraft.graft.pieces import with_own_tokens
 from kvgraft.graft.questions import Questions
 from kvgraft.kv import KV
+from kvgraft.models.cache import context_length
 from kvgraft.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,14 @@ def cache_worth(
         each.grafter.eval()
     with progress_bar("answering from each cache", len(questions), "questions") as advance:
         for index in range(len(questions)):
-            item, other_index = questions[index], (index + 1) % len(questions)
+            item, other_index = questions[index], questions.another(index)
             own, answer = item.pair.target, item.answer_ids
             note("own", own, answer)
             note("none", questions.before_text(index), answer)
             note("another question, own", questions[other_index].pair.target, answer)
             for name, constant in (("mean", mean_kv), ("zeros", tuple(torch.zeros_like(part) for part in mean_kv))):
-                note(name, with_own_tokens(_constant(own, constant), own, own_first_tokens), answer)
+                own_tokens = min(own_first_tokens, own.mask.shape[1])
+                note(name, with_own_tokens(_constant(own, constant), own, own_tokens), answer)
             for each in measured:
                 pair, other = each.questions[index].pair, each.questions[other_index].pair
                 kv = each.grafter(pair)
@@ -99,11 +104,13 @@ def cache_worth(
 
 
 @torch.no_grad()
-def teacher_alone(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Questions) -> AnswerLoss:
+def teacher_alone(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Questions
+) -> AnswerLoss | None:
     """What ``teacher`` makes of the same answers after reading the questions itself, per token of the student.
 
     Its tokens within the answer count, from where the student's first answer token ends; one that reaches over that
-    place is left out.
+    place is left out. None where a question and its answer are longer than the teacher's context.
     """
     sums, counts = [], []
     with progress_bar("the teacher answers itself", len(questions), "questions") as advance:
@@ -111,7 +118,12 @@ def teacher_alone(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             text, start, end = questions.answer_span(index)
             encoded = encode_with_spans(tokenizer, text)
             spans, ids = encoded.spans[1:], torch.tensor([encoded.input_ids], device=teacher.device)
-            within = torch.from_numpy((spans[:, 0] >= start) & (spans[:, 1] <= end)).to(teacher.device)
+            # What follows the student's part is not looked at, and need not fit.
+            spans, ids = spans[spans[:, 1] <= end], ids[:, : 1 + int((spans[:, 1] <= end).sum())]
+            if ids.shape[1] > context_length(teacher):
+                logger.warning("the teacher alone is left out: an answer ends beyond its context")
+                return None
+            within = torch.from_numpy(spans[:, 0] >= start).to(teacher.device)
             logits = teacher(input_ids=ids).logits[0, :-1][within].float()
             sums.append(float(F.cross_entropy(logits, ids[0, 1:][within], reduction="sum")))
             counts.append(questions[index].answer_ids.shape[1] - 1)
