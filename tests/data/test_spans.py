@@ -393,3 +393,21 @@ def test_long_text_is_cut_from_the_right_whatever_the_tokenizer_says() -> None:
         assert cut.sample_key == whole.sample_key
     tokenizer.truncation_side = "right"
     assert encode_with_spans(tokenizer, text, len(whole.input_ids)).truncated_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("prefix_space", "text", "expected"),
+    [
+        # Ġ Ċ 你好: offsets are trimmed, and a space in front is (0, 0) in them.
+        (False, " \n你好", [[0, 1], [1, 2], [2, 8]]),
+        # 你好 Ġ #: the space behind an added token is the tokenizer's own.
+        (True, "你好#", [[0, 6], [6, 6], [6, 7]]),
+        (True, "你好\t", [[0, 6], [6, 6], [6, 7]]),
+    ],
+)
+def test_added_tokens_among_byte_level_ones_leave_each_its_bytes(
+    prefix_space: bool, text: str, expected: list[list[int]]
+) -> None:
+    inner = Tokenizer.from_str(byte_bpe(prefix_space=prefix_space, trim=True).backend_tokenizer.to_str())
+    inner.add_tokens(["你好"])
+    assert encode_with_spans(_wrap(inner), text).spans.tolist() == expected

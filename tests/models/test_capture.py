@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KVGeometry
-from kvgraft.models.capture import capture, kv_geometry, record_kv
+from kvgraft.models.capture import capture, decoder_of, kv_geometry, record_kv
+from kvgraft.models.head import head_of
 from kvgraft.models.rope import rotate, unrotate
 
 VOCABULARY = 97
@@ -254,3 +255,94 @@ def test_unrotate_undoes_rotate_also_with_a_scale(rotary_dim: int) -> None:
     assert not torch.allclose(rotated, keys)
     assert torch.equal(rotated[..., rotary_dim:], keys[..., rotary_dim:])
     torch.testing.assert_close(unrotate(rotated, cos, sin), keys)
+
+
+def tiny(family: str, **fields: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).eval()
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_layer_that_attends_twice_is_refused(rotated: bool) -> None:
+    # DiffLlama hands over one half of its values, then the other.
+    input_ids, mask, _ = padded_batch()
+    with pytest.raises(ModelError, match="layer 0 attends more than once"):
+        capture(tiny("diffllama", **GROUPED), input_ids, mask, rotated=rotated)
+
+
+LLAMA_4 = GROUPED | {"intermediate_size_mlp": 48, "num_local_experts": 2, "interleave_moe_layer_step": 2}
+
+
+def test_llama_4_is_refused_before_rotation_and_captured_after() -> None:
+    model = tiny("llama4_text", **LLAMA_4)
+    input_ids, mask, _ = padded_batch()
+    with pytest.raises(ModelError, match="Llama4ForCausalLM cannot be captured before rotation"):
+        capture(model, input_ids, mask)
+    kv = capture(model, input_ids, mask, rotated=True)
+    for layer, (keys, values) in enumerate(own_cache(model)):
+        torch.testing.assert_close(kv.keys[:, layer], keys)
+        torch.testing.assert_close(kv.values[:, layer], values)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("llama4_text", LLAMA_4), ("modernbert-decoder", MULTI_HEAD | {"intermediate_size": 48, "pad_token_id": 0})],
+)
+def test_the_decoder_is_neither_the_whole_model_nor_its_head(family: str, fields: dict) -> None:
+    model = tiny(family, **fields)
+    assert decoder_of(model) is model.model
+    assert capture(model, padded_batch()[0], rotated=True).geometry == kv_geometry(model.config)
+
+
+def test_the_head_of_llama_4_gives_its_own_logits() -> None:
+    assert head_of(tiny("llama4_text", **LLAMA_4)).vocabulary == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "layers"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, [1]),
+        ("smollm3", {"no_rope_layers": [1, 1, 0]}, [0, 1]),
+    ],
+)
+def test_only_the_chosen_layers_have_to_be_capturable(family: str, fields: dict, layers: list[int]) -> None:
+    # Layers that keep no KV, or keys without rotation, are none of a caller's business who did not ask for them.
+    model = tiny(family, **GROUPED | fields)
+    input_ids, mask, positions = padded_batch()
+    kv = capture(model, input_ids, mask, layers=layers)
+    with torch.no_grad(), record_kv(model, layers, rotated=True) as recorder:
+        model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    for place, layer in enumerate(layers):
+        rotation = recorder.rotation(layer)
+        assert rotation is not None
+        keys = output.past_key_values.layers[layer].keys
+        torch.testing.assert_close(rotate(kv.keys[:, place], *rotation), keys, atol=1e-5, rtol=0)
+    with pytest.raises(ModelError, match=r"layers \[.*2\]"):
+        capture(model, input_ids, mask)
+
+
+@pytest.mark.parametrize("fields", [{}, {"multi_query": False}, {"new_decoder_architecture": True, "num_kv_heads": 2}])
+def test_geometry_of_falcon_is_that_of_its_cache(fields: dict) -> None:
+    model = tiny("falcon", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **fields)
+    keys, _ = own_cache(model)[0]
+    geometry = kv_geometry(model.config)
+    assert (geometry.num_kv_heads, geometry.head_dim) == (keys.shape[1], keys.shape[3])
+
+
+def test_padding_on_the_left_is_refused_where_positions_count_it() -> None:
+    model = tiny(
+        "bart",
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+    )
+    input_ids, mask, _ = padded_batch()
+    with pytest.raises(ModelError, match="BartForCausalLM takes no position_ids"):
+        capture(model, input_ids, mask)
+    alone = capture(model, input_ids[1:, :8])
+    torch.testing.assert_close(capture(model, input_ids[1:], mask[1:]).values[:, :, :, :8], alone.values)

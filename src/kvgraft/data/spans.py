@@ -197,7 +197,24 @@ def _spelled_ends(tokens: Sequence[str], expected: bytes) -> NDArray[np.int64] |
             # A space added in front stands for no byte: it shortens the first token.
             ends: NDArray[np.int64] = np.cumsum([len(piece) for piece in pieces]) - added
             return ends.clip(min=0)
-    return None
+    return _spelled_one_by_one(tokens, expected)
+
+
+def _spelled_one_by_one(tokens: Sequence[str], expected: bytes) -> NDArray[np.int64] | None:
+    """As :func:`_spelled_ends`, each token in the reading that fits: added tokens stand among byte-level ones.
+
+    A space that a tokenizer adds behind an added token stands for no byte, as one in front of the text.
+    """
+    ends, end = [], 0
+    for token in tokens:
+        pieces = [piece for reading in (_read_byte_level, _read_plain) if (piece := reading(token)) is not None]
+        without_space = [piece[1:] for piece in pieces if piece.startswith(b" ")]
+        fitting = next((piece for piece in pieces + without_space if expected.startswith(piece, end)), None)
+        if fitting is None:
+            return None
+        end += len(fitting)
+        ends.append(end)
+    return np.array(ends, dtype=np.int64) if end == len(expected) else None
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -8,6 +8,7 @@ received. Fused projections, key norms, sliding windows and several thetas need 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,7 @@ from kvgraft.models.tensor_parallel import whole_heads
 _PROBE_TOKENS, _PROBE_SHIFT, _PROBE_TOLERANCE = 8, 7, 0.05
 Rotation = tuple[Tensor, Tensor]
 Around = Callable[..., Any]
-_checked_models: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_checked_layers: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
 class _LastLayerReached(Exception):  # noqa: N818 - control flow, not an error
@@ -43,7 +44,7 @@ def kv_geometry(config: PretrainedConfig) -> KVGeometry:
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
     hidden, layers = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
     head_dim = getattr(text, "head_dim", None) or (hidden // heads if hidden and heads else None)
     if not (kv_heads and head_dim and layers):
@@ -52,6 +53,11 @@ def kv_geometry(config: PretrainedConfig) -> KVGeometry:
             "it stores no keys and values that we know; use a transformer with an attention in every layer"
         )
     return KVGeometry(layers, kv_heads, head_dim)
+
+
+def _falcon_kv_heads(text: PretrainedConfig) -> int | None:
+    """One for all heads where Falcon's own setting says so; its new architecture stores its groups expanded."""
+    return 1 if text.model_type == "falcon" and text.multi_query and not text.new_decoder_architecture else None
 
 
 class KVRecorder:
@@ -164,7 +170,7 @@ def record_kv(
     if outside or not chosen:
         raise ModelError(f"{_name(model)} has layers 0..{geometry.num_layers - 1}; asked for {outside or 'none'}")
     if not rotated:
-        _require_shift_invariance(model)
+        _require_shift_invariance(model, chosen)
     recorder = KVRecorder(model, chosen, rotated)
     with _recording(model, recorder, stop_early):
         yield recorder
@@ -198,7 +204,19 @@ def capture(
         decoder_of(model)(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
-    return recorder.kv(attention_mask, position_ids)
+    kv = recorder.kv(attention_mask, position_ids)
+    _require_positions(model, attention_mask, position_ids)
+    return kv
+
+
+def _require_positions(model: PreTrainedModel, attention_mask: Tensor, position_ids: Tensor) -> None:
+    """Refuse padding on the left where the model counts its positions itself, padding included."""
+    counted = torch.arange(position_ids.shape[1], device=position_ids.device)
+    moved = bool(((position_ids != counted) & attention_mask.bool()).any())
+    if moved and "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
+        raise ModelError(
+            f"{_name(model)} takes no position_ids and counts padding on the left as text; pad on the right"
+        )
 
 
 @contextmanager
@@ -219,11 +237,14 @@ def intercepted_attention(model: PreTrainedModel, around: Around) -> Iterator[di
         if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith("Attention")
     }
     rotations: dict[int, Rotation] = {}
+    attended: set[int] = set()
 
     def note_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        attended.discard(attentions[module])
         rotation = kwargs.get("position_embeddings")
-        if rotation is not None:
-            rotations[attentions[module]] = rotation
+        # Llama 4 hands over complex numbers instead, for an interleaved rotation.
+        if isinstance(rotation, tuple | list):
+            rotations[attentions[module]] = tuple(rotation)
 
     look_up = ALL_ATTENTION_FUNCTIONS.get_interface
 
@@ -233,7 +254,15 @@ def intercepted_attention(model: PreTrainedModel, around: Around) -> Iterator[di
         def called(module: nn.Module, *inputs: Any, **options: Any) -> Any:
             if module not in attentions:
                 return attention(module, *inputs, **options)
-            return around(attentions[module], attention, module, *inputs, **options)
+            layer = attentions[module]
+            if layer in attended:
+                raise ModelError(
+                    f"{_name(model)} cannot be captured: layer {layer} attends more than once in a pass, each time "
+                    "with a part of its values (differential attention); use an architecture with one attention a "
+                    "layer, such as Llama, Qwen, Mistral, Gemma, Phi or GPT-2"
+                )
+            attended.add(layer)
+            return around(layer, attention, module, *inputs, **options)
 
         return called
 
@@ -272,48 +301,56 @@ def _recording(model: PreTrainedModel, recorder: KVRecorder, stop_early: bool) -
         return
 
 
-def _require_shift_invariance(model: PreTrainedModel) -> None:
-    """Refuse a model whose keys still depend on a text's place after rotation has been undone.
+def _require_shift_invariance(model: PreTrainedModel, chosen: Sequence[int]) -> None:
+    """Refuse layers whose keys still depend on a text's place after rotation has been undone.
 
     The same tokens at other positions have the same pre-RoPE keys. Interleaved rotation, layers without it and schemes
     yet to come do not pass, and would be captured wrongly.
     """
-    if model in _checked_models:
+    layers = sorted(set(chosen) - _checked_layers.get(model, set()))
+    if not layers:
         return
     was_training = model.training
     model.eval()
     try:
-        keys = [_probe(model, shift) for shift in (0, _PROBE_SHIFT)]
+        keys = [_probe(model, shift, layers) for shift in (0, _PROBE_SHIFT)]
     finally:
         model.train(was_training)
     if keys[0] is not None and keys[1] is not None:
         difference = (keys[0] - keys[1]).flatten(2).norm(dim=-1) / keys[0].flatten(2).norm(dim=-1)
-        wrong = [layer for layer, error in enumerate(difference[0].tolist()) if error >= _PROBE_TOLERANCE]
+        wrong = [
+            layer for layer, error in zip(layers, difference[0].tolist(), strict=True) if error >= _PROBE_TOLERANCE
+        ]
         if wrong:
             raise ModelError(
                 f"{_name(model)} cannot be captured before rotation: in layers {wrong} the keys of one text at two "
                 "places differ after their rotation is undone, so it rotates in a way that is not covered; "
                 "ask for rotated=True"
             )
-    _checked_models[model] = True
+    _checked_layers.setdefault(model, set()).update(layers)
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, shift: int) -> Tensor | None:
+def _probe(model: PreTrainedModel, shift: int, layers: Sequence[int]) -> Tensor | None:
     """Pre-RoPE keys ``[1, layers, heads, tokens, head_dim]`` at positions from ``shift``; None without rotation."""
     vocabulary, device = model.get_input_embeddings().num_embeddings, input_device(model)
     input_ids = (torch.arange(_PROBE_TOKENS, device=device) * 37 % vocabulary)[None]
     position_ids = torch.arange(_PROBE_TOKENS, device=device)[None] + shift
-    recorder = KVRecorder(model, range(kv_geometry(model.config).num_layers), rotated=False)
-    with _recording(model, recorder, stop_early=True):
+    recorder = KVRecorder(model, layers, rotated=False)
+    # To the end: the last layer might attend a second time.
+    with _recording(model, recorder, stop_early=False):
         decoder_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     kv = recorder.kv(torch.ones_like(input_ids), position_ids)
-    return kv.keys.float() if recorder.rotation(0) is not None else None
+    return kv.keys.float() if any(recorder.rotation(layer) is not None for layer in layers) else None
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The layers without the language-model head."""
     decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    inner = getattr(model, "model", None)
+    # transformers gives Llama 4 itself for its decoder, and for ModernBERT the head, whose name is ``decoder``.
+    if (decoder is model or not isinstance(decoder, PreTrainedModel)) and isinstance(inner, PreTrainedModel):
+        return inner
     return decoder
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
-from kvgraft.models.capture import kv_geometry, record_kv
+from kvgraft.models.capture import decoder_of, kv_geometry, record_kv
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -81,7 +81,7 @@ def _rotary_calls(model: PreTrainedModel) -> list[_RotaryCall | None]:
     model.eval()
     try:
         with _noting_rotary_calls(model) as noted, record_kv(model, stop_early=True) as recorder:
-            model.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False)
+            decoder_of(model)(input_ids=input_ids, position_ids=positions, use_cache=False)
     finally:
         model.train(was_training)
     # Refuses a model that rotates without handing cosines and sines to its layers.
