@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import signal
@@ -91,7 +92,7 @@ def test_existing_folder_is_not_touched_unless_asked(tiny_recipe: Callable[..., 
     run(recipe, folder)
     with pytest.raises(RecipeError, match=r"run holds a run already.*--resume.*--output.*--overwrite"):
         run(recipe, folder)
-    with pytest.raises(RecipeError, match=r"another recipe \(differs in training\)"):
+    with pytest.raises(RecipeError, match=r"differs in training.steps: 2 there, 4 given"):
         run(tiny_recipe(arms=["baseline"], training={"steps": 4}), folder, resume=True)
     weights = (folder / "baseline" / "student" / "model.safetensors").read_bytes()
     # An arm that was finished is not trained again; another may be added.
@@ -308,3 +309,32 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny_recipe: Callable[..., Recipe
     with pytest.raises(RecipeError, match=r"holds chapter\.tex and no recipe\.yaml: it is not the folder of a run"):
         run(tiny_recipe(arms=["baseline"]), tmp_path / "thesis", **{how: True})
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+def test_overwrite_removes_no_run_by_mistake(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = tiny_recipe(arms=["baseline"], training={"steps": 2}), tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    with pytest.raises(RecipeError, match="give one of them"):
+        run(recipe, folder, resume=True, overwrite=True)
+    monkeypatch.chdir(folder)
+    with pytest.raises(RecipeError, match="where you work"):
+        run(recipe, Path(), overwrite=True)
+    assert (folder / "recipe.yaml").is_file()
+
+
+def test_a_finished_run_keeps_what_it_measured(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe, folder = tiny_recipe(arms=["baseline"], training={"steps": 2}), tmp_path / "run"
+    run(recipe, folder)
+    measured = (folder / "result.json").read_bytes()
+    run(recipe, folder, resume=True)
+    assert (folder / "result.json").read_bytes() == measured
+
+
+def test_a_training_that_diverges_ends_and_can_be_read(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe(arms=["kv"], training={"steps": 4, "learning_rate": 1e30, "warmup_steps": 0})
+    run(recipe, tmp_path / "run")
+    last = run(recipe, tmp_path / "run", resume=True).arms[0].last
+    assert not math.isfinite(last["loss"])

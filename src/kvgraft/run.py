@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from kvgraft.report.layers import layers_markdown, save_layer_maps
 from kvgraft.report.log import write_experiment_log
 from kvgraft.report.plots import save_curves
 from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
+from kvgraft.report.run_folder import holds_a_fit
 from kvgraft.report.tables import markdown
 from kvgraft.store.atomic_file import write_atomically
 
@@ -62,10 +63,19 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
     """
     require_workable(recipe)
     if process_state().is_main_process:
+        if resume and holds_a_fit(folder):
+            raise RecipeError(
+                f"{folder} holds what `kvgraft fit` or `kvgraft graft` wrote; give another --output FOLDER"
+            )
         open_run_folder(recipe, folder, resume, overwrite)
     process_state().wait_for_everyone()
     prepared = prepare(recipe)
     _require_same_inputs(folder, _inputs(prepared))
+    if (folder / RESULT_FILE).is_file():
+        earlier = RunResult.read(folder / RESULT_FILE)
+        if [arm.arm for arm in earlier.arms] == list(recipe.arms):
+            logger.info("%s is finished and is not run again", folder)
+            return earlier
     result = _describe(prepared)
     data = arm_data(prepared)
     for arm in recipe.arms:
@@ -85,17 +95,20 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
 
 def write_report(recipe: Recipe, result: RunResult, folder: Path) -> None:
     """Log, tables and picture of a run."""
-    result.write(folder / RESULT_FILE)
     (folder / "results.md").write_text(markdown(result) + layers_markdown(result), encoding="utf-8")
     write_experiment_log(folder / "experiment.yaml", recipe, result)
     save_curves([result], folder / "curves.png")
     save_layer_maps(result, folder)
     lines = [(folder / arm.arm / "metrics.jsonl").read_text(encoding="utf-8") for arm in result.arms]
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    # Written last: a run with this file is finished.
+    result.write(folder / RESULT_FILE)
 
 
 def open_run_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool) -> None:
     """Make ``folder`` and write the resolved recipe; see :func:`run` for what is refused."""
+    if resume and overwrite:
+        raise RecipeError(f"--resume keeps what is in {folder} and --overwrite removes it; give one of them")
     there = folder.is_dir() and any(folder.iterdir())
     if there and not (folder / RECIPE_FILE).is_file():
         first = min(path.name for path in folder.iterdir())
@@ -104,6 +117,8 @@ def open_run_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool)
             "Give another --output FOLDER"
         )
     if there and overwrite:
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise RecipeError(f"--overwrite would remove {folder}, where you work; give another --output FOLDER")
         shutil.rmtree(folder)
     elif there and not resume:
         raise RecipeError(
@@ -154,8 +169,17 @@ def _require_same_inputs(folder: Path, inputs: dict[str, str]) -> None:
 
 
 def _differing(first: Recipe, second: Recipe) -> str:
-    one, other = first.model_dump(), second.model_dump()
-    return "differs in " + ", ".join(field for field in one if one[field] != other[field])
+    one, other = (recipe.model_dump(mode="json", exclude={"name", "arms"}) for recipe in (first, second))
+    return "differs in " + ", ".join(_differences(one, other, ""))
+
+
+def _differences(one: object, other: object, field: str) -> Iterator[str]:
+    """Each field that differs, with both values: what is there, and what was given."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        for name in one:
+            yield from _differences(one[name], other[name], f"{field}.{name}" if field else name)
+    elif one != other:
+        yield f"{field}: {one} there, {other} given"
 
 
 def _describe(prepared: Prepared) -> RunResult:

@@ -47,3 +47,9 @@ def main() -> None:
     except KVGraftError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            raise
+        message = f"error: {error.filename}: {error.strerror}; give a place that can be read and written"
+        Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,9 +91,8 @@ def resumable(
     try:
         yield
     except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
-        changes = "".join(f" --set {change}" for change in overrides or []) + options
+        changes = [word for change in overrides or [] for word in ("--set", change)]
+        start, end = shlex.join(["kvgraft", command, str(recipe), *changes]), shlex.join(["--output", str(folder)])
         console.print(f"{stopped or 'stopped'}", markup=False, soft_wrap=True)
-        console.print(
-            f"go on with: kvgraft {command} {recipe}{changes} --output {folder} --resume", markup=False, soft_wrap=True
-        )
+        console.print(f"go on with: {start}{options} {end} --resume", markup=False, soft_wrap=True)
         raise typer.Exit(130) from stopped

@@ -111,8 +111,10 @@ class LinearCKA:
 def effective_rank(covariance: Tensor) -> Tensor:
     """Exponential of the entropy of the spectrum of ``covariance [..., dim, dim]``, up to a factor: in [1, dim].
 
-    Roy and Vetterli, "The effective rank", EUSIPCO 2007, of the covariance.
+    Roy and Vetterli, "The effective rank", EUSIPCO 2007, of the covariance. NaN where it is not finite.
     """
+    if not bool(covariance.isfinite().all()):
+        return torch.full(covariance.shape[:-2], torch.nan, dtype=covariance.dtype, device=covariance.device)
     spectrum = torch.linalg.eigvalsh(covariance).clamp_min(0)
     share = spectrum / spectrum.sum(-1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
     return torch.exp(-torch.special.xlogy(share, share).sum(-1))

@@ -24,6 +24,7 @@ from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.evaluation import EVALUATION_FOLDER, ArmEvaluation, EvaluationReport, write_evaluation
 from kvgraft.report.results import RunResult
+from kvgraft.report.run_folder import holds_a_fit
 from kvgraft.run import RECIPE_FILE, RESULT_FILE, arm_data
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,11 @@ def open_finished_run(folder: Path) -> tuple[Recipe, RunResult]:
     """
     if not (folder / RECIPE_FILE).is_file():
         raise RecipeError(f"{folder} is no run folder: it has no {RECIPE_FILE}; name one that `kvgraft train` wrote")
+    if holds_a_fit(folder):
+        raise RecipeError(
+            f"{folder} is what `kvgraft fit` or `kvgraft graft` wrote: read its fit.md or graft.md; name a folder that "
+            "`kvgraft train` wrote"
+        )
     if not (folder / RESULT_FILE).is_file():
         raise RecipeError(
             f"the run in {folder} is not finished: it has no {RESULT_FILE}. Finish it: "

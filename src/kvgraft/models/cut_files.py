@@ -50,6 +50,8 @@ def write_cut(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
         raise ModelError(f"{output} exists; give another folder, or --overwrite to replace it")
+    if overwrite and output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise ModelError(f"{output} holds no model and is left alone; give another folder")
     depth = kv_geometry(loading.load_config(name, revision)).num_layers
     whole_depth = intermediate is not None and layers is None and every is None
     kept = list(range(depth)) if whole_depth else chosen_layers(depth, layers, every)

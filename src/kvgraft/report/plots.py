@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -69,7 +70,7 @@ def _draw(axes: Axes, curves: Mapping[str, Sequence[ArmResult]], metric: str, la
             lows, highs = ([pick(found) for found in values.values()] for pick in (min, max))
             axes.fill_between(list(values), lows, highs, color=colours[name], alpha=0.2, linewidth=0)
             # The first steps fall so far that the rest would be one flat line.
-            settled += means[2:] or means[1:]
+            settled += [value for value in means[2:] or means[1:] if math.isfinite(value)]
     if settled:
         margin = 0.05 * (max(settled) - min(settled)) or 0.05
         axes.set_ylim(min(settled) - margin, max(settled) + margin)

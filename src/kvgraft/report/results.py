@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,8 @@ CONVERGENCE_RULE = "first evaluated step at which 95 % of the loss's whole fall 
 class Record(BaseModel):
     """A measured result, or a part of one."""
 
-    model_config = ConfigDict(extra="forbid")
+    # Of a training that diverged, a loss is NaN or infinite: null, pydantic's default, could not be read again.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class SavedResult(Record):
@@ -117,7 +119,7 @@ class ArmResult(Record):
 
     def convergence_step(self, metric: str) -> int | None:
         """Step by :data:`CONVERGENCE_RULE` for a held-out loss; None where it did not fall or was not measured."""
-        if metric not in self.last or self.last[metric] >= self.first[metric]:
+        if metric not in self.last or not -math.inf < self.last[metric] < self.first[metric] < math.inf:
             return None
         bar = self.last[metric] + 0.05 * (self.first[metric] - self.last[metric])
         return next(point.step for point in self.evaluations if point.metrics[metric] <= bar)

@@ -32,6 +32,11 @@ class RunFolder:
         return self.result.seed
 
 
+def holds_a_fit(path: Path) -> bool:
+    """Whether ``path`` is what ``kvgraft fit`` or ``kvgraft graft`` wrote, and no training."""
+    return (path / "fit.json").is_file() and not (path / RESULT_FILE).is_file()
+
+
 def read_run_folder(path: Path) -> RunFolder:
     """The finished run in ``path``.
 
@@ -41,6 +46,11 @@ def read_run_folder(path: Path) -> RunFolder:
     """
     if not (path / RECIPE_FILE).is_file():
         raise ReportError(f"{path} is no run folder: it has no {RECIPE_FILE}; name one that `kvgraft train` wrote")
+    if holds_a_fit(path):
+        raise ReportError(
+            f"{path} is what `kvgraft fit` or `kvgraft graft` wrote: read its fit.md or graft.md; name a folder that "
+            "`kvgraft train` wrote"
+        )
     if not (path / RESULT_FILE).is_file():
         finished = sorted(file.parent.name for file in path.glob("*/arm.json"))
         raise ReportError(

@@ -137,7 +137,7 @@ def arm_rows(result: RunResult) -> list[Row]:
             lambda arm: _before_after(arm, "student_kv_effective_rank"),
         ),
         _row(result, "real tokens of those processed", lambda arm: _percent(arm.real_token_share)),
-        _row(result, "training time", lambda arm: f"{arm.seconds:,.0f} s"),
+        _row(result, "training time", lambda arm: f"{arm.training_seconds:,.0f} s"),
     ]
     return rows
 
