@@ -104,3 +104,9 @@ def test_fingerprint_follows_what_is_computed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")))
 def test_recipes_of_the_repository_are_valid(path: Path) -> None:
     assert load_recipe(path).name == path.stem
+
+
+def test_a_list_is_changed_by_number(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("teachers: [{name: a, model: b}]\n")
+    with pytest.raises(RecipeError, match=r"teachers is a list of 1; name one by number, as teachers\.0\.name"):
+        load_recipe(tmp_path / "recipe.yaml", ["teachers.name=x"])

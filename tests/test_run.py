@@ -338,3 +338,10 @@ def test_a_training_that_diverges_ends_and_can_be_read(tiny_recipe: Callable[...
     run(recipe, tmp_path / "run")
     last = run(recipe, tmp_path / "run", resume=True).arms[0].last
     assert not math.isfinite(last["loss"])
+
+
+def test_texts_that_are_skipped_whole_are_refused(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "short.jsonl", [{"text": letter} for letter in "abcdefgh"])
+    recipe = tiny_recipe(data={"train": source, "train_samples": 6, "held_out_samples": 2})
+    with pytest.raises(RecipeError, match=r"alignment\.skip_first_tokens leaves out .* set it to 0"):
+        run(recipe, tmp_path / "run")

@@ -349,9 +349,14 @@ def layer_map_of(
 
 
 def require_coverage(teacher: str, alignment: AlignmentCounts) -> None:
-    """Raise RecipeError where ``teacher`` answers for no token of the student's text."""
+    """Raise RecipeError where ``teacher`` answers for no token of the student's text, or only for skipped ones."""
     if alignment.coverage == 0:
         raise RecipeError(
             f"no token of the student's text is answered by teacher {teacher} ({dict(alignment.dropped)}); "
             "check that both read the same text and that data.max_length leaves room for it"
+        )
+    if alignment.compared_tokens == 0:
+        raise RecipeError(
+            f"no training text is long enough for teacher {teacher}: alignment.skip_first_tokens leaves out the first "
+            "tokens of each, and no other is left; set it to 0, or give longer texts"
         )

@@ -21,7 +21,8 @@ def chat(
         typer.Option(metavar="FILE", help="A text file, or a folder of .txt and .md files; may be repeated."),
     ],
     graft: Annotated[
-        str | None, typer.Option(help="Which projector of RUN: projector, least_squares, continuation.")
+        str | None,
+        typer.Option(help="Which projector of RUN, by its folder: projector, least_squares, continuation and others."),
     ] = None,
     question: Annotated[
         list[str] | None, typer.Option(help="Ask this and stop instead of waiting for questions; may be repeated.")

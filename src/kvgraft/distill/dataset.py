@@ -37,8 +37,10 @@ class AlignmentCounts:
 
     ``coverage`` is the share of the student's text tokens that have a teacher token, ``mean_span`` how many teacher
     tokens those have on average, ``dropped`` the student tokens without one, by reason (:class:`TokenAlignment`).
+    ``compared_tokens`` are those that have one and are not skipped at the start of a text.
     """
 
+    compared_tokens: int
     coverage: float
     mean_span: float
     dropped: Mapping[str, int]
@@ -99,15 +101,16 @@ class TeacherSource:
 
     def counts(self, examples: Sequence[EncodedExample | EncodedText]) -> AlignmentCounts:
         """Coverage and reasons for dropped tokens over all texts."""
-        covered, chosen, text_tokens = 0, 0, 0
+        compared, covered, chosen, text_tokens = 0, 0, 0, 0
         dropped: Counter[str] = Counter()
         for example in examples:
             alignment = self.alignment(example)
+            compared += int(alignment.aligned[self.skip_first_tokens :].sum())
             covered += int(alignment.aligned.sum())
             chosen += len(alignment.pairs()[0])
             text_tokens += len(alignment.ranges) - alignment.dropped["special"]
             dropped.update(alignment.dropped)
-        return AlignmentCounts(covered / max(text_tokens, 1), chosen / max(covered, 1), dict(dropped))
+        return AlignmentCounts(compared, covered / max(text_tokens, 1), chosen / max(covered, 1), dict(dropped))
 
 
 class DistillationDataset(Dataset[dict[str, Any]]):

@@ -59,16 +59,27 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     if not separator or not dotted:
         raise RecipeError(f"--set {override}: expected a.b=value, for example --set training.steps=100")
     target: Any = content
+    place = ""
     *parents, last = dotted.split(".")
     try:
         for part in parents:
+            _require_number(override, place, target, part)
             target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+            place = f"{place}.{part}" if place else part
+        _require_number(override, place, target, last)
         if isinstance(target, list):
             target[int(last)] = yaml.safe_load(value)
         else:
             target[last] = yaml.safe_load(value)
     except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise RecipeError(f"--set {override}: there is no field {dotted} in this recipe ({error})") from error
+
+
+def _require_number(override: str, place: str, target: Any, part: str) -> None:
+    if isinstance(target, list) and not part.isdigit():
+        raise RecipeError(
+            f"--set {override}: {place} is a list of {len(target)}; name one by number, as {place}.0.{part}"
+        )
 
 
 def _describe(error: ValidationError, path: Path, text: str, inside: tuple[str, ...]) -> str:
