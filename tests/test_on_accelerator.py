@@ -13,16 +13,17 @@ import pytest
 RUNS = {
     "train": [
         "test_run.py::test_run_folder_holds_everything",
-        "test_run.py::test_other_objectives_run",
-        "distill/test_trainer.py::test_gradients_do_not_depend_on_accumulation",
+        "distill/test_trainer.py::test_gradients_do_not_depend_on_accumulation[relational]",
         "distill/test_logit_arms.py::test_four_arms_from_one_recipe",
     ],
-    "several teachers": ["test_teachers.py", "test_online.py"],
+    "several teachers": [
+        "test_teachers.py::test_two_tokenizers_and_two_architectures_teach_one_student",
+        "test_online.py::test_a_run_without_a_store",
+    ],
     "evaluate": ["evaluate/test_run.py::test_everything_is_measured_and_written_without_touching_the_run"],
     "fit": ["fit/test_run.py::test_every_setting_goes_the_whole_way"],
     "graft": [
         "graft/test_worth.py::test_goes_the_whole_way_and_is_not_done_twice",
-        "graft/test_objectives.py::test_training_makes_answers_likelier_and_resumes",
         "graft/test_chat.py::test_goes_on_from_the_documents_and_from_what_was_said",
         "graft/test_docs.py",
     ],
