@@ -212,8 +212,16 @@ def test_texts_of_one_token_train(tiny_recipe: Callable[..., Recipe], tmp_path: 
     assert all(value == value for arm in result.arms for value in arm.last.values())
 
 
-def disk_full(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+def fill_the_disk(patch: pytest.MonkeyPatch, owner: type, method: str, folder: str) -> None:
+    """Let ``owner.method`` find no room where it writes into ``folder``."""
+    write = getattr(owner, method)
+
+    def write_or_fail(self: object, path: str | None = None, *rest: object, **options: object) -> None:
+        if str(path).endswith(folder):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, path, *rest, **options)
+
+    patch.setattr(owner, method, write_or_fail)
 
 
 def test_stopped_after_the_last_step_no_step_is_added(
@@ -221,15 +229,8 @@ def test_stopped_after_the_last_step_no_step_is_added(
 ) -> None:
     recipe = tiny_recipe(arms=["kv"], training={"lr_scheduler": "constant_with_warmup"})
     whole = run(recipe, tmp_path / "whole")
-    save = KVTrainer.save_model
-
-    def no_room(self, folder=None, _internal_call=False):  # type: ignore[no-untyped-def]
-        if str(folder).endswith("student"):
-            disk_full()
-        save(self, folder, _internal_call)
-
     with monkeypatch.context() as patched:
-        patched.setattr(KVTrainer, "save_model", no_room)
+        fill_the_disk(patched, KVTrainer, "save_model", "student")
         with pytest.raises(OSError, match="No space left"):
             run(recipe, tmp_path / "stopped")
     resumed = run(recipe, tmp_path / "stopped", resume=True)
@@ -244,15 +245,8 @@ def test_a_torn_checkpoint_is_passed_over(
 ) -> None:
     recipe = tiny_recipe(arms=["kv"])
     whole = run(recipe, tmp_path / "whole")
-    save = Trainer._save_optimizer_and_scheduler
-
-    def no_room(self, folder):  # type: ignore[no-untyped-def]
-        if folder.endswith("checkpoint-4"):
-            disk_full()
-        save(self, folder)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_save_optimizer_and_scheduler", no_room)
+        fill_the_disk(patched, Trainer, "_save_optimizer_and_scheduler", "checkpoint-4")
         with pytest.raises(OSError, match="No space left"):
             run(recipe, tmp_path / "stopped")
     resumed = run(recipe, tmp_path / "stopped", resume=True)

@@ -133,6 +133,11 @@ def all_finite(tensor: Tensor) -> bool:
     return math.isfinite(float(total)) or bool(torch.isfinite(tensor).all())
 
 
+def real_tokens(part: Tensor, mask: Tensor) -> Tensor:
+    """``[layers, real tokens, kv_dim]`` of keys or values ``part [batch, layers, tokens, kv_dim]``, text after text."""
+    return part.transpose(0, 1)[:, mask]
+
+
 def stack_kv(samples: Sequence[KV]) -> KV:
     """One batch from samples of the same layers and heads, right-padded with zeros to the longest.
 

@@ -21,7 +21,7 @@ from kvgraft.kv import KV
 from kvgraft.models.capture import capture
 from kvgraft.progress import progress_bar
 from kvgraft.projector.settings import Direction
-from kvgraft.store.atomic_file import write_atomically
+from kvgraft.store.atomic_file import write_text_atomically
 
 CALIBRATION_TOKENS = 4096
 _KEPT_OUT_EVERY = 5
@@ -66,7 +66,7 @@ def find_layers(
     scores = _cka(join_rows(found)) if method == "cka" else _predictive(found, direction)
     evidence = LayerEvidence(method=method, tokens=tokens, scores=scores, layer_map=monotone_map(scores))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, [memoryview(evidence.model_dump_json(indent=1).encode())])
+    write_text_atomically(path, evidence.model_dump_json(indent=1))
     return evidence
 
 

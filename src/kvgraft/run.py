@@ -38,7 +38,7 @@ from kvgraft.report.plots import save_curves
 from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
 from kvgraft.report.run_folder import holds_a_fit
 from kvgraft.report.tables import markdown
-from kvgraft.store.atomic_file import write_atomically
+from kvgraft.store.atomic_file import write_text_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def open_run_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool)
                 "one; give --output FOLDER for a new run, or --overwrite"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RECIPE_FILE, [memoryview(recipe.to_yaml().encode())])
+    write_text_atomically(folder / RECIPE_FILE, recipe.to_yaml())
 
 
 def _inputs(prepared: Prepared) -> dict[str, str]:
@@ -164,8 +164,8 @@ def _require_same_inputs(folder: Path, inputs: dict[str, str]) -> None:
             "arms could not be compared; bring back what it was, or give --output FOLDER for a new run, or --overwrite"
         )
     process_state().wait_for_everyone()
-    if process_state().is_main_process:
-        write_atomically(path, [memoryview(json.dumps(inputs, indent=1).encode())])
+    if process_state().is_main_process and not path.is_file():
+        write_text_atomically(path, json.dumps(inputs, indent=1))
 
 
 def _differing(first: Recipe, second: Recipe) -> str:
@@ -267,6 +267,6 @@ def _finish_arm(folder: Path, arm: str, recipe: Recipe, projector_parameters: in
     )
     if process_state().is_main_process:
         # Written last: an arm with this file is finished.
-        write_atomically(folder / ARM_FILE, [memoryview((result.model_dump_json(indent=2) + "\n").encode())])
+        write_text_atomically(folder / ARM_FILE, result.model_dump_json(indent=2) + "\n")
         shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
     process_state().wait_for_everyone()

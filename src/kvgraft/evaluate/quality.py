@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvgraft.evaluate.cka import effective_rank
-from kvgraft.kv import KV
+from kvgraft.kv import KV, real_tokens
 from kvgraft.models.head import record_hidden
 from kvgraft.projector.projector import KVDimensionProjector
 
@@ -121,12 +121,13 @@ def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]
                 total, counted = logit_sums.get(name, (0.0, 0))
                 logit_sums[name] = (total + float(loss) * count, counted + count)
     model.train(was_training)
+    covariance = own.variance()
     return Quality(
         loss=loss_sum / max(tokens, 1),
         tokens=tokens,
         text_bytes=text_bytes,
-        kv_deviation=float(own.variance().diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0).sqrt().mean()),
-        kv_effective_rank=float(effective_rank(own.variance()).mean()),
+        kv_deviation=float(covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0).sqrt().mean()),
+        kv_effective_rank=float(effective_rank(covariance).mean()),
         teachers={name: sums.result() for name, sums in similarity.items()},
         logit_losses={name: total / max(counted, 1) for name, (total, counted) in logit_sums.items()},
     )
@@ -134,7 +135,7 @@ def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]
 
 def _rows(pair: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
     """``[2, layers, tokens that count, width]`` of keys and values ``[batch, layers, tokens, width]``."""
-    return torch.stack([part.transpose(0, 1)[:, mask].float() for part in pair])
+    return torch.stack([real_tokens(part, mask).float() for part in pair])
 
 
 def _products(rows: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ class _SimilaritySums:
         inputs = projector.sources_of(name, source)
         for kind, (adapter, rows) in enumerate(zip(projector.adapters(name), inputs, strict=True)):
             if adapter.activation == "relu" and adapter.up is not None:
-                real = rows.transpose(1, 2)[mask].transpose(0, 1)[None]
+                real = real_tokens(rows, mask)[None]
                 alive = (adapter.hidden_units(real) != 0).any(1)
                 self.alive[kind] = alive | self.alive.get(kind, torch.zeros_like(alive))
 

@@ -14,7 +14,7 @@ from kvgraft.distill.model import DistillationModel
 from kvgraft.distill.objectives import OBJECTIVES
 from kvgraft.errors import DataError
 from kvgraft.evaluate.cka import LinearCKA
-from kvgraft.kv import KV
+from kvgraft.kv import KV, real_tokens
 from kvgraft.models.capture import capture
 from kvgraft.projector.closed_form import LeastSquares, solve_with_chosen_ridge
 
@@ -143,7 +143,7 @@ def _sides(model: DistillationModel, teacher: str, student_kv: KV, teacher_kv: K
 def _rows(pair: tuple[Tensor, Tensor], mask: Tensor) -> list[Tensor]:
     """``[batch, layers, tokens, width]`` as ``[layers, tokens that count, width]``, keys and values."""
     # On the processor: some accelerators lack float64.
-    return [part.transpose(0, 1)[:, mask].cpu().double() for part in pair]
+    return [real_tokens(part, mask).cpu().double() for part in pair]
 
 
 class _KindSimilarity:

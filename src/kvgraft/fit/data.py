@@ -250,11 +250,15 @@ def prepare_fit(recipe: Recipe) -> FitData:
         teacher = identify(recipe.teachers[0])
     with phases.timed("read text"):
         examples, held_out_examples = load_examples_of(recipe, student.tokenizer)
-        read = [*examples, *held_out_examples]
-        require_long_context(recipe, teacher, read, encode_for_teacher(read, student.tokenizer, recipe.data.max_length))
+        read, held_out_read = (
+            encode_for_teacher(texts, student.tokenizer, recipe.data.max_length)
+            for texts in (examples, held_out_examples)
+        )
+        require_long_context(recipe, teacher, [*examples, *held_out_examples], [*read, *held_out_read])
     layer_map = _layer_map(recipe, student, teacher, phases)
     train, held_out = (
-        _pairs(recipe, student, teacher, layer_map, texts, phases) for texts in (examples, held_out_examples)
+        _pairs(recipe, student, teacher, layer_map, *texts, phases)
+        for texts in ((examples, read), (held_out_examples, held_out_read))
     )
     counts = train.teacher.counts(train.texts)
     require_coverage(teacher.recipe.name, counts)
@@ -276,9 +280,13 @@ def _pairs(
     teacher: IdentifiedModel,
     layer_map: list[tuple[int, int]],
     examples: list[Example],
+    texts: list[EncodedText],
     phases: Phases,
 ) -> PairDataset:
-    """Both models' KV over ``examples``: all layers of the source, the mapped ones of the target."""
+    """Both models' KV over ``examples``: all layers of the source, the mapped ones of the target.
+
+    ``texts`` are the same as the student reads them.
+    """
 
     def store_of(model: IdentifiedModel, max_length: int) -> KVStore:
         with phases.timed(f"capture {model.recipe.name}"):
@@ -297,7 +305,6 @@ def _pairs(
         alignment.tokens,
         alignment.skip_first_tokens,
     )
-    texts = encode_for_teacher(examples, student.tokenizer, recipe.data.max_length)
     student_layers = mapped_students if forwards else list(range(student.geometry.num_layers))
     return PairDataset(texts, student_store, source, student_layers, recipe.fit.direction, recipe.fit.context_tokens)
 

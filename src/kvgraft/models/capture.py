@@ -211,9 +211,10 @@ def capture(
 
 def _require_positions(model: PreTrainedModel, attention_mask: Tensor, position_ids: Tensor) -> None:
     """Refuse padding on the left where the model counts its positions itself, padding included."""
+    if "position_ids" in inspect.signature(decoder_of(model).forward).parameters:
+        return
     counted = torch.arange(position_ids.shape[1], device=position_ids.device)
-    moved = bool(((position_ids != counted) & attention_mask.bool()).any())
-    if moved and "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
+    if bool(((position_ids != counted) & attention_mask.bool()).any()):
         raise ModelError(
             f"{_name(model)} takes no position_ids and counts padding on the left as text; pad on the right"
         )

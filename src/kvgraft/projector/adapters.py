@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvgraft.errors import ProjectorError
+from kvgraft.kv import real_tokens
 
 MlpRatio = float | Literal["linear"]
 InitMethod = Literal["xavier", "kaiming", "normal", "least_squares", "identity"]
@@ -257,7 +258,7 @@ def dead_unit_share(adapter: ElasticBottleneck, x: Tensor, mask: Tensor | None =
         mask: ``[batch, tokens]`` bool, true where a token is real; default all.
     """
     layers = x.shape[1]
-    real = x if mask is None else x.transpose(1, 2)[mask].transpose(0, 1)[None]
+    real = x if mask is None else real_tokens(x, mask)[None]
     if real.shape[2] == 0:
         raise ProjectorError(f"no real token among calibration input {list(x.shape)}: every entry of its mask is false")
     if layers < adapter.num_layers:

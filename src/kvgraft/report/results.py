@@ -12,6 +12,7 @@ from kvgraft.align.evidence import LayerEvidence
 from kvgraft.errors import ResultError
 from kvgraft.memory import PeakMemory
 from kvgraft.report.environment import Environment
+from kvgraft.store.atomic_file import write_text_atomically
 
 FORMAT_VERSION = 1
 CONVERGENCE_RULE = "first evaluated step at which 95 % of the loss's whole fall was done"
@@ -31,7 +32,7 @@ class SavedResult(Record):
 
     def write(self, path: Path) -> None:
         """Save as JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_text_atomically(path, self.model_dump_json(indent=2) + "\n")
 
 
 Saved = TypeVar("Saved", bound=SavedResult)

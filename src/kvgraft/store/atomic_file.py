@@ -85,6 +85,11 @@ class AtomicFile:
         )
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """:func:`write_atomically` of ``text`` in UTF-8."""
+    write_atomically(path, [memoryview(text.encode())])
+
+
 def write_atomically(path: Path, chunks: Sequence[memoryview]) -> str:
     """Write ``chunks`` (of bytes) to ``path`` as an :class:`AtomicFile`.
 

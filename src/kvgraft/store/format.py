@@ -30,7 +30,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstrain
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
-from kvgraft.store.atomic_file import write_atomically
+from kvgraft.store.atomic_file import write_text_atomically
 from kvgraft.store.checksum import file_has_checksum, has_checksum
 from kvgraft.store.few_bits import FEW_BITS_DTYPES, FewBitsQuantizer, quantizer_from_bytes, record_bytes
 
@@ -260,7 +260,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest of ``folder`` in one step; a reader sees the old one or the new one, never a part."""
-    write_atomically(folder / MANIFEST_NAME, [memoryview(manifest.model_dump_json(indent=1).encode())])
+    write_text_atomically(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
 
 
 def read_quantizer(folder: Path, manifest: Manifest) -> FewBitsQuantizer | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import all_finite
-from kvgraft.store.atomic_file import TEMPORARY_SUFFIX, write_atomically
+from kvgraft.store.atomic_file import TEMPORARY_SUFFIX, write_atomically, write_text_atomically
 from kvgraft.store.format import MANIFEST_NAME, SampleEntry, ShardEntry, damage, short_key
 from kvgraft.store.lock import lock_folder, unlock_folder
 from kvgraft.store.open_shards import OpenShards, open_shard
@@ -110,7 +110,7 @@ class LogitManifest(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Replace the manifest of ``folder`` in one step."""
-        write_atomically(folder / MANIFEST_NAME, [memoryview(self.model_dump_json(indent=1).encode())])
+        write_text_atomically(folder / MANIFEST_NAME, self.model_dump_json(indent=1))
 
 
 @dataclass(frozen=True)
