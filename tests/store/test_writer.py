@@ -11,6 +11,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from kvgraft.kv import KV
 from kvgraft.store import shard_queue
 from kvgraft.store.atomic_file import AtomicFile
 from kvgraft.store.format import StoreIdentity, text_fingerprint
+from kvgraft.store.moments import Moments
 from kvgraft.store.reader import KVStore
 from kvgraft.store.shard import GrowingShard, PendingSample
 from kvgraft.store.writer import KVStoreWriter
@@ -433,3 +435,44 @@ def test_two_that_write_one_file_at_once_both_leave_it_whole(tmp_path: Path) -> 
     second.commit()
     assert path.read_bytes() == b"12345678"
     assert os.listdir(tmp_path) == ["layers.json"]
+
+
+def test_a_core_is_left_to_the_thread_that_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, of = [], Moments.of
+
+    def spied(*arguments: Any) -> Moments:
+        seen.append(torch.get_num_threads())
+        return of(*arguments)
+
+    monkeypatch.setattr(Moments, "of", spied)
+    before = torch.get_num_threads()
+    try:
+        with KVStoreWriter(tmp_path, IDENTITY, SHARD_BYTES) as writer:
+            for index, threads in enumerate((1, 4)):
+                torch.set_num_threads(threads)
+                add(writer, index)
+                assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 3]
+
+
+def test_numbers_of_a_sample_do_not_change_those_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, write = threading.Event(), GrowingShard.write
+
+    def slow(shard: GrowingShard, sample: PendingSample) -> None:
+        go_on.wait(10)
+        write(shard, sample)
+
+    monkeypatch.setattr(GrowingShard, "write", slow)
+    with KVStoreWriter(tmp_path, IDENTITY, 10**9) as writer:
+        for index in (0, 1):
+            add(writer, index)
+        go_on.set()
+        writer.adopt_shares()  # Waits for what is written.
+        for index in (3, 4):
+            add(writer, index)
+        writer.finish()
+    store = KVStore.open(tmp_path)
+    for index in (0, 1, 3, 4):
+        assert torch.equal(store.read(KEYS[index]).kv.keys, make_kv(index).keys)

@@ -11,10 +11,8 @@ from torch import Tensor
 from kvgraft.kv import KVGeometry, all_finite
 from kvgraft.store.layer_runs import layer_runs
 
-# How far off, squared and in variances, a guess of the mean may be: float32 then has five digits of the variance.
-_FARTHEST = 100
 # Numbers that are worked on at once.
-_MOST = 1 << 18
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,36 +34,36 @@ class Moments:
         return cls(0, zeros, zeros)
 
     @classmethod
-    def of(
-        cls,
-        numbers: Tensor,
-        counted: Tensor,
-        about: Tensor | None = None,
-        before_layers: Callable[[slice], object] | None = None,
-    ) -> Moments:
+    def of(cls, numbers: Tensor, counted: Tensor, before_layers: Callable[[slice], object] | None = None) -> Moments:
         """Moments of the tokens of ``numbers [layers, 2, tokens, kv_dim]`` that are ``counted [tokens]`` bool.
 
-        Sums of deviations and of their squares (Chan, Golub and LeVeque 1983). NaN or Inf in a token that is counted
-        makes some of ``m2`` so.
+        Counted in float32 where they lie, or in float64 where squares go beyond it. NaN or Inf in a token that is
+        counted makes some of ``m2`` so.
 
         Args:
-            numbers: any float dtype.
+            numbers: any float dtype, any device.
             counted: which tokens.
-            about: ``[layers, 2, kv_dim]``, a guess of the mean, which deviations are taken from; it saves a pass, and
-                is dropped where it is too far off for float32. Default the tokens' own mean.
             before_layers: called with some layers before they are read, for example to fill them.
         """
-        rows = counted.nonzero()[:, 0]
+        rows = counted.nonzero()[:, 0].tolist()
         count = len(rows)
-        center, left, squares = _sums(numbers, rows, about, before_layers)
-        from_center = left.double().square() / max(count, 1)
-        m2 = squares.double() - from_center
-        if about is not None and not bool((from_center <= _FARTHEST * m2).all()):
-            return cls.of(numbers, counted)
-        if center.dtype == torch.float32 and not all_finite(m2):
-            # Squares beyond float32.
-            return cls.of(numbers.double(), counted)
-        return cls(count, center.double() + left.double() / max(count, 1), m2)
+        in_one_run = count > 0 and rows[-1] - rows[0] == count - 1
+        tokens = slice(rows[0], rows[-1] + 1) if in_one_run else counted
+        layers, kinds, _, width = numbers.shape
+        found = []
+        for some_layers in layer_runs((layers, kinds, count, width), _MOST):
+            if before_layers is not None:
+                before_layers(some_layers)
+            if count:
+                found += _mean_and_variance(numbers[some_layers, :, tokens])
+        if not found:
+            return cls(0, *torch.zeros(2, layers, kinds, width, dtype=torch.float64))
+        # Not every device has float64.
+        mean, variance = (torch.stack(each).view(layers, kinds, width).cpu() for each in zip(*found, strict=True))
+        m2 = variance.double() * count
+        if variance.dtype == torch.float32 and not all_finite(m2):
+            return cls.of(numbers.cpu().double(), counted.cpu())
+        return cls(count, mean.double(), m2)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of tokens together (Chan's formula)."""
@@ -78,33 +76,14 @@ class Moments:
         return Moments(count, mean, m2)
 
 
-def _sums(
-    numbers: Tensor, rows: Tensor, about: Tensor | None, before_layers: Callable[[slice], object] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What deviations were taken from, their sums and those of their squares, ``[layers, 2, kv_dim]`` each.
+def _mean_and_variance(numbers: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance ``[kv_dim]`` over the tokens of ``numbers [layers, 2, tokens, kv_dim]``, for layers and kinds.
 
-    ``rows`` are the tokens that count; without one all three are zero. In float32 as torch adds up: in pairs, and
-    pairs of pairs.
+    What torch counts for batch normalisation, where each layer's keys, or values, are an image of kv_dim channels. It
+    converts on the way and holds nothing; sums, and sums of squares, would read the numbers more often.
     """
-    layers, kinds, _, width = numbers.shape
-    count = len(rows)
-    in_one_run = count > 0 and int(rows[-1] - rows[0]) == count - 1
     dtype = torch.promote_types(numbers.dtype, torch.float32)
-    center, left, squares = torch.zeros(3, layers, kinds, width, dtype=dtype)
-    if about is not None and count:
-        center.copy_(about)
-    runs = layer_runs((layers, kinds, count, width), _MOST)
-    deviations = torch.empty(runs[0].stop, kinds, count, width, dtype=dtype)
-    for chosen in runs:
-        if before_layers is not None:
-            before_layers(chosen)
-        if count == 0:
-            continue
-        part = numbers[chosen]
-        deviation = deviations[: len(part)]
-        deviation.copy_(part[:, :, rows[0] : rows[-1] + 1] if in_one_run else part[:, :, rows])
-        if about is None:
-            torch.mean(deviation, 2, out=center[chosen])
-        torch.sum(deviation.sub_(center[chosen, :, None]), 2, out=left[chosen])
-        torch.sum(deviation.square_(), 2, out=squares[chosen])
-    return center, left, squares
+    # Of no use here, but what tells torch which dtype to count in.
+    running_mean, running_variance = torch.zeros(2, numbers.shape[-1], dtype=dtype, device=numbers.device)
+    images = numbers.flatten(0, 1).transpose(1, 2)[:, None, :, :, None].unbind()
+    return [torch.batch_norm_update_stats(image, running_mean, running_variance, 1.0) for image in images]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from kvgraft.store.buffers import Buffers
 from kvgraft.store.format import SHARD_PATTERN, Manifest, write_manifest
 from kvgraft.store.shard import GrowingShard, PendingSample
 from kvgraft.store.shares import next_shard_name
@@ -49,11 +53,16 @@ class ShardQueue:
         self._shards: list[GrowingShard] = []
         self._open: GrowingShard | None = None
         self._unsynced_bytes = 0
+        self._buffers = Buffers()
         # In the order in which they were given to the threads.
         self._tasks: deque[_Task] = deque()
 
     def __contains__(self, key: object) -> bool:
         return key in self.manifest.samples or any(key in shard.samples for shard in self._shards)
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for a sample's numbers. Once :meth:`append` has had them written, other samples' go there."""
+        return torch.empty(shape, dtype=dtype) if self._is_quantized else self._buffers.take(shape, dtype)
 
     def append(self, sample: PendingSample) -> None:
         """Have ``sample`` written. Returns at once unless the disk has fallen behind.
@@ -64,7 +73,7 @@ class ShardQueue:
         self._settle(most_waiting=self._shard_bytes)
         shard = self._open = self._open or self._new_shard()
         shard.place(sample)
-        written = self._submit(self._writer, shard, lambda: shard.write(sample), waiting_bytes=sample.kv.nbytes)
+        written = self._submit(self._writer, shard, lambda: self._write(shard, sample), waiting_bytes=sample.kv.nbytes)
         self._unsynced_bytes += sample.kv.nbytes
         if shard.kv_bytes >= self._shard_bytes:
             self._end_shard()
@@ -95,6 +104,16 @@ class ShardQueue:
         self._shards.append(shard)
         self._unsynced_bytes = 0
         return shard
+
+    def _write(self, shard: GrowingShard, sample: PendingSample) -> None:
+        shard.write(sample)
+        if not self._is_quantized:
+            self._buffers.give_back(sample.kv)
+
+    @property
+    def _is_quantized(self) -> bool:
+        """Then what is written is not what was asked room for."""
+        return self.manifest.identity.quantized
 
     def _end_shard(self) -> None:
         if self._open is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -72,8 +73,6 @@ class KVStoreWriter:
         self._shard_bytes = shard_bytes
         # By key, those that wait for the store's scales.
         self._pending: dict[str, PendingSample] = {}
-        # Of all that was added: its mean is a guess for what comes next.
-        self._moments = Moments.empty(identity.geometry)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = lock_folder(self.folder)
         self._queue = ShardQueue(self.folder, Manifest(identity=identity), shard_bytes)
@@ -151,10 +150,11 @@ class KVStoreWriter:
                 f"counted of sample {short_key(key)} must be [{tokens}] bool; "
                 f"got {list(counted.shape)} of {counted.dtype}"
             )
-        counted = torch.ones(tokens, dtype=torch.bool) if counted is None else counted.cpu()
-        numbers, moments = self._numbers(key, kv.detach(), counted)
+        counted = torch.ones(tokens, dtype=torch.bool) if counted is None else counted
+        with _one_core_left():
+            numbers, moments = self._numbers(key, kv.detach(), counted.to(kv.keys.device))
         span_tensor = torch.from_numpy(np.array(spans, dtype=np.int32))
-        sample = PendingSample(key, numbers, counted, moments, span_tensor, truncated_bytes, text_bytes)
+        sample = PendingSample(key, numbers, counted.cpu(), moments, span_tensor, truncated_bytes, text_bytes)
         if self._ready:
             self._queue.append(self._encoded(sample))
         else:
@@ -162,7 +162,6 @@ class KVStoreWriter:
             waiting = sum(sample.tokens for sample in self._pending.values())
             if waiting >= calibration_tokens(self.identity.dtype):
                 self._calibrate()
-        self._moments = self._moments.merge(moments)
 
     def adopt_shares(self) -> None:
         """Move the shards of every share into this store, and remove the shares' folders."""
@@ -189,10 +188,14 @@ class KVStoreWriter:
             self._lock = None
 
     def _numbers(self, key: str, kv: KV, counted: Tensor) -> tuple[Tensor, Moments]:
-        """The checked numbers ``[layers, 2, tokens, kv_dim]`` in the store's dtype, float32 for a quantised store."""
+        """The checked numbers ``[layers, 2, tokens, kv_dim]`` in the store's dtype, float32 for a quantised store.
+
+        Converted and counted on the device that has the KV, so that as few bytes as possible leave it.
+        """
         dtype = torch.float32 if self.identity.quantized else self.identity.torch_dtype
         geometry, tokens = kv.geometry, kv.mask.shape[1]
-        numbers = torch.empty(geometry.num_layers, 2, tokens, geometry.num_kv_heads, geometry.head_dim, dtype=dtype)
+        room = self._queue.room((geometry.num_layers, 2, tokens, geometry.num_kv_heads, geometry.head_dim), dtype)
+        numbers = room if kv.keys.device.type == "cpu" else torch.empty_like(room, device=kv.keys.device)
         keys, values = kv.keys[0].transpose(1, 2), kv.values[0].transpose(1, 2)
 
         def fill(layers: slice) -> None:
@@ -200,7 +203,7 @@ class KVStoreWriter:
             numbers[layers, 0].copy_(keys[layers])
             numbers[layers, 1].copy_(values[layers])
 
-        moments = Moments.of(numbers.flatten(-2), counted, self._moments.mean if self._moments.count else None, fill)
+        moments = Moments.of(numbers.flatten(-2), counted, fill)
         finite = all_finite(moments.m2) and all_finite(numbers[:, :, ~counted])
         if not finite and (place := _first_not_finite(numbers)):
             layer, kind, token = place
@@ -211,7 +214,7 @@ class KVStoreWriter:
                 f"sample {short_key(key)} has NaN or Inf in {self._named(place)}. "
                 "Run the teacher in float32 or bfloat16, or leave this text out."
             )
-        return numbers.flatten(-2), moments
+        return room.copy_(numbers).flatten(-2), moments
 
     def _encoded(self, sample: PendingSample) -> PendingSample:
         """``sample`` with the records of its numbers, where the store is quantised."""
@@ -264,6 +267,17 @@ class KVStoreWriter:
             self._queue.flush()
         except (StoreError, OSError) as second:
             logger.warning("could not save the last samples of %s after %s: %s", self.folder, repr(error), second)
+
+
+@contextmanager
+def _one_core_left() -> Iterator[None]:
+    """Compute with a thread less than there are, for the thread that writes: torch's helpers wait in busy loops."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _recover(folder: Path, identity: StoreIdentity) -> Manifest:
