@@ -93,7 +93,7 @@ class StudentRecipe(Section):
     ``lora`` trains adapters of an existing one and leaves its weights as they are.
 
     ``tokenizer`` names one to use; without it an existing model brings its own, and for a new one a byte-level BPE
-    of ``vocab_size`` entries is trained on the training text.
+    of ``vocab_size`` entries, 256 bytes and an end of text among them, is trained on the training text.
     ``embeddings_from`` names a teacher: a new student's token starts from the mean embedding of the teacher's tokens
     that stand for the same text, in as many principal components as the student is wide.
     """
@@ -105,7 +105,7 @@ class StudentRecipe(Section):
     layers: list[int] | Positive | None = None
     every: Positive | None = None
     tokenizer: str | None = None
-    vocab_size: Positive = 2048
+    vocab_size: Annotated[int, Field(ge=257)] = 2048
     embeddings_from: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
