@@ -89,7 +89,7 @@ def test_same_recipe_gives_the_same_numbers(tiny_recipe: Callable[..., Recipe], 
 def test_existing_folder_is_not_touched_unless_asked(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = tiny_recipe(arms=["baseline"], training={"steps": 2})
     folder = tmp_path / "run"
-    run(recipe, folder)
+    first = run(recipe, folder)
     with pytest.raises(RecipeError, match=r"run holds a run already.*--resume.*--output.*--overwrite"):
         run(recipe, folder)
     with pytest.raises(RecipeError, match=r"differs in training.steps: 2 there, 4 given"):
@@ -98,6 +98,8 @@ def test_existing_folder_is_not_touched_unless_asked(tiny_recipe: Callable[..., 
     # An arm that was finished is not trained again; another may be added.
     both = run(tiny_recipe(arms=["baseline", "kv"], training={"steps": 2}), folder, resume=True)
     assert [arm.arm for arm in both.arms] == ["baseline", "kv"]
+    assert both.seconds["train baseline"] == first.seconds["train baseline"]
+    assert both.seconds["train kv"] > 0
     assert (folder / "baseline" / "student" / "model.safetensors").read_bytes() == weights
     run(recipe, folder, overwrite=True)
 

@@ -86,7 +86,8 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
         else:
             logger.info("arm %s was finished before and is not trained again", arm)
         result.arms.append(_read_arm(folder / arm))
-    result.seconds = dict(prepared.phases.seconds)
+    # Those of arms that were finished before are in their own files.
+    result.seconds = prepared.phases.seconds | {f"train {arm.arm}": arm.seconds for arm in result.arms}
     result.peak_memory = peak_memory()
     if process_state().is_main_process:
         write_report(recipe, result, folder)
