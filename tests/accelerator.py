@@ -22,15 +22,14 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 NAME = "imagined"
 _aten = torch.ops.aten
-# What takes tensors of the processor and of a card together: copies between them, and indices.
-_MIXED = {
-    _aten.copy_.default,
-    _aten._to_copy.default,
+# What takes tensors of the processor and of a card together: indices for tensors of the card, and copies between them.
+_INDEXING = {
     _aten.index.Tensor,
     _aten.index_put.default,
     _aten.index_put_.default,
     _aten._index_put_impl_.default,
 }
+_MIXED = {_aten.copy_.default, _aten._to_copy.default, *_INDEXING}
 
 
 class _Backend(_DummyBackendModule):
@@ -110,6 +109,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     leaves = pytree.tree_leaves((args, kwargs))
     ours = [leaf for leaf in leaves if isinstance(leaf, AcceleratorTensor)]
     _refuse_what_is_not_there(func, leaves, bool(ours))
+    if func in _INDEXING and not isinstance(args[0], AcceleratorTensor):
+        raise RuntimeError(f"{func} of a tensor on the processor by indices on {DEVICE}")
     asked = kwargs.get("device")
     on_device = bool(ours) if asked is None else torch.device(asked).type == NAME
     with no_dispatch():

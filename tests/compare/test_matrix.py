@@ -101,7 +101,10 @@ def test_what_the_baseline_could_change_too_is_said(recipe: Path) -> None:
         ({"arms": ["kv"], "controls": False}, "the arms kv are to be compared with baseline, which is not among"),
         ({"against": "linear"}, "compared with linear, which is not among"),
         ({"arms": ["more:data.train_samples=9"]}, r"arm more changes data\.train_samples: arms of different data"),
-        ({"arms": ["cut:student.vocab_size=999"]}, r"changes student\.vocab_size: arms of different data or tokenizers"),
+        (
+            {"arms": ["cut:student.vocab_size=999"]},
+            r"changes student\.vocab_size: arms of different data or tokenizers",
+        ),
         ({"arms": ["bad:projector.mlp_ratio=-1"]}, r"made\.yaml cannot be run as written"),
     ],
 )

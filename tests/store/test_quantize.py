@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
+from kvgraft.processes import process_state
 from kvgraft.store.format import stored_bytes_per_token
 from kvgraft.store.quantize import QUANTIZED_FORMATS, Quantizer, _steps
 from kvgraft.store.reader import KVStore
@@ -170,6 +171,18 @@ def test_a_store_gives_back_what_was_added_up_to_its_bits(tmp_path: Path, dtype:
     torch.testing.assert_close(statistics.mean, plain.mean)
     on_disk = sum((tmp_path / name).stat().st_size for name in shard_names(tmp_path))
     assert store.total_bytes == on_disk + (tmp_path / "quantizer.safetensors").stat().st_size
+
+
+@pytest.mark.usefixtures("early_calibration")
+@pytest.mark.parametrize("dtype", ["float32", "float16", *DTYPES, "compact"])
+def test_kv_on_an_accelerator_gives_the_same_bits(tmp_path: Path, dtype: str) -> None:
+    # Of use where there is one, as in tests/test_on_accelerator.py.
+    identity, device = replace(IDENTITY, dtype=dtype), process_state().device
+    with KVStoreWriter(tmp_path / "there", identity, 300) as writer:
+        for index in range(7):
+            add(writer, index, make_kv(index).to(device))
+        writer.finish()
+    assert_same_content(KVStore.open(tmp_path / "there", identity), fill(tmp_path / "here", list(range(7)), identity))
 
 
 @pytest.mark.usefixtures("early_calibration")

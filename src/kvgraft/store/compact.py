@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -90,6 +90,10 @@ class CompactQuantizer:
             bits[:, kept],
         )
 
+    def to(self, device: torch.device) -> CompactQuantizer:
+        """The same for tokens on ``device``."""
+        return CompactQuantizer(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
     def encode(self, tokens: Tensor) -> Tensor:
         """Records ``[layers, 2, tokens, record_bytes]`` uint8 of ``tokens [layers, 2, tokens, kv_dim]``.
 
@@ -100,7 +104,7 @@ class CompactQuantizer:
         weights = self.deviation * (self.bits > 0)
         unit = (standard.square() @ (weights / weights.sum(-1, keepdim=True))[..., None]).sqrt()
         unit = unit.clamp_min_(_LEAST_UNIT).bfloat16()
-        levels = _levels()
+        levels = _levels().to(tokens.device)
         boundaries = ((levels[:, 1:] + levels[:, :-1]) / 2)[self.bits]
         codes = torch.searchsorted(boundaries, (standard / unit.float()).transpose(-1, -2).contiguous())
         records = torch.cat([unit.view(torch.uint8), self._packed(codes.transpose(-1, -2))], -1)

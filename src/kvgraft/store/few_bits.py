@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kvgraft.store.compact import CompactQuantizer, compact_record_bytes
@@ -19,6 +20,9 @@ _CALIBRATION_TOKENS, _COMPACT_CALIBRATION_TOKENS = 2048, 8192
 
 class FewBitsQuantizer(Protocol):
     """One store's way from numbers ``[layers, 2, tokens, kv_dim]`` to records and back."""
+
+    def to(self, device: torch.device) -> FewBitsQuantizer:
+        """The same for tokens on ``device``, in :meth:`encode` and :meth:`halves`."""
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Records ``[layers, 2, tokens, record_bytes]`` uint8."""

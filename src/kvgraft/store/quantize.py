@@ -18,7 +18,7 @@ channels, for each group its step as a share of the unit, then the codes. All re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from safetensors.torch import load, save
@@ -132,6 +132,10 @@ class Quantizer:
         # Sorted: the same channels give the same bytes.
         exact = tails.topk(scheme.exact_channels(tokens.shape[-1]), dim=-1).indices.sort(-1).values
         return cls(dtype, center.float(), deviation.float(), exact, components.float().contiguous())
+
+    def to(self, device: torch.device) -> Quantizer:
+        """The same for tokens on ``device``."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in _tensor_names()})
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Records ``[layers, 2, tokens, record_bytes]`` uint8 of ``tokens [layers, 2, tokens, kv_dim]``.
@@ -251,7 +255,7 @@ def _closest(grouped: Tensor, unit: Tensor, shares: Tensor, scheme: QuantizedFor
 
 def _step_sizes(share: Tensor, unit: Tensor) -> Tensor:
     """The steps ``[..., groups, 1]`` that ``share [..., groups]`` uint8 of ``unit [..., 1]`` are."""
-    return (_SHARES[share.long()] * unit.float())[..., None]
+    return (_SHARES.to(share.device)[share.long()] * unit.float())[..., None]
 
 
 def _rounded(codes: Tensor, scheme: QuantizedFormat) -> Tensor:

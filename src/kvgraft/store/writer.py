@@ -158,7 +158,7 @@ class KVStoreWriter:
         if self._ready:
             self._queue.append(self._encoded(sample))
         else:
-            self._pending[key] = sample
+            self._pending[key] = replace(sample, kv=self._on_processor(numbers))
             waiting = sum(sample.tokens for sample in self._pending.values())
             if waiting >= calibration_tokens(self.identity.dtype):
                 self._calibrate()
@@ -190,12 +190,15 @@ class KVStoreWriter:
     def _numbers(self, key: str, kv: KV, counted: Tensor) -> tuple[Tensor, Moments]:
         """The checked numbers ``[layers, 2, tokens, kv_dim]`` in the store's dtype, float32 for a quantised store.
 
-        Converted and counted on the device that has the KV, so that as few bytes as possible leave it.
+        They stay on the device that has the KV until they are as few bytes as they become.
         """
         dtype = torch.float32 if self.identity.quantized else self.identity.torch_dtype
         geometry, tokens = kv.geometry, kv.mask.shape[1]
-        room = self._queue.room((geometry.num_layers, 2, tokens, geometry.num_kv_heads, geometry.head_dim), dtype)
-        numbers = room if kv.keys.device.type == "cpu" else torch.empty_like(room, device=kv.keys.device)
+        shape = (geometry.num_layers, 2, tokens, geometry.num_kv_heads, geometry.head_dim)
+        device = kv.keys.device
+        numbers = (
+            self._queue.room(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+        )
         keys, values = kv.keys[0].transpose(1, 2), kv.values[0].transpose(1, 2)
 
         def fill(layers: slice) -> None:
@@ -214,16 +217,23 @@ class KVStoreWriter:
                 f"sample {short_key(key)} has NaN or Inf in {self._named(place)}. "
                 "Run the teacher in float32 or bfloat16, or leave this text out."
             )
-        return room.copy_(numbers).flatten(-2), moments
+        return numbers.flatten(-2), moments
+
+    def _on_processor(self, numbers: Tensor) -> Tensor:
+        on_processor = numbers.device.type == "cpu"
+        return numbers if on_processor else self._queue.room(numbers.shape, numbers.dtype).copy_(numbers)
 
     def _encoded(self, sample: PendingSample) -> PendingSample:
-        """``sample`` with the records of its numbers, where the store is quantised."""
+        """``sample`` as it is written: on the processor, and with the records of its numbers in a quantised store."""
         if self._quantizer is None:
-            return sample
-        records = self._quantizer.encode(sample.kv)
+            return replace(sample, kv=self._on_processor(sample.kv))
+        # Apple's accelerator has no float8.
+        numbers = sample.kv.cpu() if sample.kv.device.type == "mps" else sample.kv
+        self._quantizer = self._quantizer.to(numbers.device)
+        records = self._quantizer.encode(numbers)
         if place := _first_not_finite(self._quantizer.halves(records)):
             raise self._out_of_range(sample.key, place, self.identity.dtype)
-        return replace(sample, kv=records)
+        return replace(sample, kv=self._on_processor(records))
 
     def _out_of_range(self, key: str, place: _Place, dtype: str) -> StoreError:
         wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
