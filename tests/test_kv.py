@@ -49,6 +49,14 @@ def test_stacking_pads_on_the_right_with_a_false_mask() -> None:
         stack_kv([short, make(layers=(0, 1, 2))])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_stacking_casts_as_it_copies(count: int) -> None:
+    halves = [make(3, seed=index).to(torch.float16) for index in range(count)]
+    wide = stack_kv(halves, torch.float32)
+    assert wide.values.dtype == torch.float32
+    assert torch.equal(wide.keys, stack_kv(halves).keys.float())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_named_and_padding_is_not_looked_at(bad: float) -> None:
     kv = make()

@@ -138,18 +138,19 @@ def real_tokens(part: Tensor, mask: Tensor) -> Tensor:
     return part.transpose(0, 1)[:, mask]
 
 
-def stack_kv(samples: Sequence[KV]) -> KV:
+def stack_kv(samples: Sequence[KV], dtype: torch.dtype | None = None) -> KV:
     """One batch from samples of the same layers and heads, right-padded with zeros to the longest.
 
-    One sample alone is given back as it is.
+    ``dtype`` is that of the batch's keys and values; default the first sample's. One sample alone is given back as it
+    is, or cast.
     """
     first = samples[0]
     if len(samples) == 1:
-        return first
+        return first if dtype is None else first.to(dtype)
     length = max(sample.keys.shape[3] for sample in samples)
     batch = sum(sample.keys.shape[0] for sample in samples)
     shape = (batch, *first.keys.shape[1:3], length, first.keys.shape[4])
-    keys, values = first.keys.new_zeros(shape), first.values.new_zeros(shape)
+    keys, values = (part.new_zeros(shape, dtype=dtype) for part in (first.keys, first.values))
     positions = first.positions.new_zeros(batch, length)
     mask = first.mask.new_zeros(batch, length)
     row = 0

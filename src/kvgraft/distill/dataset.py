@@ -83,11 +83,14 @@ class TeacherSource:
         return self._alignments[key]
 
     def aligned(self, example: EncodedExample | EncodedText) -> KV:
-        """Teacher KV ``[1, layers, heads, student tokens, head_dim]``; the mask says which tokens count."""
-        # Tokens are picked before they are widened; a mean over several has to be taken in float32.
+        """Teacher KV ``[1, layers, heads, student tokens, head_dim]`` of the stored dtype, or of float32.
+
+        The mask says which tokens count.
+        """
+        # Widened where batches are made of them; a mean over several tokens has to be taken in float32.
         as_stored = self.policy != "mean"
         stored = self.store.read(example.sample_key, layers=list(self.teacher_layers), as_stored=as_stored)
-        kv = gather_aligned(stored.kv, self.alignment(example)).to(torch.float32)
+        kv = gather_aligned(stored.kv, self.alignment(example))
         mask = kv.mask.clone()
         mask[:, : self.skip_first_tokens] = False
         return replace(kv, mask=mask)
@@ -184,6 +187,8 @@ class DistillationDataset(Dataset[dict[str, Any]]):
 class DistillationCollator:
     """Pads samples to one batch: tokens with ``pad_token_id``, labels with -100, KV with zeros and a false mask.
 
+    KV is float32 then, whatever it was stored in.
+
     ``texts_in_rows`` has the student read the samples packed: so many of them in the first row, so many in the next.
     """
 
@@ -203,7 +208,7 @@ class DistillationCollator:
         teachers = samples[0]["teacher_kv"]
         if teachers:
             batch["teacher_kv"] = {
-                name: stack_kv([sample["teacher_kv"][name] for sample in samples]) for name in teachers
+                name: stack_kv([sample["teacher_kv"][name] for sample in samples], torch.float32) for name in teachers
             }
         told = samples[0]["teacher_log_likelihood"]
         if told:

@@ -134,7 +134,7 @@ class PairDataset(Dataset[KVPair]):
     def __getitem__(self, index: int) -> KVPair:
         text = self.texts[index]
         student = self.student_store.read(text.sample_key, layers=list(self.student_layers)).kv
-        teacher = self.teacher.aligned(text)
+        teacher = self.teacher.aligned(text).to(torch.float32)
         source, target = (teacher, student) if self.direction == "teacher_to_student" else (student, teacher)
         return KVPair(source, target, teacher.mask, torch.tensor([text.input_ids]))
 
