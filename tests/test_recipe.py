@@ -53,6 +53,13 @@ def test_overrides(tmp_path: Path) -> None:
     assert recipe.kv_loss.weight == 0.5
 
 
+def test_a_field_written_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"`training` is written twice, on lines 8 and 10; keep one"):
+        load_recipe(recipe_file(tmp_path, RECIPE + "training:\n  batch_size: 2\n"))
+    with pytest.raises(RecipeError, match=r"`steps` is written twice, on lines 9 and 10; keep one"):
+        load_recipe(recipe_file(tmp_path, RECIPE + "  steps: 7\n"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

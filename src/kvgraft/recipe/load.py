@@ -13,6 +13,24 @@ from kvgraft.errors import RecipeError
 from kvgraft.recipe.recipe import Recipe
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """Refuses a field that is written twice, of which YAML would keep the last and drop the other without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"`{key.value}` is written twice, on lines {seen[key.value]} and {line}; keep one of them"
+                )
+            seen[key.value] = line
+        return node
+
+
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read ``path`` and apply ``overrides`` of the form ``a.b=value`` (lists by index: ``teachers.0.model=...``).
 
@@ -25,7 +43,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"no recipe at {path}; name a YAML file, for example recipes/quickstart.yaml")
     text = path.read_text(encoding="utf-8")
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
