@@ -60,6 +60,13 @@ def test_a_field_written_twice_is_refused(tmp_path: Path) -> None:
         load_recipe(recipe_file(tmp_path, RECIPE + "  steps: 7\n"))
 
 
+def test_a_recipe_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE, encoding="utf-16")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml is no text in UTF-8 .*; save it in UTF-8"):
+        load_recipe(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -41,7 +41,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"no recipe at {path}; name a YAML file, for example recipes/quickstart.yaml")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is no text in UTF-8 ({error}); save it in UTF-8") from error
     try:
         content = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
