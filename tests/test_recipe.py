@@ -67,6 +67,11 @@ def test_a_recipe_that_is_no_utf8_is_named(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+def test_an_override_whose_value_is_no_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--set training\.steps=\[1: the value \[1 is not valid YAML"):
+        load_recipe(recipe_file(tmp_path), ["training.steps=[1"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -79,6 +79,10 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     dotted, separator, value = override.partition("=")
     if not separator or not dotted:
         raise RecipeError(f"--set {override}: expected a.b=value, for example --set training.steps=100")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value {value} is not valid YAML: {error}") from error
     target: Any = content
     place = ""
     *parents, last = dotted.split(".")
@@ -89,10 +93,10 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             place = f"{place}.{part}" if place else part
         _require_number(override, place, target, last)
         if isinstance(target, list):
-            target[int(last)] = yaml.safe_load(value)
+            target[int(last)] = parsed
         else:
-            target[last] = yaml.safe_load(value)
-    except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+            target[last] = parsed
+    except (IndexError, ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"--set {override}: there is no field {dotted} in this recipe ({error})") from error
 
 
