@@ -347,3 +347,13 @@ def test_shuffle_draws_an_order_from_the_seed(tmp_path: Path) -> None:
     assert sorted(shuffled) == sorted(texts)
     assert [example.text for example in load_examples(source, limit=4, seed=1, shuffle=True)] == shuffled[:4]
     assert [example.text for example in load_examples(source, seed=2, shuffle=True)] != shuffled
+
+
+def test_files_that_are_read_in_folders_alone_are_told_apart_from_hub_data_sets(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("question,answer\n1+1?,two\n")
+    with pytest.raises(DataError, match=r"mine\.csv is no JSONL file\. Rename it train\.csv .* give the folder"):
+        load_examples(str(tmp_path / "mine.csv"), "train")
+    with pytest.raises(DataError, match=r"no file or folder at absent\.parquet"):
+        load_examples("absent.parquet", "train")
+    (tmp_path / "mine.csv").rename(tmp_path / "train.csv")
+    assert [example.text for example in load_examples(str(tmp_path), "train")] == ["1+1?\ntwo"]

@@ -27,6 +27,9 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "held_out": ("held_out", "test", "validation", "valid", "eval", "dev"),
 }
 WORD_PROBLEM_COUNTS: dict[Split, int] = {"train": 4000, "held_out": 400}
+# Ends of names of files with a JSON object a line, and of those that `datasets` reads in a folder.
+_JSON_LINES = (".jsonl", ".json", ".txt")
+_OF_DATASETS = (".csv", ".tsv", ".parquet", ".arrow")
 HUB_ALIASES = {"gsm8k": "openai/gsm8k:main", "openai/gsm8k": "openai/gsm8k:main"}
 
 logger = logging.getLogger(__name__)
@@ -204,9 +207,13 @@ def _rows(source: str, split: Split, streaming: bool) -> Iterator[Row]:
 
 def _is_file(source: str) -> bool:
     path = Path(source).expanduser()
-    looks_local = path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~"))
+    looks_local = path.suffix in (*_JSON_LINES, *_OF_DATASETS) or source.startswith((".", "/", "~"))
     if looks_local and not path.exists():
         raise DataError(f"no file or folder at {path} (looked in {Path.cwd()}); give {KNOWN_SOURCES}")
+    if path.is_file() and path.suffix in _OF_DATASETS:
+        raise DataError(
+            f"{path} is no JSONL file. Rename it train{path.suffix} (or test{path.suffix}) and give the folder it is in"
+        )
     return path.is_file()
 
 
