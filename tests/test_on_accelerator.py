@@ -20,7 +20,10 @@ RUNS = {
         "test_teachers.py::test_two_tokenizers_and_two_architectures_teach_one_student",
         "test_online.py::test_a_run_without_a_store",
     ],
-    "stores": ["store/test_quantize.py::test_kv_on_an_accelerator_gives_the_same_bits"],
+    "stores": [
+        "store/test_quantize.py::test_kv_on_an_accelerator_gives_the_same_bits",
+        "store/test_fill.py::test_kv_is_handed_over_where_the_model_is",
+    ],
     "evaluate": ["evaluate/test_run.py::test_everything_is_measured_and_written_without_touching_the_run"],
     "fit": ["fit/test_run.py::test_every_setting_goes_the_whole_way"],
     "graft": [

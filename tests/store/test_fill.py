@@ -11,11 +11,14 @@ from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.errors import KVGraftError
+from kvgraft.kv import KV
 from kvgraft.models.capture import capture
+from kvgraft.processes import process_state
 from kvgraft.store.fill import FillReport, encode_for_teacher, fill_store, store_folder
 from kvgraft.store.fill_kv import KVStoreToFill
 from kvgraft.store.format import StoreIdentity, text_fingerprint
 from kvgraft.store.reader import KVStore
+from kvgraft.store.writer import KVStoreWriter
 
 TEXTS = ["one", "two and two are four", "three apples and five more", "a much longer text than all of the others here"]
 LAYERS = (0, 2)
@@ -62,6 +65,24 @@ def test_stored_kv_is_what_the_model_gives_text_by_text(tmp_path: Path, token_bu
         torch.testing.assert_close(stored.kv.keys, expected.keys, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(stored.kv.values, expected.values, atol=1e-6, rtol=1e-5)
         assert (stored.spans == text.spans).all()
+
+
+def test_kv_is_handed_over_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of use where there is an accelerator, as in tests/test_on_accelerator.py: its KV is converted there.
+    device, seen = process_state().device, set()
+    add = KVStoreWriter.add
+
+    def noting(writer: KVStoreWriter, key: str, kv: KV, *rest: object) -> None:
+        seen.update({kv.keys.device.type, kv.values.device.type})
+        add(writer, key, kv, *rest)
+
+    monkeypatch.setattr(KVStoreWriter, "add", noting)
+    there, _ = fill(tmp_path / "there", load=lambda: teacher().to(device))
+    assert seen == {device.type}
+    here, _ = fill(tmp_path / "here")
+    for text in encoded():
+        key = text.sample_key
+        torch.testing.assert_close(there.read(key).kv.keys, here.read(key).kv.keys, atol=1e-6, rtol=1e-5)
 
 
 def test_second_time_the_teacher_is_not_even_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -53,7 +53,8 @@ class FillReport:
 class Found:
     """What a pass of the teacher gave for one text; None is what no store asked for.
 
-    ``kv`` has batch 1, no padding, and lies in memory; ``hidden [tokens, hidden_size]`` is what the head reads.
+    ``kv`` has batch 1 and no padding; ``hidden [tokens, hidden_size]`` is what the head reads. Both lie on the model's
+    device, where writers turn them into what they keep.
     """
 
     kv: KV | None = None
@@ -274,7 +275,9 @@ def _run(model: PreTrainedModel, texts: Sequence[EncodedText], stores: Sequence[
 
 
 def kv_of_texts(model: PreTrainedModel, texts: Sequence[EncodedText], layers: Sequence[int]) -> list[KV]:
-    """KV of each of ``texts`` (batch 1, no padding, in memory) from one pass of ``model``; not checked for NaN.
+    """KV of each of ``texts`` (batch 1, no padding, on the model's device) from one pass of ``model``.
+
+    It is not checked for NaN.
 
     Raises:
         ModelError: the model cannot be captured.
@@ -283,7 +286,6 @@ def kv_of_texts(model: PreTrainedModel, texts: Sequence[EncodedText], layers: Se
 
 
 def _by_text(kv: KV, texts: Sequence[EncodedText]) -> list[KV]:
-    kv = kv.to("cpu")
     return [_one_text(kv, row, len(text.input_ids)) for row, text in enumerate(texts)]
 
 

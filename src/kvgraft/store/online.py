@@ -55,7 +55,7 @@ class OnlineKV:
             batch = [texts[index] for index in bucket]
             for text, kv in zip(batch, kv_of_texts(self.load(), batch, self.identity.layers), strict=True):
                 where = f"teacher {self.teacher}, text {short_key(text.sample_key)}"
-                self._held[text.sample_key] = kv.require_finite(where)
+                self._held[text.sample_key] = kv.require_finite(where).to("cpu")
 
     def read(self, key: str, layers: Sequence[int] | None = None, *, as_stored: bool = False) -> StoredSample:
         """One text's KV in ``layers`` (default all that are captured); the teacher runs unless it is held.
