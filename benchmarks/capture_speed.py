@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 import typer
 from interleaved import interleaved_medians
+from profiled import profile_table
 from transformers import PreTrainedModel
 
 from kvgraft.models.capture import capture, decoder_of, kv_geometry
@@ -45,13 +46,7 @@ def profile_of(name: str, batch: int, tokens: int) -> str:
     """Shares of the operations that capturing all layers spends most in, as a table."""
     model = load_model(name, None, dtype="float32", device="cpu")
     input_ids = _random_ids(model, batch, tokens)
-    capture(model, input_ids)
-    with torch.profiler.profile() as profiled:
-        capture(model, input_ids)
-    found = sorted(profiled.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
-    whole = sum(entry.self_cpu_time_total for entry in found)
-    rows = [f"| {entry.key} | {entry.self_cpu_time_total / whole:.1%} |" for entry in found[:8]]
-    return "\n".join([f"| operation of {name.rpartition('/')[2]} | share |\n| --- | ---: |", *rows, ""])
+    return profile_table(lambda: capture(model, input_ids), name.rpartition("/")[2])
 
 
 def measure(

@@ -21,11 +21,13 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from profiled import profile_table
 from torch import Tensor, nn
 
 from kvgraft.distill.fused import fused_kv_loss
@@ -192,9 +194,15 @@ def main(
     dropout: Annotated[list[float] | None, typer.Option(help="Dropout; default 0.1 and 0.")] = None,
     repeats: Annotated[int, typer.Option(help="Repeats of which the fastest counts.")] = 3,
     growth: Annotated[bool, typer.Option(help="Also the table over tokens and layers.")] = True,
+    profile: Annotated[bool, typer.Option("--profile", help="What the fused way computes, instead.")] = False,
 ) -> None:
     """Print the tables in Markdown."""
     torch.set_num_threads(1)
+    if profile:
+        for share in dropout or [0.1, 0.0]:
+            step = Step(Sizes(layers, tokens, student_width, teacher_width, ratio, share))
+            typer.echo(profile_table(partial(step.run, "fused"), f"the fused way, dropout {share:g}"))
+        return
     typer.echo(f"{layers} layers x {tokens:,} tokens, kv_dim {student_width} to {teacher_width}, ratio {ratio:g}\n")
     typer.echo("| dropout | way | seconds | time over plain | share of product rate | extra MB | memory over plain |")
     typer.echo("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
