@@ -1,4 +1,4 @@
-"""Capture, projection with KV loss, and moving KV, on one card: seconds, and shares of what the card can do.
+"""Capture, caching, projection with KV loss, and moving KV, on one card: seconds, and shares of what the card can do.
 
     python benchmarks/accelerator.py
 
@@ -22,6 +22,7 @@ import typer
 from capture_speed import unrotated_cache
 from fused_loss import COMPILED, Sizes, Step
 from interleaved import interleaved_medians
+from store_speed import measure_caching
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -29,6 +30,7 @@ from kvgraft.models.capture import capture, decoder_of, kv_geometry
 from kvgraft.models.known import KnownModel, known_models
 
 ROUNDS = 5
+CACHED_DTYPES = ("float16", "int8", "float8", "compact")
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ def main(
         shape = known[model].model_copy(update={"num_hidden_layers": 2, "vocab_size": 1000})
         work = Work(shape, 2, 64, Sizes(2, 256, 64, 128, 2.0, 0.1), 256, 1 << 20)
     limits = measure_limits(chosen, work)
+    teacher = random_model(work.model, chosen)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or "processor"
-    figures = {
+    figures: dict[str, Any] = {
         "card": name,
         "limits": vars(limits),
-        "capture": measure_capture(chosen, work, limits),
+        "capture": measure_capture(teacher, work, limits),
+        "caching": {dtype: caching_over_capture(teacher, work, dtype) for dtype in CACHED_DTYPES},
         "projection and KV loss": measure_loss(chosen, work, limits),
     }
     typer.echo(
@@ -90,10 +94,12 @@ def main(
         f"{limits.copy / 1e9:,.0f} GB/s copied, {limits.to_card / 1e9:,.1f} GB/s from pinned memory"
     )
     for part in ("capture", "projection and KV loss"):
-        rows: Any = figures[part]
         typer.echo(f"\n| {part} | ms | share of the matrix rate | peak MB |\n| --- | ---: | ---: | ---: |")
-        for way, (seconds, share, peak) in rows.items():
+        for way, (seconds, share, peak) in figures[part].items():
             typer.echo(f"| {way} | {seconds * 1e3:,.1f} | {share:.0%} | {peak / 1e6:,.0f} |")
+    typer.echo("\n| caching | time over capture alone |\n| --- | ---: |")
+    for dtype, ratio in figures["caching"].items():
+        typer.echo(f"| {dtype} | {ratio:.3f} |")
     if output is not None:
         output.write_text(json.dumps(figures, indent=2))
 
@@ -110,9 +116,9 @@ def measure_limits(device: torch.device, work: Work) -> Limits:
     return Limits(rates[0], rates[1], 2 * work.copied / seconds["copy"], work.copied / seconds["to card"])
 
 
-def measure_capture(device: torch.device, work: Work, limits: Limits) -> dict[str, tuple[float, float, float]]:
+def measure_capture(model: PreTrainedModel, work: Work, limits: Limits) -> dict[str, tuple[float, float, float]]:
     """Seconds, share of the matrix rate and peak bytes of the trunk alone, of capture, and of a cache un-rotated."""
-    model = random_model(work.model, device)
+    device = model.device
     input_ids = torch.randint(work.model.vocab_size, (work.batch, work.tokens), device=device)
     positions = torch.arange(work.tokens, device=device).expand(work.batch, -1)
     ways: dict[str, Callable[[], object]] = {
@@ -132,6 +138,12 @@ def measure_capture(device: torch.device, work: Work, limits: Limits) -> dict[st
     shares = {name: operations / seconds / limits.bfloat16 for name, seconds in found.items()}
     shares["capture, lower half"] /= 2
     return {name: (found[name], shares[name], peaks[name]) for name in ways}
+
+
+def caching_over_capture(model: PreTrainedModel, work: Work, dtype: str) -> float:
+    """Time of filling a store of ``dtype`` by two passes over that of the passes alone."""
+    measured = measure_caching(ROUNDS, texts=2 * work.batch, tokens=work.tokens, dtype=dtype, model=model)
+    return float(measured["ratio"])
 
 
 def measure_loss(device: torch.device, work: Work, limits: Limits) -> dict[str, tuple[float, float, float]]:

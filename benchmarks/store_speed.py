@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -240,15 +241,20 @@ def measure_caching(
     clock: Clock = time.perf_counter,
     texts: int = 4,
     tokens: int = 192,
-) -> dict[str, object]:
+    dtype: str = "float16",
+    model: PreTrainedModel | None = None,
+) -> dict[str, Any]:
     """Seconds of capturing texts, and of filling a store with what is captured; their ratio, and ``table``."""
-    model = load_model(MODEL, None, dtype="float32", device="cpu")
+    model = model or load_model(MODEL, None, dtype="float32", device="cpu")
     encoded, identity = _random_texts(model, texts, tokens)
+    identity = replace(identity, dtype=dtype)
     batch = texts // 2
 
     def plain() -> None:
         for first in range(0, texts, batch):
             capture(model, *pad_texts(encoded[first : first + batch]))
+        if model.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def fill(root: Path) -> None:
         store = KVStoreToFill(root / "store", identity, 8_000_000)
