@@ -85,6 +85,9 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
             _finish_arm(folder / arm, arm, recipe, parameters, prepared.phases.seconds[f"train {arm}"])
         else:
             logger.info("arm %s was finished before and is not trained again", arm)
+            if process_state().is_main_process:
+                # A kill just after the arm's file was written leaves them.
+                shutil.rmtree(folder / arm / CHECKPOINTS_FOLDER, ignore_errors=True)
         result.arms.append(_read_arm(folder / arm))
     # Those of arms that were finished before are in their own files.
     result.seconds = prepared.phases.seconds | {f"train {arm.arm}": arm.seconds for arm in result.arms}

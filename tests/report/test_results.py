@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from kvgraft.distill.arms import non_finite_steps
+from kvgraft.distill.arms import gradient_shares, non_finite_steps, real_token_share
 from kvgraft.errors import RecipeError, ResultError
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.environment import describe_environment
@@ -208,7 +208,18 @@ def test_notes_of_people_stay_when_the_log_is_written_again(tmp_path: Path) -> N
 
 
 def test_steps_that_are_not_finite_are_counted(tmp_path: Path) -> None:
-    for loss in (1.0, float("nan"), float("inf")):
-        append_metrics(tmp_path / "metrics.jsonl", {"step": 1, "loss": loss})
+    for step, loss in enumerate((1.0, float("nan"), float("inf"))):
+        append_metrics(tmp_path / "metrics.jsonl", {"step": step, "loss": loss})
     append_metrics(tmp_path / "metrics.jsonl", {"step": 2, "eval_loss": 1.0})
     assert non_finite_steps(tmp_path) == 2
+
+
+def test_steps_that_were_logged_again_after_a_kill_count_once(tmp_path: Path) -> None:
+    counts = {"real_tokens": 60.0, "processed_tokens": 100.0}
+    for step, share in ((1, 0.2), (2, 0.4), (2, 0.4), (3, 0.6)):
+        record = {"step": step, "loss": float("nan"), **counts, "gradient_share/kv": share}
+        append_metrics(tmp_path / "metrics.jsonl", record)
+    append_metrics(tmp_path / "metrics.jsonl", {"step": 3, "loss": 1.0, "real_tokens": 80.0, "processed_tokens": 100.0})
+    assert gradient_shares(tmp_path) == {"kv": pytest.approx(0.4)}
+    assert non_finite_steps(tmp_path) == 2
+    assert real_token_share(tmp_path) == pytest.approx(200 / 300)

@@ -245,7 +245,7 @@ def seconds_at_evaluations(folder: Path) -> dict[int, float]:
 def gradient_shares(folder: Path) -> dict[str, float]:
     """Mean share of each loss part in the student's gradient norm over an arm's log."""
     found: dict[str, list[float]] = {}
-    for record in read_metrics(folder / "metrics.jsonl"):
+    for record in _training_records(folder):
         for name, value in record.items():
             if name.startswith("gradient_share/"):
                 found.setdefault(name.removeprefix("gradient_share/"), []).append(value)
@@ -254,13 +254,13 @@ def gradient_shares(folder: Path) -> dict[str, float]:
 
 def real_token_share(folder: Path) -> float | None:
     """Share of the tokens that an arm's student ran over that were no padding, from its log."""
-    counts = {
-        record["step"]: (record["real_tokens"], record["processed_tokens"])
-        for record in read_metrics(folder / "metrics.jsonl")
+    counts = [
+        (record["real_tokens"], record["processed_tokens"])
+        for record in _training_records(folder)
         if "processed_tokens" in record
-    }
-    processed = sum(count for _, count in counts.values())
-    return sum(count for count, _ in counts.values()) / processed if processed else None
+    ]
+    processed = sum(count for _, count in counts)
+    return sum(count for count, _ in counts) / processed if processed else None
 
 
 def gradient_shares_of(recipe: Recipe, model: DistillationModel) -> dict[str, float]:
@@ -276,8 +276,18 @@ def non_finite_steps(folder: Path) -> int:
     """Steps of an arm's log whose loss or gradient norm is NaN or infinite."""
     return sum(
         not all(math.isfinite(record.get(name, 0.0)) for name in ("loss", "ce_loss", "kv_loss", "grad_norm"))
-        for record in read_metrics(folder / "metrics.jsonl")
+        for record in _training_records(folder)
     )
+
+
+def _training_records(folder: Path) -> list[dict[str, Any]]:
+    """What an arm's log says of training, once for each step; after a resume the later record of a step counts."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in read_metrics(folder / "metrics.jsonl"):
+        if "loss" in record:
+            # What was measured before the checkpoint may be in the earlier record alone.
+            by_step.setdefault(int(record["step"]), {}).update(record)
+    return list(by_step.values())
 
 
 _SCHEDULES: dict[str, Callable[[float], float]] = {
