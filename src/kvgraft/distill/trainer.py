@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
+from kvgraft.data.batching import IGNORED
 from kvgraft.distill.callbacks import ReadAheadCallback
 from kvgraft.distill.dataset import Batches, DistillationCollator, DistillationDataset, PlannedBatches
 from kvgraft.distill.model import DistillationModel
@@ -135,7 +137,8 @@ class KVTrainer(Trainer):
         Counts their aligned tokens over all processes beside the labelled ones.
         """
         batches = epoch_iterator if self._read_ahead is None else self._read_ahead.batches(epoch_iterator, num_batches)
-        samples, num_items = super().get_batch_samples(batches, num_batches, device)
+        heard = (self._without_repeated(batch, number) for number, batch in enumerate(batches))
+        samples, num_items = super().get_batch_samples(heard, num_batches, device)
         self._summed_steps += 1
         self._add_parts(_count_tokens(samples, device))
         self._num_kv_tokens, self._num_taught_tokens = {}, None
@@ -205,6 +208,25 @@ class KVTrainer(Trainer):
             batches_per_step = len(self.train_dataset) // self.args.max_steps
             self.state.epoch = self.train_dataset.epochs(self.state.global_step * batches_per_step)
         super().log(logs, start_time)
+
+    def _without_repeated(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+        """``batch``, this step's micro-batch ``number``, with no loss on texts that the epoch has had already.
+
+        Accelerate repeats its first ones at its end, so that every process gets as many batches.
+        """
+        args, num_texts = self.args, len(self.train_dataset)
+        if args.world_size == 1 or isinstance(self.train_dataset, PlannedBatches):
+            return batch
+        pieces = args.gradient_accumulation_steps * args.world_size
+        step = self.state.global_step % math.ceil(num_texts / (pieces * args.train_batch_size))
+        piece = step * pieces + number * args.world_size + args.process_index
+        repeated = slice(max(0, num_texts - piece * args.train_batch_size), None)
+        batch["labels"][repeated] = IGNORED
+        for kv in batch.get("teacher_kv", {}).values():
+            kv.mask[repeated] = False
+        for target in batch.get("teacher_logits", {}).values():
+            target["mask"][repeated] = False
+        return batch
 
     def _add_parts(self, outputs: dict[str, Tensor]) -> None:
         for name, value in outputs.items():
