@@ -205,6 +205,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     assert relative_difference(*found) < 1e-6
 
 
+def test_only_one_process_writes_a_checkpoint(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in every process but the first.
+    monkeypatch.setattr(TrainingArguments, "should_save", False)
+    _, trainer = gradients(tiny_recipe(training={"steps": 2}), tmp_path / "run")
+    trainer.save_model(str(tmp_path / "run" / "student"))
+    written = [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert all(name.startswith("rng_state") for name in written)
+
+
 def test_processes_stop_together(monkeypatch: pytest.MonkeyPatch) -> None:
     # One process alone was asked to, another one.
     monkeypatch.setattr(callbacks, "from_any_process", lambda said: True)

@@ -263,6 +263,9 @@ class KVTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The student in the Hugging Face layout, the projector in a folder beside its files."""
+        # Newer Trainers call this in every process, and those of one folder would take each other's files away.
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         model = self.distillation
         save_student(model.student, folder, _strip_prefix(state_dict, "student."))
