@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from kvgraft.distill import callbacks
 from kvgraft.distill.arms import build_arm
+from kvgraft.errors import AlignmentError
 from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe
 from kvgraft.run import arm_data
@@ -185,6 +187,18 @@ def test_mismatched_arm_gets_the_kv_of_another_text(tiny_recipe: Callable[..., R
     # Held-out KV is every text's own: it measures, and does not teach.
     held_out = data.held_out_set("mismatched")
     assert held_out.partner == list(range(len(held_out)))
+
+
+def test_a_text_that_is_there_twice_is_not_another_text(tiny_recipe: Callable[..., Recipe]) -> None:
+    data = arm_data(prepare(tiny_recipe()))
+    repeated = [example for example in data.train[:3] for _ in range(4)]
+    texts = replace(data, train=repeated).train_set("mismatched", 0)
+    assert all(
+        repeated[partner].sample_key != example.sample_key
+        for example, partner in zip(repeated, texts.partner, strict=True)
+    )
+    with pytest.raises(AlignmentError, match="two different texts"):
+        replace(data, train=repeated[:4]).train_set("mismatched", 0)
 
 
 @pytest.mark.parametrize("objective", ["student_to_teacher", "relational"])

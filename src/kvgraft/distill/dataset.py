@@ -137,7 +137,9 @@ class DistillationDataset(Dataset[dict[str, Any]]):
         self.sources = sources
         self.logit_sources = logit_sources
         self.partner = (
-            list(range(len(examples))) if mismatch_seed is None else _derangement(len(examples), mismatch_seed)
+            list(range(len(examples)))
+            if mismatch_seed is None
+            else _derangement([example.sample_key for example in examples], mismatch_seed)
         )
 
     def __len__(self) -> int:
@@ -274,15 +276,21 @@ def _pad(rows: list[Tensor], value: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def _derangement(count: int, seed: int) -> list[int]:
-    """A fixed random partner for every text, never itself: one step along a random cycle."""
-    if count < 2:
-        raise AlignmentError("KV of another text needs at least two texts")
-    order = list(range(count))
+def _derangement(keys: Sequence[str], seed: int) -> list[int]:
+    """A fixed random partner for every text, never the same text: one step along a random cycle, or to the next other.
+
+    ``keys`` tell which texts are the same.
+    """
+    if len(set(keys)) < 2:
+        raise AlignmentError("KV of another text needs at least two different texts")
+    order = list(range(len(keys)))
     random.Random(seed).shuffle(order)
-    partner = [0] * count
+    partner = [0] * len(keys)
     for index, text in enumerate(order):
-        partner[text] = order[(index + 1) % count]
+        steps = 1
+        while keys[order[(index + steps) % len(order)]] == keys[text]:
+            steps += 1
+        partner[text] = order[(index + steps) % len(order)]
     return partner
 
 
