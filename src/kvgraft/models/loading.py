@@ -73,16 +73,27 @@ def load_model(
             ``device``; where there is one process, it is loaded as any other.
 
     Raises:
-        ModelError: it cannot be found or loaded; says what the name was taken for.
+        ModelError: it cannot be found or loaded, and says what the name was taken for; or there is no such device here.
     """
     if device == "auto":
         device = str(process_state().device)
+    _require_device(device)
     torch_dtype = getattr(torch, dtype)
     placement = placement_options(torch_dtype, device, quantization, device_map)
     if tensor_parallel:
         placement |= tensor_parallel_options(name, kv_geometry(load_config(name, revision)))
     model = _load(AutoModelForCausalLM.from_pretrained, name, revision, weights=True, dtype=torch_dtype, **placement)
     return model.eval() if placement else model.to(device).eval()
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise ModelError(
+            f"device {device!r} cannot be used here: {str(error).splitlines()[0]}. Give auto, cpu, or one that this "
+            "machine has, such as cuda:0"
+        ) from error
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:
