@@ -120,8 +120,9 @@ def test_chat_template_that_refuses_names_the_line(tmp_path: Path) -> None:
         ({"messages": []}, r"need an assistant turn with text; the roles are \[\]"),
         ({"messages": CHAT[:2]}, r"need an assistant turn with text; the roles are \['system', 'user'\]"),
         ({"messages": [{"role": "assistant", "content": " "}]}, "need an assistant turn with text"),
-        ({"messages": [{"role": "assistant"}]}, "`content` must be text; got NoneType"),
-        ({"messages": [{"content": "x"}]}, "`role` must be text"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "`content` must be text; got NoneType"),
+        ({"messages": [{"role": "assistant"}]}, r"`content` is missing; found \['role'\]"),
+        ({"messages": [{"from": "human", "value": "x"}]}, r"`role` is missing; found \['from', 'value'\]"),
     ],
 )
 def test_bad_row_names_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -286,9 +287,11 @@ def test_one_file_is_split_by_the_hash_of_each_text(tmp_path: Path) -> None:
     assert few == (train[:7], held_out[:2])
 
 
-def test_file_too_small_to_split_is_refused(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "one.jsonl", {"text": "only"})
-    with pytest.raises(DataError, match=r"holds 1 examples, too few to hold one in ten out; name a second file"):
+@pytest.mark.parametrize("rows", [1, 40])
+def test_file_too_small_to_split_is_refused(tmp_path: Path, rows: int) -> None:
+    source = write_jsonl(tmp_path / "one.jsonl", *[{"text": "only"}] * rows)
+    message = rf"holds {rows} examples of 1 texts that differ, too few to hold one in ten out; name a second file"
+    with pytest.raises(DataError, match=message):
         load_train_and_held_out(source)
 
 

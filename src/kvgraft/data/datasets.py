@@ -150,9 +150,10 @@ def load_train_and_held_out(
             if all(len(examples) == limit for examples, limit in zip(sides, limits, strict=True)):
                 break
         if not all(sides):
+            texts = {example.text for side in sides for example in side}
             raise DataError(
-                f"{train} holds {len(sides[0]) + len(sides[1])} examples, too few to hold one in ten out; "
-                "name a second file as held_out"
+                f"{train} holds {len(sides[0]) + len(sides[1])} examples of {len(texts)} texts that differ, too few to "
+                "hold one in ten out; name a second file as held_out"
             )
         return sides
     ways: dict[str, Any] = {"tokenizer": tokenizer, "keep_turns": keep_turns, "streaming": streaming}
@@ -334,7 +335,9 @@ def _filled_string(where: str, row: Mapping[str, Any], column: str) -> str:
 
 
 def _string(where: str, row: Mapping[str, Any], column: str) -> str:
-    value = row.get(column)
+    if column not in row:
+        raise DataError(f"{where}: `{column}` is missing; found {sorted(row)}")
+    value = row[column]
     if not isinstance(value, str):
         raise DataError(f"{where}: `{column}` must be text; got {type(value).__name__} {str(value)[:60]!r}")
     try:
