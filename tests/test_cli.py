@@ -1,6 +1,8 @@
 """The command line as a user meets it."""
 
+import io
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvgraft.cli import app
+from kvgraft.cli import app, main
 from kvgraft.recipe import Recipe
 
 runner = CliRunner()
@@ -25,6 +27,21 @@ def recipe_file(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
 def test_help_names_every_command() -> None:
     output = runner.invoke(app, ["--help"]).output
     assert all(command in output for command in ("plan", "cache", "train", "evaluate", "ablate", "migrate"))
+
+
+def test_a_warning_of_the_hub_is_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["kvgraft", "--help"])
+    monkeypatch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)
+    monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
+    printed = io.StringIO()
+    hub = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(hub, "propagate", True)
+    monkeypatch.setattr(hub, "handlers", [logging.StreamHandler(printed)])
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(printed)])
+    with pytest.raises(SystemExit):
+        main()
+    logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+    assert printed.getvalue() == "Retrying in 1s\n"
 
 
 def test_plan_tells_sizes_without_running_anything(recipe_file: Path, tmp_path: Path) -> None:

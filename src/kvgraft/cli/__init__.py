@@ -42,6 +42,9 @@ def main() -> None:
     # Its bars and warnings would cut through ours; what matters of them comes back as an error.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # These two print their warnings themselves; our handler would print each once more.
+    for library in ("huggingface_hub", "datasets"):
+        logging.getLogger(library).propagate = False
     try:
         app()
     except KVGraftError as error:
