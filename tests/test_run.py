@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from kvgraft.distill.trainer import KVTrainer
-from kvgraft.errors import DataError, KVGraftError, RecipeError
+from kvgraft.errors import DataError, KVGraftError, RecipeError, ResultError
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.log import read_metrics
@@ -233,7 +233,7 @@ def test_stopped_after_the_last_step_no_step_is_added(
     whole = run(recipe, tmp_path / "whole")
     with monkeypatch.context() as patched:
         fill_the_disk(patched, KVTrainer, "save_model", "student")
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ResultError, match="No space left"):
             run(recipe, tmp_path / "stopped")
     resumed = run(recipe, tmp_path / "stopped", resume=True)
     assert resumed.arms[0].evaluations == whole.arms[0].evaluations
@@ -249,7 +249,7 @@ def test_a_torn_checkpoint_is_passed_over(
     whole = run(recipe, tmp_path / "whole")
     with monkeypatch.context() as patched:
         fill_the_disk(patched, Trainer, "_save_optimizer_and_scheduler", "checkpoint-4")
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ResultError, match="No space left"):
             run(recipe, tmp_path / "stopped")
     resumed = run(recipe, tmp_path / "stopped", resume=True)
     assert resumed.arms[0].evaluations == whole.arms[0].evaluations

@@ -15,7 +15,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from kvgraft.distill import callbacks
 from kvgraft.distill.arms import build_arm
-from kvgraft.errors import AlignmentError
+from kvgraft.distill.checkpoints import saving_into
+from kvgraft.errors import AlignmentError, ResultError
 from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe
 from kvgraft.run import arm_data
@@ -228,6 +229,17 @@ def test_only_one_process_writes_a_checkpoint(
     trainer.save_model(str(tmp_path / "run" / "student"))
     written = [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert all(name.startswith("rng_state") for name in written)
+
+
+def test_a_full_disk_is_said_in_words(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    for numbers in (10, 10**6):  # torch fails at the end, or with an error of its own before
+        message = rf"cannot write weights into {tmp_path}.* bytes are free .*--resume"
+        with pytest.raises(ResultError, match=message), saving_into(tmp_path):
+            torch.save(torch.zeros(numbers), "/dev/full")
+    with pytest.raises(torch.OutOfMemoryError), saving_into(tmp_path):
+        raise torch.OutOfMemoryError("no memory")
 
 
 def test_processes_stop_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 
@@ -51,8 +52,11 @@ def main() -> None:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except OSError as error:
-        if error.errno is None or error.filename is None:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"error: {error}; make room and run the same command again, with --resume where it takes that"
+        elif error.errno is None or error.filename is None:
             raise
-        message = f"error: {error.filename}: {error.strerror}; give a place that can be read and written"
+        else:
+            message = f"error: {error.filename}: {error.strerror}; give a place that can be read and written"
         Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -15,7 +15,7 @@ from kvgraft.data.batch_plan import plan_batches
 from kvgraft.data.batching import EncodedExample
 from kvgraft.distill.build import build_distillation
 from kvgraft.distill.callbacks import EvaluateLastCallback, InterruptCallback, MetricsCallback, ProgressCallback
-from kvgraft.distill.checkpoints import last_checkpoint, train_from
+from kvgraft.distill.checkpoints import last_checkpoint, saving_into, train_from
 from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, PlannedBatches, TeacherSource
 from kvgraft.distill.logit_part import LogitPart
 from kvgraft.distill.logit_sources import LogitSource
@@ -145,7 +145,8 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path, callbacks: 
             raise TrainingInterruptedError(
                 f"stopped at step {trainer.state.global_step} of {steps} of arm {arm}; a checkpoint is in {checkpoints}"
             )
-    trainer.save_model(str(folder / STUDENT_FOLDER))
+    with saving_into(folder):
+        trainer.save_model(str(folder / STUDENT_FOLDER))
     if trainer.is_world_process_zero():
         _keep_projector_beside(folder)
     return model.projector.count_parameters() if model.projector is not None else 0

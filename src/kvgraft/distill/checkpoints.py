@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+
+from kvgraft.errors import ResultError
 
 
 def last_checkpoint(folder: Path) -> tuple[str | None, int]:
@@ -23,6 +29,26 @@ def train_from(trainer: Trainer, checkpoint: str | None, done: int) -> None:
         trainer._load_from_checkpoint(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@contextmanager
+def saving_into(folder: Path) -> Iterator[None]:
+    """Name ``folder`` and the room in it where weights cannot be written: torch's own error on a full disk has neither.
+
+    Raises:
+        ResultError: they cannot; earlier checkpoints stay usable.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # No memory and lost processes are kinds of their own; what torch cannot write is a plain one.
+        is_of_writing = not isinstance(error, RuntimeError) or type(error) is RuntimeError
+        if not folder.is_dir() or not is_of_writing:
+            raise
+        raise ResultError(
+            f"cannot write weights into {folder}, where {shutil.disk_usage(folder).free:,} bytes are free ({error}). "
+            "Make room there and run the same command with --resume: it goes on from the last whole checkpoint"
+        ) from error
 
 
 def _is_whole(checkpoint: Path) -> bool:

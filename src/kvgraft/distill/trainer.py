@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 
 from kvgraft.data.batching import IGNORED
 from kvgraft.distill.callbacks import ReadAheadCallback
+from kvgraft.distill.checkpoints import saving_into
 from kvgraft.distill.dataset import Batches, DistillationCollator, DistillationDataset, PlannedBatches
 from kvgraft.distill.model import DistillationModel
 from kvgraft.evaluate.quality import held_out_quality
@@ -260,6 +261,10 @@ class KVTrainer(Trainer):
         model.kv_weight, model.logit_weight = (
             self.part_weights[part] * self.weight_schedules[part](share_done) for part in ("kv", "logit")
         )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with saving_into(Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The student in the Hugging Face layout, the projector in a folder beside its files."""
