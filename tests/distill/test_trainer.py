@@ -1,6 +1,7 @@
 """The training step: the same gradients however a batch is split, nothing from ignored tokens, two learning rates."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -240,6 +241,27 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path) -> None:
             torch.save(torch.zeros(numbers), "/dev/full")
     with pytest.raises(torch.OutOfMemoryError), saving_into(tmp_path):
         raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    interrupt = callbacks.InterruptCallback()
+    arguments, state, control = TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl()
+    interrupt.on_train_begin(arguments, state, control)
+    try:
+        assert signal.getsignal(number) is not before
+        signal.raise_signal(number)
+        # A launcher passes on what it gets.
+        signal.raise_signal(signal.SIGTERM)
+        interrupt.on_step_end(arguments, state, control)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interrupt.on_train_end(arguments, state, control)
+    assert control.should_save
+    assert control.should_training_stop
+    assert signal.getsignal(number) is before
 
 
 def test_processes_stop_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,15 +93,19 @@ class EvaluateLastCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """On Ctrl-C, finish the step, leave a checkpoint and stop; a second Ctrl-C stops at once."""
+    """On Ctrl-C or SIGTERM (a job's time is up), finish the step, leave a checkpoint and stop.
+
+    A second Ctrl-C stops at once. A second SIGTERM does not: clusters send it to a launcher, which passes it on, and to
+    its processes.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take over the signal."""
-        self._previous = signal.signal(signal.SIGINT, self._note)
+        """Take over the signals."""
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop with a checkpoint if asked to."""
@@ -112,10 +116,11 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Give the signal back."""
-        signal.signal(signal.SIGINT, self._previous)
+        """Give the signals back."""
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.interrupted:
+        if self.interrupted and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.interrupted = True
