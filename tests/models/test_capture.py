@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KVGeometry
@@ -222,6 +222,14 @@ def test_layers_without_rotation_are_refused() -> None:
     input_ids, mask, _ = padded_batch()
     with pytest.raises(ModelError, match=r"SmolLM3ForCausalLM.*layers \[2\]"):
         capture(model, input_ids, mask)
+
+
+def test_heads_of_another_width_in_each_layer_are_refused() -> None:
+    # Full layers of Gemma 4 have wider heads than those of its window.
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no Gemma 4")
+    with pytest.raises(ModelError, match=r"gemma4_text cannot be captured.*head_dim of its own"):
+        kv_geometry(AutoConfig.for_model("gemma4_text"))
 
 
 def test_layers_that_do_not_exist_are_refused() -> None:
