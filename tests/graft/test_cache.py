@@ -12,6 +12,7 @@ from kvgraft.models.capture import capture
 from kvgraft.projector.projector import KVDimensionProjector
 from tests.graft.students import identity_projector, student_of
 from tests.graft.test_pieces import ids
+from tests.models.test_capture import BART, tiny
 
 WIDTH, LAYERS = 16, 3  # of the grouped students
 
@@ -124,6 +125,21 @@ def test_what_follows_must_go_with_the_cache() -> None:
         student(**cache.forward_inputs(ids(2, 4)))
     with pytest.raises(GraftError, match=r"read 4 tokens after its grafted part and input_ids holds 4.*deepcopy"):
         cache.forward_inputs(ids(2, 4))
+
+
+def test_a_student_that_counts_its_positions_reads_on_where_it_counts_right() -> None:
+    bart = tiny("bart", **BART)
+    text, following = ids(2, 6), ids(2, 3)
+    with torch.no_grad():
+        cache = cache_from_kv(bart, capture(bart, text))
+        logits = bart(**cache.forward_inputs(following)).logits
+        whole = bart(input_ids=torch.cat([text, following], 1), use_cache=False).logits
+    torch.testing.assert_close(logits, whole[:, 6:], atol=1e-5, rtol=0)
+    mask = torch.ones_like(text)
+    mask[1, 4:] = 0
+    ragged = cache_from_kv(bart, capture(bart, text, mask))
+    with pytest.raises(GraftError, match="BartForCausalLM takes no position_ids"):
+        ragged.forward_inputs(following)
 
 
 def unsupported(family: str) -> PreTrainedModel:

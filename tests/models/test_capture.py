@@ -338,17 +338,20 @@ def test_geometry_of_falcon_is_that_of_its_cache(fields: dict) -> None:
     assert (geometry.num_kv_heads, geometry.head_dim) == (keys.shape[1], keys.shape[3])
 
 
+# Takes no position_ids.
+BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+}
+
+
 def test_padding_on_the_left_is_refused_where_positions_count_it() -> None:
-    model = tiny(
-        "bart",
-        vocab_size=VOCABULARY,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        decoder_ffn_dim=48,
-    )
+    model = tiny("bart", **BART)
     input_ids, mask, _ = padded_batch()
     with pytest.raises(ModelError, match="BartForCausalLM takes no position_ids"):
         capture(model, input_ids, mask)

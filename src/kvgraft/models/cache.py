@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from kvgraft.errors import GraftError
 from kvgraft.kv import KV
-from kvgraft.models.capture import kv_geometry
+from kvgraft.models.capture import kv_geometry, takes_positions
 from kvgraft.models.rope import rotate
 from kvgraft.models.rotary import rotations_at
 
@@ -51,6 +51,8 @@ class GraftedCache(DynamicCache):
         self.next_positions = next_positions
         self.token_ids = token_ids
         self.context = context_length(model)
+        # The name of a model that counts its positions itself; such a one reads on only where it counts right.
+        self._counting_model = None if takes_positions(model) else type(model).__name__
 
     def forward_inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
         """Keyword arguments for ``model(**...)``: tokens not read yet, full mask, their positions, this cache.
@@ -62,7 +64,8 @@ class GraftedCache(DynamicCache):
                 Sliding-window layers count padding as tokens of their window.
 
         Raises:
-            GraftError: another batch size, nothing new to read, or more tokens than the model's context.
+            GraftError: another batch size, nothing new to read, more tokens than the model's context, or padding in
+                front of tokens of a model that takes no positions.
         """
         mask, positions = self._extended(input_ids, attention_mask)
         read = self.get_seq_length()
@@ -128,7 +131,15 @@ class GraftedCache(DynamicCache):
                 f"{self.context} tokens; graft less text or take a student with a longer context"
             )
         slot_positions = torch.arange(-slots, 0, device=grafted.device) + self.next_positions[:, None]
-        return torch.cat([grafted, new], 1), torch.cat([slot_positions.clamp_min(0), new_positions], 1)
+        mask = torch.cat([grafted, new], 1)
+        positions = torch.cat([slot_positions.clamp_min(0), new_positions], 1)
+        counted = torch.arange(mask.shape[1], device=mask.device)
+        if self._counting_model and bool(((positions != counted) & mask.bool()).any()):
+            raise GraftError(
+                f"{self._counting_model} takes no position_ids and counts padding in front of a token as text; graft "
+                "texts of one length that start at position 0, and pad input_ids on the right"
+            )
+        return mask, positions
 
 
 def context_length(model: PreTrainedModel) -> int:

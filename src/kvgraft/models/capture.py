@@ -221,9 +221,14 @@ def capture(
     return kv
 
 
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether ``model`` can be told where its tokens stand; Bart and its kin count every slot as a token."""
+    return "position_ids" in inspect.signature(decoder_of(model).forward).parameters
+
+
 def _require_positions(model: PreTrainedModel, attention_mask: Tensor, position_ids: Tensor) -> None:
     """Refuse padding on the left where the model counts its positions itself, padding included."""
-    if "position_ids" in inspect.signature(decoder_of(model).forward).parameters:
+    if takes_positions(model):
         return
     counted = torch.arange(position_ids.shape[1], device=position_ids.device)
     if bool(((position_ids != counted) & attention_mask.bool()).any()):
