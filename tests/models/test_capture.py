@@ -338,6 +338,28 @@ def test_geometry_of_falcon_is_that_of_its_cache(fields: dict) -> None:
     assert (geometry.num_kv_heads, geometry.head_dim) == (keys.shape[1], keys.shape[3])
 
 
+BERT = MULTI_HEAD | {"intermediate_size": 48, "max_position_embeddings": 66, "initializer_range": 0.15}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "layers"),
+    [("bert", {}, r"\[1, 2\]"), ("roberta", {"is_decoder": True, "pad_token_id": 1}, r"\[0, 1, 2\]")],
+)
+def test_keys_that_follow_the_whole_text_or_other_positions_are_refused(family: str, fields: dict, layers: str) -> None:
+    # RoBERTa's first token is at position 2, one behind its padding token's id.
+    with pytest.raises(ModelError, match=rf"cannot be captured: in layers {layers} its keys depend on.*is_decoder"):
+        capture(tiny(family, **BERT | fields), padded_batch()[0])
+
+
+def test_bert_as_a_decoder_is_captured() -> None:
+    model = tiny("bert", **BERT | {"is_decoder": True})
+    input_ids, mask, _ = padded_batch()
+    kv = capture(model, input_ids, mask)
+    for layer, (keys, values) in enumerate(own_cache(model)):
+        torch.testing.assert_close(kv.keys[:, layer], keys)
+        torch.testing.assert_close(kv.values[:, layer], values)
+
+
 # Takes no position_ids.
 BART = {
     "vocab_size": VOCABULARY,

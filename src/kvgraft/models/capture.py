@@ -25,8 +25,9 @@ from kvgraft.models.placement import input_device
 from kvgraft.models.rope import unrotate
 from kvgraft.models.tensor_parallel import whole_heads
 
-# Tokens and distance of the check that un-rotated keys do not depend on where a text stands.
-_PROBE_TOKENS, _PROBE_SHIFT, _PROBE_TOLERANCE = 8, 7, 0.05
+# Tokens and distance of the check that un-rotated keys do not depend on where a text stands, and how far keys without
+# rotation may be from those of a text with another end: quantisation in 8 bits looks at all tokens at once.
+_PROBE_TOKENS, _PROBE_SHIFT, _PROBE_TOLERANCE, _OTHER_END_TOLERANCE = 8, 7, 0.05, 0.02
 Rotation = tuple[Tensor, Tensor]
 Around = Callable[..., Any]
 _checked_layers: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
@@ -182,7 +183,7 @@ def record_kv(
     if outside or not chosen:
         raise ModelError(f"{_name(model)} has layers 0..{geometry.num_layers - 1}; asked for {outside or 'none'}")
     if not rotated:
-        _require_shift_invariance(model, chosen)
+        _require_own_keys(model, chosen)
     recorder = KVRecorder(model, chosen, rotated)
     with _recording(model, recorder, stop_early):
         yield recorder
@@ -319,47 +320,61 @@ def _recording(model: PreTrainedModel, recorder: KVRecorder, stop_early: bool) -
         return
 
 
-def _require_shift_invariance(model: PreTrainedModel, chosen: Sequence[int]) -> None:
-    """Refuse layers whose keys still depend on a text's place after rotation has been undone.
+def _require_own_keys(model: PreTrainedModel, chosen: Sequence[int]) -> None:
+    """Refuse layers whose keys would be captured wrongly.
 
-    The same tokens at other positions have the same pre-RoPE keys. Interleaved rotation, layers without it and schemes
-    yet to come do not pass, and would be captured wrongly.
+    With rotation: the same tokens at other positions have the same pre-RoPE keys. Interleaved rotation, layers without
+    it and schemes yet to come do not pass. Without: a token's keys depend on nothing behind it (BERT looks there), and
+    the model's own positions start at 0 as ours do (RoBERTa's do not).
     """
     layers = sorted(set(chosen) - _checked_layers.get(model, set()))
     if not layers:
         return
+    vocabulary, device = model.get_input_embeddings().num_embeddings, input_device(model)
+    input_ids = ((1 + torch.arange(_PROBE_TOKENS, device=device)) * 37 % vocabulary)[None]
+    positions = torch.arange(_PROBE_TOKENS, device=device)[None]
+    other_end = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1) % vocabulary], 1)
     was_training = model.training
     model.eval()
     try:
-        keys = [_probe(model, shift, layers) for shift in (0, _PROBE_SHIFT)]
+        keys, rotates = _probe(model, layers, input_ids, positions)
+        if rotates:
+            others, _ = _probe(model, layers, input_ids, positions + _PROBE_SHIFT)
+        else:
+            others, _ = _probe(model, layers, other_end, None)
     finally:
         model.train(was_training)
-    if keys[0] is not None and keys[1] is not None:
-        difference = (keys[0] - keys[1]).flatten(2).norm(dim=-1) / keys[0].flatten(2).norm(dim=-1)
-        wrong = [
-            layer for layer, error in zip(layers, difference[0].tolist(), strict=True) if error >= _PROBE_TOLERANCE
-        ]
-        if wrong:
-            raise ModelError(
-                f"{_name(model)} cannot be captured before rotation: in layers {wrong} the keys of one text at two "
-                "places differ after their rotation is undone, so it rotates in a way that is not covered; "
-                "ask for rotated=True"
-            )
+    if not rotates:
+        keys, others = keys[..., :-1, :], others[..., :-1, :]
+    difference = (keys - others).flatten(2).norm(dim=-1) / keys.flatten(2).norm(dim=-1)
+    tolerance = _PROBE_TOLERANCE if rotates else _OTHER_END_TOLERANCE
+    wrong = [layer for layer, error in zip(layers, difference[0].tolist(), strict=True) if error >= tolerance]
+    if wrong and rotates:
+        raise ModelError(
+            f"{_name(model)} cannot be captured before rotation: in layers {wrong} the keys of one text at two "
+            "places differ after their rotation is undone, so it rotates in a way that is not covered; "
+            "ask for rotated=True"
+        )
+    if wrong:
+        raise ModelError(
+            f"{_name(model)} cannot be captured: in layers {wrong} its keys depend on the tokens behind them, or on "
+            "positions that it does not count from 0; use a causal language model, such as Llama, Qwen, Mistral, "
+            "Gemma, Phi or GPT-2 (one made of BERT needs is_decoder: true in its config)"
+        )
     _checked_layers.setdefault(model, set()).update(layers)
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, shift: int, layers: Sequence[int]) -> Tensor | None:
-    """Pre-RoPE keys ``[1, layers, heads, tokens, head_dim]`` at positions from ``shift``; None without rotation."""
-    vocabulary, device = model.get_input_embeddings().num_embeddings, input_device(model)
-    input_ids = (torch.arange(_PROBE_TOKENS, device=device) * 37 % vocabulary)[None]
-    position_ids = torch.arange(_PROBE_TOKENS, device=device)[None] + shift
+def _probe(
+    model: PreTrainedModel, layers: Sequence[int], input_ids: Tensor, position_ids: Tensor | None
+) -> tuple[Tensor, bool]:
+    """Pre-RoPE keys ``[1, layers, heads, tokens, head_dim]``, and whether any layer rotates."""
     recorder = KVRecorder(model, layers, rotated=False)
     # To the end: the last layer might attend a second time.
     with _recording(model, recorder, stop_early=False):
         decoder_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     kv = recorder.kv(torch.ones_like(input_ids), position_ids)
-    return kv.keys.float() if any(recorder.rotation(layer) is not None for layer in layers) else None
+    return kv.keys.float(), any(recorder.rotation(layer) is not None for layer in layers)
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
