@@ -5,12 +5,14 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    ElectraConfig,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
+    RecurrentGemmaConfig,
 )
 
 from kvgraft.errors import ModelError
@@ -29,9 +31,12 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 1,
 }
+# RecurrentGemma attends in every third layer.
+THREE_LAYERS = SIZES | {"num_hidden_layers": 3}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "gemma2, soft cap": Gemma2Config(**SIZES, final_logit_softcapping=0.05),
+    "recurrent gemma, soft cap by another name": RecurrentGemmaConfig(**THREE_LAYERS, logits_soft_cap=0.05),
     "cohere, logit scale": CohereConfig(**SIZES, logit_scale=0.25),
     "granite, logits scaling": GraniteConfig(**SIZES, logits_scaling=6.0),
     "gpt2": GPT2Config(vocab_size=90, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0),
@@ -91,6 +96,15 @@ def test_a_head_that_does_something_else_is_refused() -> None:
     model.__class__ = Doubled
     with pytest.raises(ModelError, match="Doubled makes its logits from hidden states in a way that is not covered"):
         head_of(model)
+
+
+def test_a_head_behind_a_layer_of_another_width_is_refused() -> None:
+    # ELECTRA's logits are made from embeddings, eight times as wide here as its hidden states.
+    electra = ElectraConfig(
+        vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    with pytest.raises(ModelError, match="ElectraForCausalLM makes its logits from hidden states in a way"):
+        head_of(random_model(electra))
 
 
 def test_a_head_cannot_be_cut_to_more_than_it_has() -> None:

@@ -20,6 +20,8 @@ from kvgraft.models.tensor_parallel import whole_parameter
 
 # Tokens and relative error of the check that a head gives the model's own logits.
 _PROBE_TOKENS, _PROBE_TOLERANCE = 8, 0.02
+# What architectures call the bound of their logits: Gemma, RecurrentGemma, xLSTM.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _checked_models: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -112,7 +114,7 @@ def head_of(model: PreTrainedModel) -> Head:
         weight,
         bias,
         scale=float(scale if scale is not None else 1.0) / float(divisor if divisor is not None else 1.0),
-        softcap=getattr(text, "final_logit_softcapping", None),
+        softcap=next((cap for name in _SOFTCAPS if (cap := getattr(text, name, None)) is not None), None),
     )
     if model not in _checked_models:
         _require_own_logits(model, head)
@@ -201,9 +203,10 @@ def _require_own_logits(model: PreTrainedModel, head: Head) -> None:
             expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
     finally:
         model.train(was_training)
-    logits = head.logits(recorded.states[0].to(head.weight.device)).to(expected.device)
-    fits = logits.shape == expected.shape
-    error = float((logits - expected).norm() / expected.norm().clamp_min(1e-30)) if fits else float("inf")
+    hidden, error = recorded.states[0].to(head.weight.device), float("inf")
+    if (len(hidden), hidden.shape[-1], head.vocabulary) == (len(expected), head.weight.shape[1], expected.shape[-1]):
+        logits = head.logits(hidden).to(expected.device)
+        error = float((logits - expected).norm() / expected.norm().clamp_min(1e-30))
     if not error < _PROBE_TOLERANCE:
         raise ModelError(
             f"{type(model).__name__} makes its logits from hidden states in a way that is not covered (relative "
