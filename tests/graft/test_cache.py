@@ -175,6 +175,6 @@ def test_students_without_a_cache_of_keys_and_values_are_refused(family: str, me
 def test_a_student_that_rotates_otherwise_is_refused() -> None:
     fields = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
-    cohere = AutoModelForCausalLM.from_config(AutoConfig.for_model("cohere", **fields)).eval()
-    with pytest.raises(KVGraftError, match="CohereForCausalLM"):
-        cache_from_kv(cohere, capture(student_of("llama"), ids(1, 5)))
+    nanochat = AutoModelForCausalLM.from_config(AutoConfig.for_model("nanochat", **fields)).eval()
+    with pytest.raises(KVGraftError, match="NanoChatForCausalLM"):
+        cache_from_kv(nanochat, capture(student_of("llama"), ids(1, 5)))

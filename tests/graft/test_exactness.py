@@ -10,7 +10,7 @@ from kvgraft.graft import cache_from_kv, graft
 from kvgraft.models.capture import capture
 from kvgraft.models.rotary import rotations_at
 from tests.graft.students import GREEDY, identity_projector, plain_answer, plain_logits, ragged_batch, student_of
-from tests.models.test_capture import CONFIGS, VOCABULARY
+from tests.models.test_capture import CONFIGS, TURNINGS, VOCABULARY
 
 LENGTH = 11  # of the longest text; the windows of Mistral and Gemma hold 4
 
@@ -37,6 +37,19 @@ def test_logits_equal_plain_decoding_padded_left_and_right(family: str, attentio
     for row in range(3):
         expected = plain_logits(student, input_ids[row][mask[row].bool()], following[row])
         torch.testing.assert_close(torch.cat([first, second], 1)[row], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", TURNINGS)
+def test_keys_that_turn_otherwise_than_by_halves(family: str) -> None:
+    student = student_of(family, "eager")
+    input_ids, mask = ragged_batch()
+    following = following_ids()
+    with torch.no_grad():
+        cache = cache_from_kv(student, capture(student, input_ids, mask))
+        logits = student(**cache.forward_inputs(following)).logits
+    for row in range(3):
+        expected = plain_logits(student, input_ids[row][mask[row].bool()], following[row])
+        torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -76,7 +76,7 @@ def test_query_moments_tell_how_far_an_error_of_a_key_moves_scores(
     for layer in range(3):
         squares = []
         for place in keys:
-            cos, sin = (part[:, place : place + 1] for part in rotations[layer])
+            cos, sin = (part[:, place : place + 1] for part in rotations[layer][:2])
             moved = rotate(error[None, :, None], cos, sin)[0].repeat_interleave(2, 0)
             scores = (seen[layer][0, :, place:] * moved).sum(-1)
             squares.append(scores.square().reshape(2, -1).mean(1))

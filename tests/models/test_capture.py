@@ -7,7 +7,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KVGeometry
-from kvgraft.models.capture import capture, decoder_of, kv_geometry, record_kv
+from kvgraft.models.capture import capture, decoder_of, kv_geometry, record_kv, turnings_of
 from kvgraft.models.head import head_of
 from kvgraft.models.rope import rotate, unrotate
 
@@ -50,8 +50,20 @@ CONFIGS = {
 }
 
 
+# How each layer turns its keys; one_half in GPT-OSS, whose layers are handed half the cosines.
+TURNINGS = {
+    "cohere": ({}, ["neighbours"] * 3),
+    "cohere2": ({"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}, ["neighbours", "neighbours", "not"]),
+    "ernie4_5": ({}, ["neighbours_of_halves"] * 3),
+    "glm": ({"partial_rotary_factor": 0.5}, ["neighbours_of_halves"] * 3),
+    "gpt_oss": ({"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}, ["one_half"] * 3),
+    "smollm3": ({"no_rope_layers": [1, 1, 0]}, ["halves", "halves", "not"]),
+}
+
+
 def config_of(family: str) -> PretrainedConfig:
-    return AutoConfig.for_model(family, **CONFIGS[family])
+    fields = CONFIGS[family] if family in CONFIGS else GROUPED | TURNINGS[family][0]
+    return AutoConfig.for_model(family, **fields)
 
 
 def model_of(family: str, attention: str = "sdpa") -> PreTrainedModel:
@@ -202,8 +214,8 @@ REFUSED = {
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_head": 4, "n_layer": 3, "rotary_dim": 4, "n_positions": 64},
         "GPTJForCausalLM cannot be captured",
     ),
-    # Rotates neighbouring channels instead of halves.
-    "cohere": (GROUPED, r"CohereForCausalLM cannot be captured before rotation.*\[0, 1, 2\]"),
+    # Turns the other way round.
+    "nanochat": (GROUPED, r"NanoChatForCausalLM cannot be captured before rotation.*\[0, 1, 2\]"),
 }
 
 
@@ -216,12 +228,27 @@ def test_what_cannot_be_captured_is_refused_by_name(family: str) -> None:
         capture(model, input_ids, mask)
 
 
-def test_layers_without_rotation_are_refused() -> None:
-    fields = GROUPED | {"no_rope_layers": [1, 1, 0]}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("smollm3", **fields)).eval()
+@pytest.mark.parametrize("family", TURNINGS)
+def test_keys_that_turn_otherwise_than_by_halves(family: str) -> None:
+    model = model_of(family, "eager")
+    input_ids, mask, positions = padded_batch()
+    kv = capture(model, input_ids, mask)
+    assert list(turnings_of(model, range(3)).values()) == TURNINGS[family][1]
+    with torch.no_grad(), record_kv(model) as recorder:
+        model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    for layer, (keys, _) in enumerate(own_cache(model)):
+        rotation = recorder.rotation(layer)
+        rerotated = kv.keys[:, layer] if rotation is None else rotate(kv.keys[:, layer], *rotation)
+        torch.testing.assert_close(rerotated[:, :, -keys.shape[2] :], keys, atol=1e-5, rtol=0)
+    real = mask[0].bool()
+    torch.testing.assert_close(kv.keys[0][:, :, real], capture(model, input_ids[:1, real]).keys[0], atol=1e-5, rtol=0)
+
+
+def test_the_one_chosen_layer_may_be_one_that_does_not_turn() -> None:
+    model = tiny("smollm3", **GROUPED | {"no_rope_layers": [0, 1, 1]})
     input_ids, mask, _ = padded_batch()
-    with pytest.raises(ModelError, match=r"SmolLM3ForCausalLM.*layers \[2\]"):
-        capture(model, input_ids, mask)
+    kv = capture(model, input_ids, mask, layers=[0])
+    assert torch.equal(kv.keys, capture(model, input_ids, mask, layers=[0], rotated=True).keys)
 
 
 def test_heads_of_another_width_in_each_layer_are_refused() -> None:
@@ -306,16 +333,9 @@ def test_the_head_of_llama_4_gives_its_own_logits() -> None:
     assert head_of(tiny("llama4_text", **LLAMA_4)).vocabulary == VOCABULARY
 
 
-@pytest.mark.parametrize(
-    ("family", "fields", "layers"),
-    [
-        ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, [1]),
-        ("smollm3", {"no_rope_layers": [1, 1, 0]}, [0, 1]),
-    ],
-)
-def test_only_the_chosen_layers_have_to_be_capturable(family: str, fields: dict, layers: list[int]) -> None:
-    # Layers that keep no KV, or keys without rotation, are none of a caller's business who did not ask for them.
-    model = tiny(family, **GROUPED | fields)
+def test_only_the_chosen_layers_have_to_be_capturable() -> None:
+    # Layers that keep no KV are none of a caller's business who did not ask for them.
+    model, layers = tiny("lfm2", **GROUPED | {"layer_types": ["conv", "full_attention", "conv"]}), [1]
     input_ids, mask, positions = padded_batch()
     kv = capture(model, input_ids, mask, layers=layers)
     with torch.no_grad(), record_kv(model, layers, rotated=True) as recorder:

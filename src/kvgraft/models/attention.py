@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV
-from kvgraft.models.capture import Rotation, decoder_of, intercepted_attention, kv_geometry
-from kvgraft.models.rope import rotate, unrotate
+from kvgraft.models.capture import decoder_of, intercepted_attention, kv_geometry, turnings_of
+from kvgraft.models.rope import Rotation, rotate, unrotate
 
 # Places of a text whose keys tell how queries meet keys.
 _KEY_PLACES = 16
@@ -77,6 +77,7 @@ def attention_output_cosine(
             )
         return own
 
+    turnings_of(model, sorted({layer for kv in candidates.values() for layer in kv.layers}))
     with intercepted_attention(model, compare) as rotations:
         decoder_of(model)(input_ids=input_ids.to(model.device), use_cache=False)
     return {name: torch.stack([found[name][layer] for layer in kv.layers]) for name, kv in candidates.items()}
@@ -105,9 +106,10 @@ def read_attention(model: PreTrainedModel, input_ids: Tensor) -> Reading:
         moments[layer] = _query_moments(query, key.shape[1], rotations.get(layer))
         return attention(module, query, key, *rest, **options)
 
+    layers = range(kv_geometry(model.config).num_layers)
+    turnings_of(model, layers)
     with intercepted_attention(model, note) as rotations:
         decoder_of(model)(input_ids=input_ids.to(model.device), use_cache=False)
-    layers = range(kv_geometry(model.config).num_layers)
     return Reading(
         torch.stack([received[layer] for layer in layers]).cpu(),
         torch.stack([moments[layer] for layer in layers]).cpu(),
@@ -134,7 +136,8 @@ def _query_moments(query: Tensor, num_kv_heads: int, rotation: Rotation | None) 
     for place in places:
         readers = query[:, :, place:]
         if rotation is not None:
-            readers = unrotate(readers, *(part[:, place : place + 1] for part in rotation))
+            cos, sin = (part[:, place : place + 1] for part in (rotation.cos, rotation.sin))
+            readers = unrotate(readers, cos, sin, rotation.neighbours)
         rows = readers[0].float().reshape(num_kv_heads, -1, head_dim)
         moments += rows.transpose(1, 2) @ rows / rows.shape[1]
     return moments / len(places)

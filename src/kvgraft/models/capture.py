@@ -22,15 +22,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV, KVGeometry
 from kvgraft.models.placement import input_device
-from kvgraft.models.rope import unrotate
+from kvgraft.models.rope import Rotation, Turning, find_turning, read_rotation, unrotate
 from kvgraft.models.tensor_parallel import whole_heads
 
 # Tokens and distance of the check that un-rotated keys do not depend on where a text stands, and how far keys without
 # rotation may be from those of a text with another end: quantisation in 8 bits looks at all tokens at once.
 _PROBE_TOKENS, _PROBE_SHIFT, _PROBE_TOLERANCE, _OTHER_END_TOLERANCE = 8, 7, 0.05, 0.02
-Rotation = tuple[Tensor, Tensor]
 Around = Callable[..., Any]
-_checked_layers: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+# How each layer that was checked turns its keys.
+_turnings: WeakKeyDictionary[nn.Module, dict[int, Turning]] = WeakKeyDictionary()
 
 
 class _LastLayerReached(Exception):  # noqa: N818 - control flow, not an error
@@ -79,10 +79,10 @@ class KVRecorder:
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], rotated: bool) -> None:
         self._model, self._layers, self._rotated = model, tuple(layers), rotated
         self._recorded: dict[int, tuple[Tensor, Tensor]] = {}
-        self._rotations: dict[int, Rotation] = {}
+        self._rotations: dict[int, Rotation | None] = {}
         self._gradients = torch.is_grad_enabled()
 
-    def read_rotations(self, rotations: dict[int, Rotation]) -> None:
+    def read_rotations(self, rotations: dict[int, Rotation | None]) -> None:
         """Where the cosines and sines that each layer received will be found."""
         self._rotations = rotations
 
@@ -102,7 +102,7 @@ class KVRecorder:
         return len(self._recorded) == len(set(self._layers))
 
     def rotation(self, layer: int) -> Rotation | None:
-        """Cosines and sines of ``layer``, or None where the model has no rotary positions."""
+        """What turned the keys of ``layer``, or None where they do not turn."""
         return self._rotations.get(layer)
 
     def kv(self, attention_mask: Tensor, position_ids: Tensor | None = None) -> KV:
@@ -118,9 +118,10 @@ class KVRecorder:
         # Undone here and not while recording: under gradient checkpointing the layer's forward pass runs twice and
         # must do the same both times.
         if not self._rotated:
+            rotations = [self._rotations.get(layer) for layer in self._layers]
             keys = [
-                unrotate(key, *self._rotations[layer]) if layer in self._rotations else key
-                for layer, key in zip(self._layers, keys, strict=True)
+                key if rotation is None else unrotate(key, *rotation)
+                for key, rotation in zip(keys, rotations, strict=True)
             ]
         mask = attention_mask.bool()
         if position_ids is None:
@@ -183,7 +184,7 @@ def record_kv(
     if outside or not chosen:
         raise ModelError(f"{_name(model)} has layers 0..{geometry.num_layers - 1}; asked for {outside or 'none'}")
     if not rotated:
-        _require_own_keys(model, chosen)
+        turnings_of(model, chosen)
     recorder = KVRecorder(model, chosen, rotated)
     with _recording(model, recorder, stop_early):
         yield recorder
@@ -239,7 +240,7 @@ def _require_positions(model: PreTrainedModel, attention_mask: Tensor, position_
 
 
 @contextmanager
-def intercepted_attention(model: PreTrainedModel, around: Around) -> Iterator[dict[int, Rotation]]:
+def intercepted_attention(model: PreTrainedModel, around: Around) -> Iterator[dict[int, Rotation | None]]:
     """Let ``around`` stand between every attention layer of ``model`` and the function that it looks up.
 
     Args:
@@ -248,22 +249,24 @@ def intercepted_attention(model: PreTrainedModel, around: Around) -> Iterator[di
             ``attention(module, query, key, value, *rest, **options)``; returns what the layer gets.
 
     Yields:
-        cosines and sines that each layer received, ``[batch, tokens, rotary_dim]``; filled as layers run.
+        what turned the keys of each layer that received cosines and sines, None where it leaves them alone; filled as
+        layers run. Layers that no capture has checked yet are taken to turn halves.
     """
     attentions: dict[nn.Module, int] = {
         module: int(module.layer_idx)  # type: ignore[arg-type]
         for module in decoder_of(model).modules()
         if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith("Attention")
     }
-    rotations: dict[int, Rotation] = {}
+    rotations: dict[int, Rotation | None] = {}
+    turnings = _turnings.get(model, {})
     attended: set[int] = set()
 
     def note_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        attended.discard(attentions[module])
-        rotation = kwargs.get("position_embeddings")
+        layer, rotation = attentions[module], kwargs.get("position_embeddings")
+        attended.discard(layer)
         # Llama 4 hands over complex numbers instead, for an interleaved rotation.
         if isinstance(rotation, tuple | list):
-            rotations[attentions[module]] = tuple(rotation)
+            rotations[layer] = read_rotation(turnings.get(layer, "halves"), *rotation)
 
     look_up = ALL_ATTENTION_FUNCTIONS.get_interface
 
@@ -320,16 +323,20 @@ def _recording(model: PreTrainedModel, recorder: KVRecorder, stop_early: bool) -
         return
 
 
-def _require_own_keys(model: PreTrainedModel, chosen: Sequence[int]) -> None:
-    """Refuse layers whose keys would be captured wrongly.
+def turnings_of(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Turning]:
+    """How each of ``layers``, and of those asked for before, turns its keys; found once, by trying.
 
-    With rotation: the same tokens at other positions have the same pre-RoPE keys. Interleaved rotation, layers without
-    it and schemes yet to come do not pass. Without: a token's keys depend on nothing behind it (BERT looks there), and
-    the model's own positions start at 0 as ours do (RoBERTa's do not).
+    With rotation: the same tokens at other positions have the same pre-RoPE keys. Norms behind the rotation and schemes
+    yet to come do not pass. Without: a token's keys depend on nothing behind it (BERT looks there), and the model's own
+    positions start at 0 as ours do (RoBERTa's do not).
+
+    Raises:
+        ModelError: layers whose keys would be captured wrongly.
     """
-    layers = sorted(set(chosen) - _checked_layers.get(model, set()))
-    if not layers:
-        return
+    found = _turnings.setdefault(model, {})
+    unknown = sorted(set(layers) - set(found))
+    if not unknown:
+        return found
     vocabulary, device = model.get_input_embeddings().num_embeddings, input_device(model)
     input_ids = ((1 + torch.arange(_PROBE_TOKENS, device=device)) * 37 % vocabulary)[None]
     positions = torch.arange(_PROBE_TOKENS, device=device)[None]
@@ -337,18 +344,23 @@ def _require_own_keys(model: PreTrainedModel, chosen: Sequence[int]) -> None:
     was_training = model.training
     model.eval()
     try:
-        keys, rotates = _probe(model, layers, input_ids, positions)
-        if rotates:
-            others, _ = _probe(model, layers, input_ids, positions + _PROBE_SHIFT)
-        else:
-            others, _ = _probe(model, layers, other_end, None)
+        keys, recorder = _probe(model, unknown, input_ids, positions)
+        rotates = any(recorder.rotation(layer) is not None for layer in unknown)
+        second = (input_ids, positions + _PROBE_SHIFT) if rotates else (other_end, None)
+        others, other_recorder = _probe(model, unknown, *second)
     finally:
         model.train(was_training)
-    if not rotates:
-        keys, others = keys[..., :-1, :], others[..., :-1, :]
-    difference = (keys - others).flatten(2).norm(dim=-1) / keys.flatten(2).norm(dim=-1)
-    tolerance = _PROBE_TOLERANCE if rotates else _OTHER_END_TOLERANCE
-    wrong = [layer for layer, error in zip(layers, difference[0].tolist(), strict=True) if error >= tolerance]
+    turnings: dict[int, Turning | None] = {}
+    still_tolerance = _PROBE_TOLERANCE if rotates else _OTHER_END_TOLERANCE
+    for index, layer in enumerate(unknown):
+        one, other = keys[:, index], others[:, index]
+        handed, handed_other = recorder.rotation(layer), other_recorder.rotation(layer)
+        if handed is not None and handed_other is not None:
+            turnings[layer] = find_turning((one, handed), (other, handed_other), _PROBE_TOLERANCE)
+        else:
+            difference = (one - other)[..., :-1, :].norm() / one.norm()
+            turnings[layer] = "not" if float(difference) < still_tolerance else None
+    wrong = [layer for layer, turning in turnings.items() if turning is None]
     if wrong and rotates:
         raise ModelError(
             f"{_name(model)} cannot be captured before rotation: in layers {wrong} the keys of one text at two "
@@ -361,20 +373,25 @@ def _require_own_keys(model: PreTrainedModel, chosen: Sequence[int]) -> None:
             "positions that it does not count from 0; use a causal language model, such as Llama, Qwen, Mistral, "
             "Gemma, Phi or GPT-2 (one made of BERT needs is_decoder: true in its config)"
         )
-    _checked_layers.setdefault(model, set()).update(layers)
+    found.update({layer: turning for layer, turning in turnings.items() if turning is not None})
+    return found
+
+
+def forget_turnings(model: PreTrainedModel) -> None:
+    """To be called where layers of ``model`` have changed places."""
+    _turnings.pop(model, None)
 
 
 @torch.no_grad()
 def _probe(
     model: PreTrainedModel, layers: Sequence[int], input_ids: Tensor, position_ids: Tensor | None
-) -> tuple[Tensor, bool]:
-    """Pre-RoPE keys ``[1, layers, heads, tokens, head_dim]``, and whether any layer rotates."""
-    recorder = KVRecorder(model, layers, rotated=False)
+) -> tuple[Tensor, KVRecorder]:
+    """Keys after rotation ``[1, layers, heads, tokens, head_dim]``, and what else was recorded."""
+    recorder = KVRecorder(model, layers, rotated=True)
     # To the end: the last layer might attend a second time.
     with _recording(model, recorder, stop_early=False):
         decoder_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    kv = recorder.kv(torch.ones_like(input_ids), position_ids)
-    return kv.keys.float(), any(recorder.rotation(layer) is not None for layer in layers)
+    return recorder.kv(torch.ones_like(input_ids), position_ids).keys.float(), recorder
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

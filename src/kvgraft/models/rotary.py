@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
-from kvgraft.models.capture import decoder_of, kv_geometry, record_kv
-
-Rotation = tuple[Tensor, Tensor]
+from kvgraft.models.capture import decoder_of, forget_turnings, kv_geometry, record_kv, turnings_of
+from kvgraft.models.rope import Rotation, Turning, read_rotation
 
 # Positions of the pass that tells rotary modules apart; not 0, where all of them agree.
 _PROBE_POSITIONS = (1, 2, 5, 11)
@@ -27,13 +26,14 @@ _PROBE_POSITIONS = (1, 2, 5, 11)
 
 @dataclass(frozen=True)
 class _RotaryCall:
-    """One call of a rotary module, as the model made it."""
+    """One call of a rotary module, as the model made it, and how the layer turns its keys by it."""
 
     module: nn.Module
     arguments: tuple[Any, ...]
     options: dict[str, Any]
+    turning: Turning = "halves"
 
-    def at(self, positions: Tensor) -> Rotation:
+    def at(self, positions: Tensor) -> Rotation | None:
         """The same call in float32 at ``positions [batch, tokens]``."""
 
         def replaced(value: Any) -> Any:
@@ -44,8 +44,7 @@ class _RotaryCall:
 
         arguments = [replaced(value) for value in self.arguments]
         options = {name: replaced(value) for name, value in self.options.items()}
-        cos, sin = self.module(*arguments, **options)
-        return cos, sin
+        return read_rotation(self.turning, *self.module(*arguments, **options))
 
 
 _calls_of_models: WeakKeyDictionary[nn.Module, list[_RotaryCall | None]] = WeakKeyDictionary()
@@ -72,6 +71,12 @@ def rotations_at(model: PreTrainedModel, positions: Tensor) -> list[Rotation | N
     return [None if call is None else rotations[id(call)] for call in calls]
 
 
+def forget_rotations(model: PreTrainedModel) -> None:
+    """To be called where layers of ``model`` have changed places: what was learned of each is no longer its own."""
+    forget_turnings(model)
+    _calls_of_models.pop(model, None)
+
+
 @torch.no_grad()
 def _rotary_calls(model: PreTrainedModel) -> list[_RotaryCall | None]:
     """For each layer the rotary call whose result it received."""
@@ -88,21 +93,28 @@ def _rotary_calls(model: PreTrainedModel) -> list[_RotaryCall | None]:
     recorder.kv(torch.ones_like(input_ids), positions)
 
     calls: list[_RotaryCall | None] = []
-    for layer in range(kv_geometry(model.config).num_layers):
-        received = recorder.rotation(layer)
-        made = [call for call, given in noted if received is not None and _same(given, received)]
-        if received is not None and not made:
+    shared: dict[tuple[int, Turning], _RotaryCall] = {}
+    layers = range(kv_geometry(model.config).num_layers)
+    turnings = turnings_of(model, layers)
+    for layer in layers:
+        received, turning = recorder.rotation(layer), turnings[layer]
+        if received is None:
+            calls.append(None)
+            continue
+        made = [index for index, (_, handed) in enumerate(noted) if _same(read_rotation(turning, *handed), received)]
+        if not made:
             raise ModelError(
                 f"{type(model).__name__} cannot take a grafted cache: the cosines and sines of layer {layer} come from "
                 "no rotary module that we can call at other positions"
             )
-        calls.append(made[0] if made else None)
+        call, _ = noted[made[0]]
+        calls.append(shared.setdefault((made[0], turning), replace(call, turning=turning)))
     return calls
 
 
 @contextmanager
-def _noting_rotary_calls(model: nn.Module) -> Iterator[list[tuple[_RotaryCall, Rotation]]]:
-    noted: list[tuple[_RotaryCall, Rotation]] = []
+def _noting_rotary_calls(model: nn.Module) -> Iterator[list[tuple[_RotaryCall, tuple[Tensor, Tensor]]]]:
+    noted: list[tuple[_RotaryCall, tuple[Tensor, Tensor]]] = []
 
     def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
         if isinstance(output, tuple) and len(output) == 2:
@@ -117,6 +129,8 @@ def _noting_rotary_calls(model: nn.Module) -> Iterator[list[tuple[_RotaryCall, R
             handle.remove()
 
 
-def _same(first: Rotation, second: Rotation) -> bool:
+def _same(first: Rotation | None, second: Rotation) -> bool:
     # By value and not by identity: a model spread over devices hands its layers copies.
-    return all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(first, second, strict=True))
+    return first is not None and all(
+        torch.equal(one.cpu(), other.cpu()) for one, other in ((first.cos, second.cos), (first.sin, second.sin))
+    )
