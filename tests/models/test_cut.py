@@ -15,6 +15,7 @@ from kvgraft.evaluate.run import EvaluationSettings, evaluate
 from kvgraft.models.capture import capture
 from kvgraft.models.cut import chosen_layers, cut_config, cut_model, origin_layers
 from kvgraft.models.loading import load_config, load_model
+from kvgraft.models.rotary import rotations_at
 from kvgraft.plan import make_plan
 from kvgraft.prepare import layer_map_of, make_student, prepare
 from kvgraft.recipe import Recipe, StudentRecipe
@@ -50,6 +51,18 @@ def test_a_cut_model_is_its_kept_layers_one_after_another() -> None:
     whole.config.num_hidden_layers = 2
     whole.model.layers[1].self_attn.layer_idx = 1
     assert torch.equal(logits_of(student), logits_of(whole))
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "smollm3"])
+def test_what_was_learned_of_the_whole_models_layers_is_forgotten(family: str) -> None:
+    # Layers turn by two thetas, or the last not at all.
+    used, positions = model_of(family), torch.tensor([[0, 7]])
+    rotations_at(used, positions)
+    used, fresh = cut_model(used, [1, 2]), cut_model(model_of(family), [1, 2])
+    assert torch.equal(capture(used, TOKENS).keys, capture(fresh, TOKENS).keys)
+    for ours, theirs in zip(rotations_at(used, positions), rotations_at(fresh, positions), strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours.cos, theirs.cos)
 
 
 def test_settings_of_each_layer_are_cut_too() -> None:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kvgraft.align.layers import uniform_layer_map
 from kvgraft.errors import ModelError
 from kvgraft.models.capture import decoder_of, kv_geometry
+from kvgraft.models.rotary import forget_rotations
 
 # Settings under which what a layer computes depends on its place among the others.
 _BY_PLACE = ("scale_attn_by_inverse_layer_idx", "num_kv_shared_layers")
@@ -112,6 +113,7 @@ def cut_model(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
             module.config = made
         elif config is not None and config is whole.get_text_config():
             module.config = made.get_text_config()
+    forget_rotations(model)
     require_same_from_config(model)
     return model
 
