@@ -8,7 +8,7 @@ import torch
 from kvgraft.align.evidence import LayerEvidence
 from kvgraft.align.tokens import gather_aligned
 from kvgraft.errors import RecipeError
-from kvgraft.fit.data import TokenBatches, ablation_data, prepare_fit
+from kvgraft.fit.data import KVRows, PairDataset, TokenBatches, ablation_data, prepare_fit
 from kvgraft.models import loading
 from kvgraft.models.capture import capture
 from kvgraft.recipe import AlignmentRecipe, Recipe, StudentRecipe
@@ -79,6 +79,20 @@ def test_all_texts_are_drawn_from(fit_recipe: Callable[..., Recipe]) -> None:
     total = len(pairs.rows(10**6))
     seen = torch.cat([batch.target[1, 0] for batch in islice(TokenBatches(pairs, 64, 0), 4 * total // 64)])
     assert len(torch.unique(seen, dim=0)) > 0.9 * len(torch.unique(pairs.rows(10**6).target[1, 0], dim=0))
+
+
+def test_texts_longer_than_the_buffer_are_drawn_whole(fit_recipe: Callable[..., Recipe]) -> None:
+    pairs, read = prepare_fit(fit_recipe()).train, []
+
+    class Noting(PairDataset):
+        def rows_of(self, index: int) -> KVRows:
+            read.append(len(pairs.rows_of(index)))
+            return super().rows_of(index)
+
+    batches = list(islice(TokenBatches(Noting(**vars(pairs)), 2, 0), 300))
+    assert min(read) > 8 * 2
+    # What was read and not given is at most a buffer and the last text.
+    assert sum(read) - sum(map(len, batches)) < 8 * 2 + max(read)
 
 
 def test_ablation_data_is_keys_and_values_of_real_models(fit_recipe: Callable[..., Recipe]) -> None:

@@ -197,8 +197,8 @@ class TokenBatches(IterableDataset[KVRows]):
                 continue
             mixed = join_rows(waiting)
             mixed = mixed.take(torch.randperm(len(mixed), generator=generator))
-            # Half stays to be mixed with what comes.
-            batches = _BUFFER_STEPS // 2
+            # Half a buffer stays to be mixed with what comes, however long the texts are.
+            batches = len(mixed) // self.tokens - _BUFFER_STEPS // 2
             for start in range(batches):
                 yield mixed.take(slice(start * self.tokens, (start + 1) * self.tokens))
             waiting = [mixed.take(slice(batches * self.tokens, None))]
