@@ -9,7 +9,7 @@ from kvgraft.errors import ModelError
 from kvgraft.kv import KVGeometry
 from kvgraft.models.capture import capture, decoder_of, kv_geometry, record_kv, turnings_of
 from kvgraft.models.head import head_of
-from kvgraft.models.rope import rotate, unrotate
+from kvgraft.models.rope import Rotation, Turning, find_turning, read_rotation, rotate, unrotate
 
 VOCABULARY = 97
 GROUPED = {
@@ -290,6 +290,18 @@ def test_unrotate_undoes_rotate_also_with_a_scale(rotary_dim: int) -> None:
     assert not torch.allclose(rotated, keys)
     assert torch.equal(rotated[..., rotary_dim:], keys[..., rotary_dim:])
     torch.testing.assert_close(unrotate(rotated, cos, sin), keys)
+
+
+@pytest.mark.parametrize("turning", ["halves", "neighbours_of_halves"])
+def test_the_nearest_way_of_turning_is_found_where_few_channels_turn(turning: Turning) -> None:
+    torch.manual_seed(0)
+    keys = torch.cat([torch.randn(1, 2, 5, 4), 100 + torch.randn(1, 2, 5, 12)], -1)
+    sides = []
+    for shift in (0, 7):
+        angle = ((torch.arange(5.0) + shift)[None, :, None] * torch.tensor([1.0, 0.1])).repeat(1, 1, 2)
+        handed = Rotation(angle.cos(), angle.sin())
+        sides.append((rotate(keys, *read_rotation(turning, handed.cos, handed.sin)), handed))
+    assert find_turning(*sides, tolerance=0.05) == turning
 
 
 def tiny(family: str, **fields: object) -> PreTrainedModel:

@@ -48,15 +48,18 @@ def find_turning(one: tuple[Tensor, Rotation], other: tuple[Tensor, Rotation], t
         other: the same at other positions.
         tolerance: norm of the difference over that of the keys which still counts as the same.
     """
+    errors: dict[Turning, float] = {}
     for turning in TURNINGS:
         undone = []
         for keys, handed in (one, other):
             rotation = read_rotation(turning, handed.cos, handed.sin)
             if rotation is None or rotation.cos.shape[-1] in range(2, keys.shape[-1] + 1, 2):
                 undone.append(keys if rotation is None else unrotate(keys, *rotation))
-        if len(undone) == 2 and float((undone[0] - undone[1]).norm()) < tolerance * float(undone[0].norm()):
-            return turning
-    return None
+        if len(undone) == 2:
+            errors[turning] = float((undone[0] - undone[1]).norm() / undone[0].norm())
+    # The nearest and not the first: where few channels turn, a wrong way may be near enough too.
+    nearest = min(errors, key=lambda turning: errors[turning])
+    return nearest if errors[nearest] < tolerance else None
 
 
 def rotate(keys: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Tensor:
