@@ -340,7 +340,8 @@ def turnings_of(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Turn
     vocabulary, device = model.get_input_embeddings().num_embeddings, input_device(model)
     input_ids = ((1 + torch.arange(_PROBE_TOKENS, device=device)) * 37 % vocabulary)[None]
     positions = torch.arange(_PROBE_TOKENS, device=device)[None]
-    other_end = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1) % vocabulary], 1)
+    half = _PROBE_TOKENS // 2
+    other_end = torch.cat([input_ids[:, :half], (input_ids[:, half:] + 1) % vocabulary], 1)
     was_training = model.training
     model.eval()
     try:
@@ -358,7 +359,7 @@ def turnings_of(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Turn
         if handed is not None and handed_other is not None:
             turnings[layer] = find_turning((one, handed), (other, handed_other), _PROBE_TOLERANCE)
         else:
-            difference = (one - other)[..., :-1, :].norm() / one.norm()
+            difference = (one - other)[..., :half, :].norm() / one[..., :half, :].norm()
             turnings[layer] = "not" if float(difference) < still_tolerance else None
     wrong = [layer for layer, turning in turnings.items() if turning is None]
     if wrong and rotates:
