@@ -360,7 +360,7 @@ def turnings_of(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Turn
             turnings[layer] = find_turning((one, handed), (other, handed_other), _PROBE_TOLERANCE)
         else:
             difference = (one - other)[..., :half, :].norm() / one[..., :half, :].norm()
-            turnings[layer] = "not" if float(difference) < still_tolerance else None
+            turnings[layer] = None if float(difference) >= still_tolerance else "not"
     wrong = [layer for layer, turning in turnings.items() if turning is None]
     if wrong and rotates:
         raise ModelError(

@@ -57,9 +57,10 @@ def find_turning(one: tuple[Tensor, Rotation], other: tuple[Tensor, Rotation], t
                 undone.append(keys if rotation is None else unrotate(keys, *rotation))
         if len(undone) == 2:
             errors[turning] = float((undone[0] - undone[1]).norm() / undone[0].norm())
-    # The nearest and not the first: where few channels turn, a wrong way may be near enough too.
+    # The nearest and not the first: where few channels turn, a wrong way may be near enough too. NaN is no sign of
+    # turning otherwise; whoever takes the keys says where it is.
     nearest = min(errors, key=lambda turning: errors[turning])
-    return nearest if errors[nearest] < tolerance else None
+    return None if errors[nearest] >= tolerance else nearest
 
 
 def rotate(keys: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Tensor:
