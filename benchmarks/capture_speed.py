@@ -16,7 +16,8 @@ from interleaved import interleaved_medians
 from profiled import profile_table
 from transformers import PreTrainedModel
 
-from kvgraft.models.capture import capture, decoder_of, kv_geometry
+from kvgraft.models.capture import capture, decoder_of
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.loading import load_model
 from kvgraft.models.rope import unrotate
 from kvgraft.models.rotary import rotations_at

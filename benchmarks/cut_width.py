@@ -16,9 +16,9 @@ import typer
 from transformers import PreTrainedModel
 
 from kvgraft.data.datasets import load_train_and_held_out
-from kvgraft.models.capture import kv_geometry
 from kvgraft.models.cut import chosen_layers, cut_model, layer_stack
 from kvgraft.models.cut_width import channel_importance, cut_intermediate, largest
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.loading import load_model, load_tokenizer
 
 

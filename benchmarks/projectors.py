@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 from kvgraft.align.layers import map_layers
 from kvgraft.fit.data import prepare_fit
 from kvgraft.fit.run import fit
-from kvgraft.models.capture import kv_geometry
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.loading import load_config
 from kvgraft.recipe import Recipe, StudentRecipe, load_recipe
 from kvgraft.report.fit import FitReport

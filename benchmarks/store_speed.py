@@ -32,7 +32,8 @@ from kvgraft.data.batching import pad_texts
 from kvgraft.data.spans import EncodedText, sample_key
 from kvgraft.kv import KV
 from kvgraft.memory import peak_memory
-from kvgraft.models.capture import capture, kv_geometry
+from kvgraft.models.capture import capture
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.loading import load_model
 from kvgraft.store.fill import StoreToFill, fill_store, fill_stores
 from kvgraft.store.fill_kv import KVStoreToFill

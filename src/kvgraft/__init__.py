@@ -6,7 +6,8 @@ from kvgraft.data.spans import encode_with_spans
 from kvgraft.distill.losses import compute_kv_loss
 from kvgraft.errors import KVGraftError
 from kvgraft.kv import KV, KVGeometry
-from kvgraft.models.capture import capture, kv_geometry, record_kv
+from kvgraft.models.capture import capture, record_kv
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.projector.settings import teacher_config_from
 from kvgraft.recipe import Recipe, load_recipe

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
-from kvgraft.models.capture import kv_geometry
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.processes import process_state
 from kvgraft.recipe import TeacherRecipe
 

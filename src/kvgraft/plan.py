@@ -22,7 +22,7 @@ from kvgraft.errors import KVGraftError, RecipeError
 from kvgraft.kv import KVGeometry
 from kvgraft.memory import PeakMemory
 from kvgraft.models import loading
-from kvgraft.models.capture import kv_geometry
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.lora import add_lora
 from kvgraft.models.placement import QUANTIZED_BYTES
 from kvgraft.prepare import existing_tokenizer, layer_map_of, load_examples_of, load_student_config, teacher_max_length

@@ -23,9 +23,9 @@ from kvgraft.distill.objectives import projector_direction
 from kvgraft.errors import DataError, RecipeError
 from kvgraft.identify import IdentifiedModel, identify
 from kvgraft.models import loading
-from kvgraft.models.capture import kv_geometry
 from kvgraft.models.cut import chosen_layers, cut_config, cut_model, origin_layers
 from kvgraft.models.embeddings import EmbeddingStart, start_embeddings
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.lora import add_lora
 from kvgraft.models.packing import require_exact_packing
 from kvgraft.models.students import new_student, student_config

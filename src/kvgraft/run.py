@@ -24,7 +24,7 @@ from kvgraft.distill.arms import (
 )
 from kvgraft.errors import RecipeError
 from kvgraft.memory import peak_memory
-from kvgraft.models.capture import kv_geometry
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.plan import count_parameters, require_workable
 from kvgraft.prepare import Prepared, prepare
 from kvgraft.prepare_logits import prepare_logits

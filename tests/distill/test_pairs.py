@@ -16,7 +16,8 @@ from kvgraft.distill.losses import KVScale
 from kvgraft.distill.model import DistillationModel
 from kvgraft.distill.objectives import projector_direction
 from kvgraft.kv import KV, stack_kv
-from kvgraft.models.capture import capture, kv_geometry
+from kvgraft.models.capture import capture
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import KVLossRecipe
 from tests.data.test_spans import CORPUS, sample_tokenizers

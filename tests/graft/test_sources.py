@@ -12,7 +12,8 @@ from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.errors import AlignmentError, GraftError, StoreError
 from kvgraft.graft import graft, graft_live, graft_stored, live_kv, own_beginning, stored_kv
 from kvgraft.models import loading
-from kvgraft.models.capture import capture, kv_geometry
+from kvgraft.models.capture import capture
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.store.fill import fill_store
 from kvgraft.store.fill_kv import KVStoreToFill

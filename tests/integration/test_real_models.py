@@ -13,7 +13,8 @@ from kvgraft.data.spans import encode_with_spans
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.graft import graft
 from kvgraft.models import loading
-from kvgraft.models.capture import capture, kv_geometry, record_kv
+from kvgraft.models.capture import capture, record_kv
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.rope import rotate
 from kvgraft.plan import make_plan
 from kvgraft.recipe import load_recipe

@@ -7,7 +7,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KVGeometry
-from kvgraft.models.capture import capture, decoder_of, kv_geometry, record_kv, turnings_of
+from kvgraft.models.capture import capture, decoder_of, record_kv, turnings_of
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.head import head_of
 from kvgraft.models.rope import Rotation, Turning, find_turning, read_rotation, rotate, unrotate
 

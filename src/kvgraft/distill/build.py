@@ -17,7 +17,8 @@ from kvgraft.distill.model import DistillationModel
 from kvgraft.distill.objectives import projector_direction
 from kvgraft.distill.relations import require_relation_heads
 from kvgraft.kv import KV
-from kvgraft.models.capture import capture, kv_geometry
+from kvgraft.models.capture import capture
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.projector.closed_form import LeastSquares, solve_with_chosen_ridge
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import KVLossRecipe, Recipe

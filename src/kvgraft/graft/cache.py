@@ -14,7 +14,7 @@ from kvgraft.errors import GraftError
 from kvgraft.graft.pieces import in_order, with_own_tokens
 from kvgraft.kv import KV, KVGeometry
 from kvgraft.models.cache import GraftedCache, context_length, fill_cache, require_cache_support
-from kvgraft.models.capture import kv_geometry
+from kvgraft.models.geometry import kv_geometry
 
 TokenIds = Sequence[Sequence[int]]
 

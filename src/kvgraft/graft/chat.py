@@ -23,7 +23,7 @@ from kvgraft.graft.sources import own_beginning, stored_kv
 from kvgraft.identify import identify
 from kvgraft.kv import KV
 from kvgraft.models.cache import GraftedCache, context_length
-from kvgraft.models.capture import kv_geometry
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.loading import load_model, load_tokenizer
 from kvgraft.prepare_kv import store_kv
 from kvgraft.projector.projector import KVDimensionProjector

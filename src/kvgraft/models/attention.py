@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV
-from kvgraft.models.capture import decoder_of, intercepted_attention, kv_geometry, turnings_of
+from kvgraft.models.capture import decoder_of, intercepted_attention, turnings_of
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.rope import Rotation, rotate, unrotate
 
 # Places of a text whose keys tell how queries meet keys.

@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from kvgraft.errors import GraftError
 from kvgraft.kv import KV
-from kvgraft.models.capture import kv_geometry, takes_positions
+from kvgraft.models.capture import takes_positions
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.rope import rotate
 from kvgraft.models.rotary import rotations_at
 

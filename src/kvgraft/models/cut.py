@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kvgraft.align.layers import uniform_layer_map
 from kvgraft.errors import ModelError
-from kvgraft.models.capture import decoder_of, kv_geometry
+from kvgraft.models.capture import decoder_of
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.rotary import forget_rotations
 
 # Settings under which what a layer computes depends on its place among the others.

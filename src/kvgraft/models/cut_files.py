@@ -13,9 +13,9 @@ from kvgraft.data.chat import encode_text
 from kvgraft.data.datasets import load_train_and_held_out
 from kvgraft.errors import ModelError
 from kvgraft.models import loading
-from kvgraft.models.capture import kv_geometry
 from kvgraft.models.cut import chosen_layers, cut_model
 from kvgraft.models.cut_width import channel_importance, cut_intermediate, largest, require_channels
+from kvgraft.models.geometry import kv_geometry
 
 # Tokens of a text that say which channels of an MLP matter.
 CALIBRATION_LENGTH = 512

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
-from kvgraft.models.capture import decoder_of, kv_geometry
+from kvgraft.models.capture import decoder_of
 from kvgraft.models.cut import layer_stack, require_same_from_config
+from kvgraft.models.geometry import kv_geometry
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvgraft.errors import ModelError
-from kvgraft.models.capture import kv_geometry
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.lora import ADAPTER_WEIGHTS, load_adapters
 from kvgraft.models.placement import DeviceMap, Quantization, placement_options
 from kvgraft.models.tensor_parallel import tensor_parallel_options

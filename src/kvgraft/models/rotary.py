@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
-from kvgraft.models.capture import decoder_of, forget_turnings, kv_geometry, record_kv, turnings_of
+from kvgraft.models.capture import decoder_of, forget_turnings, record_kv, turnings_of
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.rope import Rotation, Turning, read_rotation
 
 # Positions of the pass that tells rotary modules apart; not 0, where all of them agree.

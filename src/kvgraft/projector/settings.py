@@ -37,7 +37,7 @@ class TeacherConfig:
 def teacher_config_from(model_or_config: Any) -> dict[str, int]:
     """``{"d_model", "num_layers", "kv_dim"}`` of a transformers model or its configuration (SPEC R1)."""
     # Here and not above: the projector itself needs no transformers.
-    from kvgraft.models.capture import kv_geometry
+    from kvgraft.models.geometry import kv_geometry
 
     config = getattr(model_or_config, "config", model_or_config)
     if not hasattr(config, "get_text_config"):
