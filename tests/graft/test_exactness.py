@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvgraft.graft import cache_from_kv, graft
 from kvgraft.models.capture import capture
@@ -18,6 +19,18 @@ LENGTH = 11  # of the longest text; the windows of Mistral and Gemma hold 4
 def following_ids(tokens: int = 3) -> Tensor:
     torch.manual_seed(2)
     return torch.randint(3, VOCABULARY, (3, tokens))
+
+
+def require_exact_graft(student: PreTrainedModel) -> None:
+    """``student`` goes on from its own captured KV as from the text itself."""
+    input_ids, mask = ragged_batch()
+    following = following_ids()
+    with torch.no_grad():
+        cache = cache_from_kv(student, capture(student, input_ids, mask))
+        logits = student(**cache.forward_inputs(following)).logits
+    for row in range(3):
+        expected = plain_logits(student, input_ids[row][mask[row].bool()], following[row])
+        torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -41,15 +54,7 @@ def test_logits_equal_plain_decoding_padded_left_and_right(family: str, attentio
 
 @pytest.mark.parametrize("family", TURNINGS)
 def test_keys_that_turn_otherwise_than_by_halves(family: str) -> None:
-    student = student_of(family, "eager")
-    input_ids, mask = ragged_batch()
-    following = following_ids()
-    with torch.no_grad():
-        cache = cache_from_kv(student, capture(student, input_ids, mask))
-        logits = student(**cache.forward_inputs(following)).logits
-    for row in range(3):
-        expected = plain_logits(student, input_ids[row][mask[row].bool()], following[row])
-        torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=0)
+    require_exact_graft(student_of(family, "eager"))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -105,17 +110,10 @@ SCALED = {
 @pytest.mark.parametrize("scaling", SCALED)
 def test_scaled_rotation(scaling: str) -> None:
     student = student_of("llama", rope_parameters={"rope_theta": 10000.0, **SCALED[scaling]})
-    input_ids, mask = ragged_batch()
     positions = torch.arange(LENGTH)[None]
     plain = rotations_at(student_of("llama"), positions)[0]
     assert not torch.allclose(plain[0], rotations_at(student, positions)[0][0])
-    following = following_ids()
-    with torch.no_grad():
-        cache = cache_from_kv(student, capture(student, input_ids, mask))
-        logits = student(**cache.forward_inputs(following)).logits
-    for row in range(3):
-        expected = plain_logits(student, input_ids[row][mask[row].bool()], following[row])
-        torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=0)
+    require_exact_graft(student)
 
 
 def test_gemmas_local_and_global_layers_turn_by_their_own_theta() -> None:
