@@ -63,6 +63,14 @@ def test_plan_tells_sizes_without_running_anything(recipe_file: Path, tmp_path: 
     assert json.loads(fewer.stdout)["teachers"][0]["kv_bytes_per_token"] == 2 * 2 * 2
 
 
+def test_plan_gives_one_size_where_several_layers_read_one_of_the_teacher(recipe_file: Path) -> None:
+    deeper = ["--no-calibration", "--json", "--set", "student.new.num_hidden_layers=6"]
+    teacher = json.loads(runner.invoke(app, ["plan", str(recipe_file), *deeper]).stdout)["teachers"][0]
+    assert len(teacher["layer_map"]) == 6
+    assert teacher["kv_bytes_per_token"] == 4 * 2 * 16 * 2
+    assert f"The teacher's KV takes {4 * 2 * 16 * 2} bytes a token on disk." in teacher["reasons"]
+
+
 def test_plan_does_not_load_what_memory_cannot_hold(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvgraft.memory.free_memory", lambda: 1000)
     result = runner.invoke(app, ["plan", str(recipe_file)])

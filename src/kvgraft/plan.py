@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,8 @@ def _teacher_plan(
         per_layer=recipe.projector.sharing == "per_layer",
         skip=recipe.projector.skip,
         direction=direction,
-        bytes_per_number=bytes_per_token / geometry.bytes_per_token(1),
+        # The store holds a layer once that several layers of the student read; what is advised counts each of those.
+        bytes_per_number=bytes_per_token / replace(geometry, num_layers=len(layer_map)).bytes_per_token(1),
     )
     return TeacherPlan(
         model=model,
