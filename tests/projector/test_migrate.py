@@ -208,6 +208,29 @@ def test_incomplete_checkpoints_say_what_is_missing() -> None:
         migrate_linear_checkpoint({**weights, "key_adapters.org/b.bias": torch.zeros(3)}, CONFIGS)
 
 
+def test_two_projectors_in_one_checkpoint_are_refused() -> None:
+    average, weights = state_dict(old_maps(), "average."), state_dict(old_maps(), "model.")
+    with pytest.raises(ProjectorError, match=r"more than one key weight.*'Qwen2\.5-7B'.*'model\.key_adapters"):
+        migrate_linear_checkpoint({**average, **weights}, CONFIGS)
+    biases = {name: tensor for name, tensor in weights.items() if name.endswith("bias")}
+    with pytest.raises(ProjectorError, match=r"more than one key bias"):
+        migrate_linear_checkpoint({**average, **biases}, CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "message"),
+    [
+        ("weight", torch.full((STUDENT, 32), float("nan")), "NaN"),
+        ("bias", torch.full((STUDENT,), float("inf")), "infinity"),
+        ("weight", torch.ones(STUDENT, 32, dtype=torch.int8), r"torch\.int8"),
+    ],
+)
+def test_numbers_that_no_map_can_hold_are_refused(part: str, tensor: Tensor, message: str) -> None:
+    weights = {**state_dict(old_maps()), f"value_adapters.org/b.{part}": tensor}
+    with pytest.raises(ProjectorError, match=rf"old value {part} of teacher 'org/b'.*{message}"):
+        migrate_linear_checkpoint(weights, CONFIGS)
+
+
 def test_widths_that_do_not_fit_are_named() -> None:
     weights = state_dict(old_maps())
     with pytest.raises(ProjectorError, match=r"takes width 32.*says 40"):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kvgraft.errors import ProjectorError
+from kvgraft.kv import all_finite
 from kvgraft.projector.adapters import Activation
 from kvgraft.projector.projector import KVDimensionProjector
 
@@ -24,6 +25,7 @@ LinearMaps = dict[str, dict[str, LinearMap]]
 _NAME = re.compile(r"^(?:.*?\.)??(?P<kind>key|value|k|v)_adapters\.(?P<teacher>.+)\.(?P<part>weight|bias)$")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _KINDS = {"k": "key", "key": "key", "v": "value", "value": "value"}
+_NO_WEIGHT = torch.empty(0)
 
 
 def migrate_linear_checkpoint(
@@ -111,14 +113,20 @@ def _add_tensor(maps: LinearMaps, name: str, tensor: Tensor) -> None:
             "value_adapters.<teacher>.bias. Leave other entries out."
         )
     kinds = maps.setdefault(match["teacher"], {})
-    kind = _KINDS[match["kind"]]
-    weight, bias = kinds.get(kind, (torch.empty(0), None))
-    kinds[kind] = (tensor, bias) if match["part"] == "weight" else (weight, tensor)
+    kind, part = _KINDS[match["kind"]], match["part"]
+    weight, bias = kinds.get(kind, (_NO_WEIGHT, None))
+    # Two prefixes (the weights and their moving average, say) are two projectors: which is wanted is not ours to guess.
+    if (part == "weight" and weight is not _NO_WEIGHT) or (part == "bias" and bias is not None):
+        raise ProjectorError(
+            f"the old checkpoint has more than one {kind} {part} for teacher {match['teacher']!r}: {name!r} and one of "
+            "another prefix or spelling. Leave in those of one projector."
+        )
+    kinds[kind] = (tensor, bias) if part == "weight" else (weight, tensor)
 
 
 def _require_complete(teacher: str, kinds: Mapping[str, LinearMap]) -> None:
     for kind in ("key", "value"):
-        weight, bias = kinds.get(kind, (torch.empty(0), None))
+        weight, bias = kinds.get(kind, (_NO_WEIGHT, None))
         if weight.dim() != 2:
             raise ProjectorError(
                 f"the old checkpoint has no {kind} weight [student width, teacher width] for teacher {teacher!r}; "
@@ -129,6 +137,13 @@ def _require_complete(teacher: str, kinds: Mapping[str, LinearMap]) -> None:
                 f"the old {kind} bias of teacher {teacher!r} must be [{weight.shape[0]}] to go with its weight; "
                 f"got {list(bias.shape)}"
             )
+        for part, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and not (tensor.is_floating_point() and all_finite(tensor.float())):
+                found = "NaN or infinity" if tensor.is_floating_point() else tensor.dtype
+                raise ProjectorError(
+                    f"the old {kind} {part} of teacher {teacher!r} must hold finite floating-point numbers; got "
+                    f"{found}. Give a checkpoint from before it diverged or was quantised."
+                )
 
 
 def _match_teachers(maps: LinearMaps, names: list[str]) -> LinearMaps:
