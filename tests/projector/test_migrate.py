@@ -167,9 +167,13 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (nn.Linear(2, 2), "no state dict of tensors alone"),
+        (
+            nn.Linear(2, 2),
+            r"no state dict of tensors alone.*GLOBAL torch\.nn\.modules\.linear\.Linear[^\x1b]*by default$",
+        ),
         ([torch.zeros(2)], "holds a list and no state dict"),
-        ({"state_dict": {"key_adapters.t.weight": torch.zeros(2, 2)}, "step": 3}, "no tensors: state_dict, step"),
+        ({"state_dict": {"key_adapters.t.weight": torch.zeros(2, 2)}, "step": 3}, "no named tensors: state_dict, step"),
+        ({1: torch.zeros(2, 2)}, "no named tensors: 1"),
     ],
 )
 def test_other_things_that_torch_saved_are_refused(tmp_path: Path, content: object, message: str) -> None:

@@ -191,17 +191,22 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ProjectorError(
             f"{path} is no state dict of tensors alone, and reading anything else can run code, so kvgraft does not. "
-            f"{advice} {_first_line(error)}"
+            f"{advice} {_what_was_refused(error)}"
         ) from error
     except Exception as error:  # whatever a reader of foreign files makes of a damaged one
         raise ProjectorError(f"{path} is damaged or was not written by torch.save: {_first_line(error)}") from error
     if not isinstance(loaded, Mapping):
         raise ProjectorError(f"{path} holds a {type(loaded).__name__} and no state dict. {advice}")
-    others = [str(name) for name, entry in loaded.items() if not isinstance(entry, Tensor)]
+    others = [str(name) for name, entry in loaded.items() if not (isinstance(name, str) and isinstance(entry, Tensor))]
     if others:
-        raise ProjectorError(f"{path} holds entries that are no tensors: {', '.join(others[:5])}. {advice}")
+        raise ProjectorError(f"{path} holds entries that are no named tensors: {', '.join(others[:5])}. {advice}")
     return dict(loaded)
 
 
-def _first_line(error: Exception) -> str:
+def _what_was_refused(error: Exception) -> str:
+    """What ``torch.load`` did not take, without its advice, in terminal colors, on how to load it anyway."""
+    return _first_line(error.__context__ or error).partition(". ")[0]
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
