@@ -61,6 +61,13 @@ def test_closing_table(teacher_parameters: int, mlp_ratio: float, dropout: float
     assert f"mlp_ratio {mlp_ratio}" in advice.reasons[0]
 
 
+def test_a_size_beside_a_border_is_not_rounded_onto_it() -> None:
+    """Phi-3-medium, which is called 14B and is not."""
+    assert advise(13_960_238_080, 5120, 2048, 40).reasons[0] == (
+        "mlp_ratio 0.5: the teacher has 13.96B parameters, under 14B."
+    )
+
+
 @pytest.mark.parametrize(
     ("teacher_parameters", "num_samples", "dropout"),
     [
@@ -129,3 +136,10 @@ def test_sizes_must_be_positive() -> None:
         advise(0, 4096, 2048, 32)
     with pytest.raises(ProjectorError, match="num_samples"):
         advise(None, 4096, 2048, 32, -5)
+    with pytest.raises(ProjectorError, match=r"bytes_per_number.*inf"):
+        advise(None, 4096, 2048, 32, bytes_per_number=float("inf"))
+
+
+def test_an_unknown_direction_is_named() -> None:
+    with pytest.raises(ProjectorError, match=r"direction must be one of teacher_to_student.*'teacher-to-student'"):
+        advise(None, 4096, 2048, 32, direction="teacher-to-student")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from kvgraft.errors import ProjectorError
 from kvgraft.projector.adapters import InitMethod, hidden_width
+from kvgraft.projector.settings import Direction
 
 BILLION = 10**9
 FLOAT32_BYTES = 4
@@ -105,7 +106,7 @@ def advise(
     student_kv_dim: int | None = None,
     per_layer: bool = False,
     skip: bool = False,
-    direction: Literal["teacher_to_student", "student_to_teacher"] = "teacher_to_student",
+    direction: Direction = "teacher_to_student",
     tokens_per_sample: int | None = None,
     bytes_per_number: float = 2,
 ) -> SizingAdvice:
@@ -123,7 +124,7 @@ def advise(
         bytes_per_number: of the stored KV, default 2 (float16).
 
     Raises:
-        ProjectorError: a size that is not a positive whole number.
+        ProjectorError: a size that is not a positive whole number, or an unknown direction.
     """
     _require_positive(
         teacher_parameters=teacher_parameters,
@@ -135,8 +136,10 @@ def advise(
         student_kv_dim=student_kv_dim,
         tokens_per_sample=tokens_per_sample,
     )
-    if not bytes_per_number > 0:
-        raise ProjectorError(f"bytes_per_number must be above 0; got {bytes_per_number!r}")
+    if not 0 < bytes_per_number < float("inf"):
+        raise ProjectorError(f"bytes_per_number must be a number above 0; got {bytes_per_number!r}")
+    if direction not in get_args(Direction):
+        raise ProjectorError(f"direction must be one of {', '.join(get_args(Direction))}; got {direction!r}")
     preset, ratio_reason = _advised_preset(teacher_parameters, teacher_d_model)
     dropout, dropout_reasons = _advised_dropout(teacher_parameters, num_samples)
     teacher_width, student_width = teacher_kv_dim or teacher_d_model, student_kv_dim or student_d_model
@@ -163,7 +166,7 @@ def _advised_preset(teacher_parameters: int | None, teacher_d_model: int) -> tup
         ratio = auto_mlp_ratio(teacher_d_model)
         preset = next(name for name, preset in PRESETS.items() if preset.mlp_ratio == ratio)
         return preset, f"mlp_ratio {ratio}: the teacher's size is unknown, its d_model is {teacher_d_model}."
-    size = f"the teacher has {teacher_parameters / BILLION:.3g}B parameters"
+    size = f"the teacher has {teacher_parameters / BILLION:.4g}B parameters"
     if teacher_parameters < 14 * BILLION:
         # The guide puts 7B to 14B in two rows; ruling R3 takes the closing table's.
         return "fast", f"mlp_ratio 0.5: {size}, under 14B."
