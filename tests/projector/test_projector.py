@@ -378,6 +378,7 @@ def test_bfloat16_keeps_what_stands_far_from_zero(learning: bool, tmp_path: Path
     [
         ({"source_layers": {"other": [[0]]}}, "names teachers"),
         ({"source_layers": {"wide": [[0], [1, 2]]}}, "equally many"),
+        ({"source_layers": {"wide": [0, 2]}}, r"'wide' must be a list.*got \[0, 2\]"),
         ({"source_layers": {"wide": [[4]]}}, r"0\.\.3"),
         ({"sharing": "some"}, "sharing must be one of"),
         ({"source_kinds": "keys"}, "source_kinds must be one of"),

@@ -69,6 +69,11 @@ def read_source_layers(sources: SourceLayers, teachers: Mapping[str, TeacherConf
     if unknown:
         raise ProjectorError(f"source_layers names teachers {unknown}; this projector has {', '.join(teachers)}")
     for name, layers in sources.items():
+        if not all(isinstance(chosen, Sequence) for chosen in layers):
+            raise ProjectorError(
+                f"source_layers of teacher {name!r} must be a list of input layers for every output layer, such as "
+                f"[[0], [2]]; got {list(layers)}"
+            )
         counts, found = {len(chosen) for chosen in layers}, {layer for chosen in layers for layer in chosen}
         last = teachers[name].num_layers - 1
         if len(counts) != 1 or counts == {0} or not found <= set(range(last + 1)):
