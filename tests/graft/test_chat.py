@@ -12,6 +12,7 @@ from kvgraft.errors import GraftError, RecipeError
 from kvgraft.fit.run import fit
 from kvgraft.graft.chat import open_conversation, text_files
 from kvgraft.recipe import Recipe
+from kvgraft.run import RECIPE_FILE
 
 
 @pytest.fixture
@@ -53,6 +54,21 @@ def test_the_command_answers_and_ends(run: Path, documents: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert CliRunner().invoke(app, ["chat", str(run), "--document", str(documents)], input="\n").exit_code == 0
+
+
+def test_an_answer_of_no_tokens_is_refused(run: Path, documents: Path) -> None:
+    arguments = ["chat", str(run), "--document", str(documents), "--question", "How many?", "--max-new-tokens", "0"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "--max-new-tokens" in result.output
+
+
+def test_a_run_of_a_new_student_is_refused(
+    tiny_recipe: Callable[..., Recipe], documents: Path, tmp_path: Path
+) -> None:
+    (tmp_path / RECIPE_FILE).write_text(tiny_recipe().model_dump_json())
+    with pytest.raises(RecipeError, match="has no projector to chat through"):
+        open_conversation(tmp_path, [documents / "a.txt"])
 
 
 def test_bad_input_is_refused(run: Path, documents: Path, tmp_path: Path) -> None:

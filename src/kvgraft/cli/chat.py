@@ -27,7 +27,7 @@ def chat(
     question: Annotated[
         list[str] | None, typer.Option(help="Ask this and stop instead of waiting for questions; may be repeated.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
     """Talk with RUN's student about documents that it has not read: it goes on from its teacher's projected cache.
 

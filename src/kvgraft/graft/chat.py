@@ -119,7 +119,12 @@ def open_conversation(run: Path, documents: Sequence[Path], graft: str | None = 
     if not (run / RECIPE_FILE).is_file():
         raise RecipeError(f"{run} is no run folder: it has no {RECIPE_FILE}; name one that `kvgraft graft` wrote")
     recipe = load_recipe(run / RECIPE_FILE)
-    name = str(recipe.student.model)
+    if recipe.student.model is None:
+        raise RecipeError(
+            f"{run} has no projector to chat through: `kvgraft train` made a new student in it, and a projector is "
+            "fitted for a student that exists (student.model); name a run that `kvgraft graft` or `kvgraft fit` wrote"
+        )
+    name = recipe.student.model
     student, tokenizer = (
         load_model(name, recipe.student.revision, dtype=recipe.student.dtype),
         load_tokenizer(name, recipe.student.revision),
