@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvgraft.errors import GraftError
 from kvgraft.graft import cache_from_kv, graft
 from kvgraft.models.capture import capture
 from kvgraft.models.rotary import rotations_at
@@ -72,6 +73,27 @@ def test_greedy_generation_is_identical(family: str) -> None:
         assert torch.equal(shown[-len(text) - 3 :], torch.cat([text, following[row]]))
         expected = plain_answer(student, text, following[row], 8)
         assert torch.equal(output[row, inputs["input_ids"].shape[1] :], expected)
+
+
+@pytest.mark.parametrize(
+    "several", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}]
+)
+def test_beams_and_samples_need_the_cache_repeated(several: dict[str, int]) -> None:
+    student = student_of("llama")
+    text, following = ragged_batch()[0][:2], following_ids()[:2]
+    settings: dict = {"max_new_tokens": 8, **GREEDY, **several}
+    whole = torch.cat([text, following], 1)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = student.generate(input_ids=whole, attention_mask=torch.ones_like(whole), **settings)
+        cache = cache_from_kv(student, capture(student, text), token_ids=text.tolist())
+        with pytest.raises(GraftError, match=r"holds 2 rows and the model reads 6.*batch_repeat_interleave"):
+            student.generate(**copy.deepcopy(cache).generate_inputs(following), **settings)
+        inputs = cache.generate_inputs(following)
+        cache.batch_repeat_interleave(3)
+        torch.manual_seed(0)
+        found = student.generate(**inputs, **settings)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])

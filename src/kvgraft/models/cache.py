@@ -55,6 +55,23 @@ class GraftedCache(DynamicCache):
         # The name of a model that counts its positions itself; such a one reads on only where it counts right.
         self._counting_model = None if takes_positions(model) else type(model).__name__
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers has it.
+
+        Raises:
+            GraftError: the model reads another number of rows than the cache holds, as beam search makes it.
+        """
+        held = self.layers[layer_idx].keys
+        if held is not None and held.shape[0] != key_states.shape[0]:
+            raise GraftError(
+                f"the cache holds {held.shape[0]} rows and the model reads {key_states.shape[0]}: generate reads each "
+                "text num_beams or num_return_sequences times, but repeats no cache; call "
+                "cache.batch_repeat_interleave(TIMES), with the larger of the two, before generate"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def forward_inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
         """Keyword arguments for ``model(**...)``: tokens not read yet, full mask, their positions, this cache.
 
