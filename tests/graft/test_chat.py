@@ -63,9 +63,7 @@ def test_an_answer_of_no_tokens_is_refused(run: Path, documents: Path) -> None:
     assert "--max-new-tokens" in result.output
 
 
-def test_a_run_of_a_new_student_is_refused(
-    tiny_recipe: Callable[..., Recipe], documents: Path, tmp_path: Path
-) -> None:
+def test_a_run_of_a_new_student_is_refused(tiny_recipe: Callable[..., Recipe], documents: Path, tmp_path: Path) -> None:
     (tmp_path / RECIPE_FILE).write_text(tiny_recipe().model_dump_json())
     with pytest.raises(RecipeError, match="has no projector to chat through"):
         open_conversation(tmp_path, [documents / "a.txt"])
@@ -76,6 +74,10 @@ def test_bad_input_is_refused(run: Path, documents: Path, tmp_path: Path) -> Non
         text_files([tmp_path / "nowhere"])
     with pytest.raises(RecipeError, match="no run folder"):
         open_conversation(tmp_path, [documents / "a.txt"])
+    (tmp_path / "seeds" / "seed-0").mkdir(parents=True)
+    (tmp_path / "seeds" / "seed-0" / RECIPE_FILE).write_text("")
+    with pytest.raises(RecipeError, match=r"name the run of one seed: .*seed-0"):
+        open_conversation(tmp_path / "seeds", [documents / "a.txt"])
     with pytest.raises(GraftError, match="it holds least_squares, projector"):
         open_conversation(run, [documents / "a.txt"], "continuation")
     (documents / "a.txt").write_text("  ")

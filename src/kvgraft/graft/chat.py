@@ -117,7 +117,11 @@ def open_conversation(run: Path, documents: Sequence[Path], graft: str | None = 
         RecipeError: ``run`` is no such folder.
     """
     if not (run / RECIPE_FILE).is_file():
-        raise RecipeError(f"{run} is no run folder: it has no {RECIPE_FILE}; name one that `kvgraft graft` wrote")
+        seeds = ", ".join(str(path.parent) for path in sorted(run.glob(f"seed-*/{RECIPE_FILE}")))
+        raise RecipeError(
+            f"{run} is no run folder: it has no {RECIPE_FILE}; name "
+            + (f"the run of one seed: {seeds}" if seeds else "one that `kvgraft graft` wrote")
+        )
     recipe = load_recipe(run / RECIPE_FILE)
     if recipe.student.model is None:
         raise RecipeError(
