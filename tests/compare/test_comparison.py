@@ -1,5 +1,6 @@
 """What a comparison says of curves whose truth is known."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -211,10 +212,10 @@ def test_a_comparison_of_one_seed_says_that_there_is_no_interval(tmp_path: Path)
     assert row.startswith("| kv | 3.770 | -0.410 | none | - | - | 200 |")
 
 
-def drop_loss(result: RunResult) -> RunResult:
+def with_metrics(result: RunResult, **metrics: float) -> RunResult:
     arm = result.arms[0]
-    bare = [point.model_copy(update={"metrics": {"perplexity": 3.0}}) for point in arm.evaluations]
-    return result.model_copy(update={"arms": [arm.model_copy(update={"evaluations": bare})]})
+    changed = [point.model_copy(update={"metrics": metrics}) for point in arm.evaluations]
+    return result.model_copy(update={"arms": [arm.model_copy(update={"evaluations": changed})]})
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,11 @@ def drop_loss(result: RunResult) -> RunResult:
     [
         (lambda result: result.model_copy(update={"train_tokens": 999}), "different data: train_tokens 999 and 1,000"),
         (lambda result: result.model_copy(update={"held_out_texts": 3}), "different data: held_out_texts 3 and 2"),
-        (drop_loss, r"kv with seed 1 in .* has no held-out loss at step 0: \['perplexity'\]"),
+        (
+            lambda result: with_metrics(result, perplexity=3.0),
+            r"kv with seed 1 in .* held-out loss at step 0: it is missing",
+        ),
+        (lambda result: with_metrics(result, loss=math.nan), r"it is nan\. If it diverged, compare without this arm"),
         (lambda result: result.model_copy(update={"arms": []}), r"should hold one arm, kv; it holds \[\]"),
     ],
 )

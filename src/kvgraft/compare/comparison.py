@@ -223,6 +223,10 @@ def _require_comparable(cell: Cell, result: RunResult, first_cell: Cell, first: 
             )
     for point in result.arms[0].evaluations:
         if not math.isfinite(point.metrics.get("loss", math.nan)):
-            raise ResultError(f"{run} has no held-out loss at step {point.step}: {sorted(point.metrics)}")
+            raise ResultError(
+                f"{run} has no held-out loss at step {point.step}: it is {point.metrics.get('loss', 'missing')}. If it "
+                "diverged, compare without this arm, or give it a lower training.learning_rate and another name; the "
+                "other runs are kept"
+            )
     if not result.arms[0].evaluations:
         raise ResultError(f"{run} was never evaluated; make it again: {cell.command}")
