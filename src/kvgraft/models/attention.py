@@ -78,8 +78,8 @@ def attention_output_cosine(
             )
         return own
 
-    turnings_of(model, sorted({layer for kv in candidates.values() for layer in kv.layers}))
-    with intercepted_attention(model, compare) as rotations:
+    turnings = turnings_of(model, sorted({layer for kv in candidates.values() for layer in kv.layers}))
+    with intercepted_attention(model, compare, turnings) as rotations:
         decoder_of(model)(input_ids=input_ids.to(model.device), use_cache=False)
     return {name: torch.stack([found[name][layer] for layer in kv.layers]) for name, kv in candidates.items()}
 
@@ -108,8 +108,7 @@ def read_attention(model: PreTrainedModel, input_ids: Tensor) -> Reading:
         return attention(module, query, key, *rest, **options)
 
     layers = range(kv_geometry(model.config).num_layers)
-    turnings_of(model, layers)
-    with intercepted_attention(model, note) as rotations:
+    with intercepted_attention(model, note, turnings_of(model, layers)) as rotations:
         decoder_of(model)(input_ids=input_ids.to(model.device), use_cache=False)
     return Reading(
         torch.stack([received[layer] for layer in layers]).cpu(),

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from kvgraft.errors import GraftError
 from kvgraft.kv import KV
-from kvgraft.models.capture import takes_positions
+from kvgraft.models.capture import are_counted, takes_positions
 from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.rope import rotate
 from kvgraft.models.rotary import rotations_at
@@ -151,8 +151,7 @@ class GraftedCache(DynamicCache):
         slot_positions = torch.arange(-slots, 0, device=grafted.device) + self.next_positions[:, None]
         mask = torch.cat([grafted, new], 1)
         positions = torch.cat([slot_positions.clamp_min(0), new_positions], 1)
-        counted = torch.arange(mask.shape[1], device=mask.device)
-        if self._counting_model and bool(((positions != counted) & mask.bool()).any()):
+        if self._counting_model and not are_counted(positions, mask):
             raise GraftError(
                 f"{self._counting_model} takes no position_ids and counts padding in front of a token as text; graft "
                 "texts of one length that start at position 0, and pad input_ids on the right"

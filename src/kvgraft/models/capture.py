@@ -9,7 +9,7 @@ received. Fused projections, key norms, sliding windows and several thetas need 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -148,10 +148,9 @@ def record_kv(
     outside = [layer for layer in chosen if not 0 <= layer < geometry.num_layers]
     if outside or not chosen:
         raise ModelError(f"{_name(model)} has layers 0..{geometry.num_layers - 1}; asked for {outside or 'none'}")
-    if not rotated:
-        turnings_of(model, chosen)
+    turnings = _turnings.get(model, {}) if rotated else turnings_of(model, chosen)
     recorder = KVRecorder(model, chosen, rotated)
-    with _recording(model, recorder, stop_early):
+    with _recording(model, recorder, turnings, stop_early):
         yield recorder
 
 
@@ -193,29 +192,35 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(decoder_of(model).forward).parameters
 
 
+def are_counted(position_ids: Tensor, attention_mask: Tensor) -> bool:
+    """Whether real tokens stand where a model takes them to stand that counts every slot, padding included."""
+    counted = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return not bool(((position_ids != counted) & attention_mask.bool()).any())
+
+
 def _require_positions(model: PreTrainedModel, attention_mask: Tensor, position_ids: Tensor) -> None:
     """Refuse padding on the left where the model counts its positions itself, padding included."""
-    if takes_positions(model):
-        return
-    counted = torch.arange(position_ids.shape[1], device=position_ids.device)
-    if bool(((position_ids != counted) & attention_mask.bool()).any()):
+    if not takes_positions(model) and not are_counted(position_ids, attention_mask):
         raise ModelError(
             f"{_name(model)} takes no position_ids and counts padding on the left as text; pad on the right"
         )
 
 
 @contextmanager
-def intercepted_attention(model: PreTrainedModel, around: Around) -> Iterator[dict[int, Rotation | None]]:
+def intercepted_attention(
+    model: PreTrainedModel, around: Around, turnings: Mapping[int, Turning] | None = None
+) -> Iterator[dict[int, Rotation | None]]:
     """Let ``around`` stand between every attention layer of ``model`` and the function that it looks up.
 
     Args:
         model: a causal language model of transformers. Another model that runs inside the block is left alone.
         around: called as ``around(layer, attention, module, query, key, value, *rest, **options)`` in place of
             ``attention(module, query, key, value, *rest, **options)``; returns what the layer gets.
+        turnings: how layers turn their keys, as :func:`turnings_of` gives it; others are taken to turn halves.
 
     Yields:
         what turned the keys of each layer that received cosines and sines, None where it leaves them alone; filled as
-        layers run. Layers that no capture has checked yet are taken to turn halves.
+        layers run.
     """
     attentions: dict[nn.Module, int] = {
         module: int(module.layer_idx)  # type: ignore[arg-type]
@@ -223,7 +228,7 @@ def intercepted_attention(model: PreTrainedModel, around: Around) -> Iterator[di
         if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith("Attention")
     }
     rotations: dict[int, Rotation | None] = {}
-    turnings = _turnings.get(model, {})
+    known = turnings or {}
     attended: set[int] = set()
 
     def note_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -231,7 +236,7 @@ def intercepted_attention(model: PreTrainedModel, around: Around) -> Iterator[di
         attended.discard(layer)
         # Llama 4 hands over complex numbers instead, for an interleaved rotation.
         if isinstance(rotation, tuple | list):
-            rotations[layer] = read_rotation(turnings.get(layer, "halves"), *rotation)
+            rotations[layer] = read_rotation(known.get(layer, "halves"), *rotation)
 
     look_up = ALL_ATTENTION_FUNCTIONS.get_interface
 
@@ -264,7 +269,9 @@ def intercepted_attention(model: PreTrainedModel, around: Around) -> Iterator[di
 
 
 @contextmanager
-def _recording(model: PreTrainedModel, recorder: KVRecorder, stop_early: bool) -> Iterator[None]:
+def _recording(
+    model: PreTrainedModel, recorder: KVRecorder, turnings: Mapping[int, Turning], stop_early: bool
+) -> Iterator[None]:
     def note(
         layer: int,
         attention: Callable[..., Any],
@@ -281,7 +288,7 @@ def _recording(model: PreTrainedModel, recorder: KVRecorder, stop_early: bool) -
         return attention(module, query, key, value, *rest, **options)
 
     try:
-        with intercepted_attention(model, note) as rotations:
+        with intercepted_attention(model, note, turnings) as rotations:
             recorder.read_rotations(rotations)
             yield
     except _LastLayerReached:
@@ -355,7 +362,7 @@ def _probe(
     """Keys after rotation ``[1, layers, heads, tokens, head_dim]``, and what else was recorded."""
     recorder = KVRecorder(model, layers, rotated=True)
     # To the end: the last layer might attend a second time.
-    with _recording(model, recorder, stop_early=False):
+    with _recording(model, recorder, turnings={}, stop_early=False):
         decoder_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     return recorder.kv(torch.ones_like(input_ids), position_ids).keys.float(), recorder
 
