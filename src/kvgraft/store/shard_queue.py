@@ -18,6 +18,7 @@ from kvgraft.store.shares import next_shard_name
 
 # Written bytes after which the disk is set to work, and not only when a shard is whole.
 _SYNC_BYTES = 16_000_000
+_PROCESSOR = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,14 @@ class ShardQueue:
     def __contains__(self, key: object) -> bool:
         return key in self.manifest.samples or any(key in shard.samples for shard in self._shards)
 
-    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory for a sample's numbers. Once :meth:`append` has had them written, other samples' go there."""
-        return torch.empty(shape, dtype=dtype) if self._is_quantized else self._buffers.take(shape, dtype)
+    def room(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device = _PROCESSOR) -> Tensor:
+        """Memory for a sample's numbers. Once :meth:`append` has had them written, other samples' go there.
+
+        That is so on the processor, and where numbers are written as they are; other memory is new.
+        """
+        if device != _PROCESSOR or self._is_quantized:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return self._buffers.take(shape, dtype)
 
     def append(self, sample: PendingSample) -> None:
         """Have ``sample`` written. Returns at once unless the disk has fallen behind.

@@ -195,10 +195,7 @@ class KVStoreWriter:
         dtype = torch.float32 if self.identity.quantized else self.identity.torch_dtype
         geometry, tokens = kv.geometry, kv.mask.shape[1]
         shape = (geometry.num_layers, 2, tokens, geometry.num_kv_heads, geometry.head_dim)
-        device = kv.keys.device
-        numbers = (
-            self._queue.room(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
-        )
+        numbers = self._queue.room(shape, dtype, kv.keys.device)
         keys, values = kv.keys[0].transpose(1, 2), kv.values[0].transpose(1, 2)
 
         def fill(layers: slice) -> None:
