@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -49,6 +51,14 @@ def saving_into(folder: Path) -> Iterator[None]:
             f"cannot write weights into {folder}, where {shutil.disk_usage(folder).free:,} bytes are free ({error}). "
             "Make room there and run the same command with --resume: it goes on from the last whole checkpoint"
         ) from error
+
+
+class CheckpointingTrainer(Trainer):
+    """The Trainer, saying in words where a checkpoint cannot be written."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with saving_into(Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
 
 
 def _is_whole(checkpoint: Path) -> bool:

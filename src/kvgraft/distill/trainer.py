@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainingArguments
 
 from kvgraft.data.batching import IGNORED
 from kvgraft.distill.callbacks import ReadAheadCallback
-from kvgraft.distill.checkpoints import saving_into
+from kvgraft.distill.checkpoints import CheckpointingTrainer
 from kvgraft.distill.dataset import Batches, DistillationCollator, DistillationDataset, PlannedBatches
 from kvgraft.distill.model import DistillationModel
 from kvgraft.evaluate.quality import held_out_quality
@@ -29,7 +29,7 @@ LOSS_WEIGHTS_FILE = "loss_weights.json"
 TEACHER_WEIGHTS_FILE = "teacher_weights.safetensors"
 
 
-class KVTrainer(Trainer):
+class KVTrainer(CheckpointingTrainer):
     """Trains a :class:`DistillationModel`.
 
     Args:
@@ -261,10 +261,6 @@ class KVTrainer(Trainer):
         model.kv_weight, model.logit_weight = (
             self.part_weights[part] * self.weight_schedules[part](share_done) for part in ("kv", "logit")
         )
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with saving_into(Path(self.args.output_dir)):
-            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The student in the Hugging Face layout, the projector in a folder beside its files."""

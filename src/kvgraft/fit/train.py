@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, TrainerControl, TrainingArguments
 
 from kvgraft.distill.callbacks import InterruptCallback, MetricsCallback, ProgressCallback
-from kvgraft.distill.checkpoints import last_checkpoint, saving_into, train_from
+from kvgraft.distill.checkpoints import CheckpointingTrainer, last_checkpoint, train_from
 from kvgraft.distill.trainer import PROJECTOR_FOLDER
 from kvgraft.errors import TrainingInterruptedError
 from kvgraft.fit.data import KVRows, PairDataset, TokenBatches
@@ -106,7 +106,7 @@ class RegressionModel(FitModel):
         self.projector.load_state_dict(KVDimensionProjector.from_pretrained(folder / PROJECTOR_FOLDER).state_dict())
 
 
-class FitTrainer(Trainer):
+class FitTrainer(CheckpointingTrainer):
     """The Trainer over a :class:`FitModel`, which says what is measured, optimized and saved."""
 
     control: TrainerControl
@@ -134,10 +134,6 @@ class FitTrainer(Trainer):
     @property
     def _fit_model(self) -> FitModel:
         return self.accelerator.unwrap_model(self.model)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with saving_into(Path(self.args.output_dir)):
-            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         self._fit_model.save_trained(Path(output_dir or self.args.output_dir))
