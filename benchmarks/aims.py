@@ -38,7 +38,7 @@ AIMS = (
     Aim("batches", "buckets", "real tokens", 97, False),
     Aim("store", "write float16", RATE, 0.8, False),
     Aim("caching", "caching", "time over capture alone", 1.05, True),
-    *(Aim("store", f"read float16, {state}", RATE, 0.8, False) for state in ("warm", "cold")),
+    *(Aim("store", f"read float16, {state} |", RATE, 0.8, False) for state in ("warm", "cold")),
     *(Aim("store", f"a quarter of the layers, {state}", RATE, 3, False) for state in ("warm", "cold")),
     *(Aim("store", f"a quarter likewise, {state}", RATE, 3, False) for state in ("warm", "cold")),
     Aim("fused loss", "0.1 | fused |", "memory over plain", 0.125, True),

@@ -3,10 +3,11 @@
     python benchmarks/store_speed.py
 
 Random numbers in the shape of SmolLM2-135M's KV (30 layers, 3 heads of 64), float16 on disk, float32 in memory, texts
-in random order. The cold reads are after the kernel was asked to forget the files. Parts are what writing computes.
-Caching fills a store with SmolLM2-135M's KV of random tokens, and is set beside capturing it alone. Together fills a
-store of log-probabilities by the same pass, and is set beside a pass for each. Memory, of which a process has one peak,
-is measured when asked for alone.
+in random order. The machine's limits are one write of the ready bytes, which is the plain way too, and one read of the
+file from beginning to end into memory that is there. The cold reads are after the kernel was asked to forget the files.
+Parts are what writing computes. Caching fills a store with SmolLM2-135M's KV of random tokens, and is set beside
+capturing it alone. Together fills a store of log-probabilities by the same pass, and is set beside a pass for each.
+Memory, of which a process has one peak, is measured when asked for alone.
 """
 
 from __future__ import annotations
@@ -98,6 +99,10 @@ def measure(
         rows += [(f"read {dtype}, {state}", found["memmap"] / found[dtype]) for dtype in dtypes]
         bare = found["memmap, no conversion"]
         rows.append((f"read float16 as stored, {state}, over bare slices", bare / found["as stored"]))
+        rows += [
+            (f"read {name}, {state}, over one read of the file", found["one read"] / found[way])
+            for name, way in (("float16 as stored", "as stored"), ("float16", "float16"))
+        ]
         rows.append((f"a quarter of the layers, {state}, over all", found["float16"] / found["quarter"]))
         rows.append((f"read float16 in batches of {BATCH}, {state}", found["memmap"] / found["batches"]))
         rows.append((f"a quarter likewise, {state}, over all", found["batches"] / found["quarter, batches"]))
@@ -194,7 +199,17 @@ def _measure_reading(
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.close(descriptor)
 
+    there = bytearray((root / "plain.bin").stat().st_size)
+
+    def one_read() -> None:
+        with open(root / "plain.bin", "rb", buffering=0) as file:
+            # The system hands over at most 2 GB at a time.
+            position = 0
+            while position < len(there):
+                position += file.readinto(memoryview(there)[position:])
+
     ways: dict[str, Callable[[], None]] = {
+        "one read": one_read,
         "memmap": lambda: memmap(True),
         "memmap, no conversion": lambda: memmap(False),
         **{dtype: store(dtype) for dtype in dtypes},

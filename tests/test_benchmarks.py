@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
 
 from kvgraft.recipe import Recipe
@@ -35,3 +37,17 @@ def test_aims_are_set_beside_what_was_found() -> None:
     assert "| batches | buckets: real tokens | 98.7% | at least 97% | yes |" in table
     assert "caching" not in table
     assert aims.aims_table({"growth": "text"}) == ""
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_matrix_products_are_those_of_the_work_forward_and_backward(layers: int) -> None:
+    products = load_benchmark(Path("benchmarks/products.py"))
+    x, bias, weight = (torch.randn(layers, *shape, requires_grad=True) for shape in ((5, 4), (1, 6), (4, 6)))
+
+    def work() -> None:
+        mapped = torch.baddbmm(bias, x, weight) if layers > 1 else torch.addmm(bias[0], x[0], weight[0])
+        mapped.relu().sum().backward()
+
+    found = products.MatrixProducts(work)
+    assert found.operations == 3 * 2 * layers * 5 * 4 * 6
+    assert products.MatrixProducts(found).operations == found.operations
