@@ -103,14 +103,16 @@ def test_plan_counts_are_what_training_then_has(recipe_file: Path, tmp_path: Pat
 def test_what_cannot_work_is_said_before_anything_runs(recipe_file: Path, override: str, message: str) -> None:
     result = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", "--json", "--set", override])
     assert result.exit_code == 1
-    assert message in " ".join(json.loads(result.stdout)["problems"])
+    problems = json.loads(result.stdout)["problems"]
+    assert len(problems) == 1
+    assert message in problems[0]
 
 
 def test_full_disk_is_said_before_anything_runs(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvgraft.plan.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr("kvgraft.plan.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000})())
     result = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", "--json"])
     assert result.exit_code == 1
-    assert "are free at" in json.loads(result.stdout)["problems"][0]
+    assert "and 0.0001 GB are free at" in json.loads(result.stdout)["problems"][0]
 
 
 def test_cache_then_cache_again(recipe_file: Path) -> None:

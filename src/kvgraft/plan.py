@@ -130,14 +130,15 @@ def make_plan(recipe: Recipe) -> Plan:
     teachers = []
     for teacher in recipe.teachers:
         try:
-            teachers.append(_teacher_plan(recipe, teacher, student, student_config, train + held_out, len(train)))
+            planned = _teacher_plan(recipe, teacher, student, student_config, train + held_out, len(train))
+            teachers += [] if planned is None else [planned]
         except KVGraftError as error:
             problems.append(str(error))
     store_bytes = sum(teacher.kv_bytes for teacher in teachers)
     free = shutil.disk_usage(existing_parent(recipe.store.path)).free
     if store_bytes > free:
         problems.append(
-            f"the teachers' KV takes about {store_bytes / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free at "
+            f"the teachers' KV takes about {store_bytes / 1e9:.3g} GB and {free / 1e9:.3g} GB are free at "
             f"{recipe.store.path}; take fewer texts, fewer layers or another store.path"
         )
     trained += sum(teacher.projector_parameters for teacher in teachers)
@@ -221,12 +222,12 @@ def _teacher_plan(
     student_config: PretrainedConfig | None,
     examples: list[Example],
     train_texts: int,
-) -> TeacherPlan:
+) -> TeacherPlan | None:
     config = loading.load_config(teacher.model, teacher.revision)
     tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
     model = _model_plan(teacher.name, config, teacher.quantization or teacher.dtype)
     if student is None or student_config is None:
-        raise RecipeError(f"teacher {teacher.name} cannot be planned without a student that works")
+        return None  # What the student lacks is among the problems already.
     if recipe.alignment_of(teacher).layers in EVIDENCE_METHODS:
         # Which layers follows from their KV; how many does not.
         layer_map = map_layers("ratio", student.num_layers, model.num_layers)

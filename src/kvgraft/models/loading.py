@@ -77,7 +77,10 @@ def load_model(
     """
     if device == "auto":
         device = str(process_state().device)
-    _require_device(device)
+    named = {} if device_map is None or device_map == "auto" else device_map
+    for place in (device, *named.values()):
+        if place != "disk":
+            _require_device(place)
     torch_dtype = getattr(torch, dtype)
     placement = placement_options(torch_dtype, device, quantization, device_map)
     if tensor_parallel:
@@ -86,12 +89,12 @@ def load_model(
     return model.eval() if placement else model.to(device).eval()
 
 
-def _require_device(device: str) -> None:
+def _require_device(device: str | int) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
         raise ModelError(
-            f"device {device!r} cannot be used here: {str(error).splitlines()[0]}. Give auto, cpu, or one that this "
+            f"device {device!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Give auto, cpu, or one that this "
             "machine has, such as cuda:0"
         ) from error
 
