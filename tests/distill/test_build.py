@@ -9,7 +9,7 @@ from kvgraft.distill.arms import build_arm
 from kvgraft.prepare import prepare
 from kvgraft.projector import closed_form
 from kvgraft.projector.closed_form import DEFAULT_RIDGE, LeastSquares
-from kvgraft.recipe import Recipe
+from kvgraft.recipe import Recipe, StudentRecipe
 from kvgraft.run import arm_data
 
 
@@ -49,3 +49,20 @@ def test_the_ridge_is_chosen_on_texts_kept_out(
     # Keys and values; one batch of five is kept out.
     assert len(seen) == 2
     assert all(0 < held_out < 0.4 * fitted for fitted, held_out in seen)
+
+
+@pytest.mark.parametrize("objective", ["teacher_to_student", "relational"])
+def test_scales_do_not_depend_on_the_dropout_of_a_new_student(
+    tiny_recipe: Callable[..., Recipe], objective: str
+) -> None:
+    gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256}  # dropout 0.1
+    student = StudentRecipe(new=gpt2, vocab_size=300)
+    recipe = tiny_recipe(kv_loss={"objective": objective}).model_copy(update={"student": student})
+    data = arm_data(prepare(recipe))
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(build_arm(recipe, "kv", data))
+    first, second = ((model.student_scales or model.scales)["org/teacher-1.0"] for model in models)
+    assert torch.equal(first.deviation, second.deviation)
+    assert all(model.student.training for model in models)

@@ -157,6 +157,9 @@ def _initial_kv(
     student: PreTrainedModel, layer_maps: LayerMaps, train: DistillationDataset, collator: DistillationCollator
 ) -> InitialKV:
     """For batches of calibration texts and each teacher: the untrained student's KV and the teacher's."""
+    # A new student comes with its dropout on, whose draws no seed has settled yet: a resumed run's would be others.
+    was_training = student.training
+    student.eval()
     indices = range(min(_CALIBRATION_TEXTS, len(train)))
     loader: Iterable[dict[str, Any]] = DataLoader(
         torch.utils.data.Subset(train, indices), batch_size=_CALIBRATION_BATCH, collate_fn=collator
@@ -170,6 +173,7 @@ def _initial_kv(
                 for name, target in batch["teacher_kv"].items()
             }
         )
+    student.train(was_training)
     return pairs
 
 
