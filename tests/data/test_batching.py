@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from kvgraft.data.batching import IGNORED, batches_by_length, encode_example, length_buckets
 from kvgraft.data.datasets import Example
@@ -35,6 +36,18 @@ def test_cut_text_has_no_end_of_text_and_counts_what_was_cut() -> None:
     assert len(encoded.input_ids) <= 8
     assert encoded.input_ids[-1] != TOKENIZER.eos_token_id
     assert encoded.truncated_bytes == len(TEXT.encode()) - encoded.spans[-1, 1] > 0
+
+
+def test_a_tokenizer_that_adds_its_own_end_of_text_ends_no_text_that_was_cut() -> None:
+    tokenizer = train_tokenizer([TEXT], 280)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, tokenizer.eos_token_id)]
+    )
+    assert encode_example(Example(TEXT), tokenizer, 200).input_ids[-1] == tokenizer.eos_token_id
+    cut = encode_example(Example(TEXT), tokenizer, 8)
+    assert tokenizer.eos_token_id not in cut.input_ids
+    assert len(cut.input_ids) == len(cut.labels) == len(cut.spans)
+    assert cut.truncated_bytes == len(TEXT.encode()) - cut.spans[-1, 1] > 0
 
 
 def test_prompt_is_ignored_where_only_completions_count() -> None:

@@ -70,9 +70,13 @@ def encode_example(
     encoded = encode_text(example, tokenizer, max_length if own_end else max_length - 1)
     input_ids, spans = list(encoded.input_ids), encoded.spans
     end_of_text = None if own_end else tokenizer.eos_token_id
-    if end_of_text is not None and not encoded.truncated_bytes and input_ids[-1] != end_of_text:
+    has_end = input_ids[-1] == end_of_text
+    if end_of_text is not None and not encoded.truncated_bytes and not has_end:
         input_ids.append(end_of_text)
         spans = np.concatenate([spans, np.full((1, 2), spans[-1, 1], dtype=np.int32)])
+    elif has_end and encoded.truncated_bytes and spans[-1, 0] == spans[-1, 1]:
+        # A tokenizer that adds it itself does so wherever the text was cut, which would be learned as an end.
+        input_ids, spans = input_ids[:-1], spans[:-1]
     labels = list(input_ids)
     labels[0] = IGNORED
     if loss_on == "completion" and example.turns:
