@@ -115,6 +115,17 @@ def test_full_disk_is_said_before_anything_runs(recipe_file: Path, monkeypatch: 
     assert "and 0.0001 GB are free at" in json.loads(result.stdout)["problems"][0]
 
 
+def test_a_training_that_diverged_fails_once_all_is_written(recipe_file: Path, tmp_path: Path) -> None:
+    changes = ["arms=[baseline]", "training.learning_rate=1e30", "training.warmup_steps=0"]
+    words = ["train", str(recipe_file), *(word for change in changes for word in ("--set", change))]
+    for more in ([], ["--resume"]):
+        result = runner.invoke(app, [*words, "--output", str(tmp_path / "run"), *more])
+        assert result.exit_code == 1
+        assert str(result.exception).startswith("baseline diverged: the student's held-out loss after training is")
+        assert "everything is in" in result.output
+    assert {"result.json", "results.md", "experiment.yaml"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
 def test_cache_then_cache_again(recipe_file: Path) -> None:
     first = runner.invoke(app, ["cache", str(recipe_file)])
     assert first.exit_code == 0, first.output

@@ -19,6 +19,7 @@ def train(
 
     Several processes: accelerate launch --multi_gpu --num_processes 2 -m kvgraft train RECIPE, on CPUs too.
     """
+    from kvgraft.errors import ResultError
     from kvgraft.processes import process_state
     from kvgraft.recipe import load_recipe
     from kvgraft.report.layers import layer_tables
@@ -32,3 +33,10 @@ def train(
     if process_state().is_main_process:
         console.print(result_table(result), cost_table(result), *layer_tables(result), sep="\n")
         console.print(f"everything is in {folder}: results.md, curves.png, experiment.yaml, students", soft_wrap=True)
+        # Not in the other processes: a launcher ends this one, which writes the results, once another has failed.
+        diverged = ", ".join(arm.arm for arm in result.arms if arm.has_diverged)
+        if diverged:
+            raise ResultError(
+                f"{diverged} diverged: the student's held-out loss after training is no finite number. Try a lower "
+                "training.learning_rate or more training.warmup_steps, with another --output"
+            )

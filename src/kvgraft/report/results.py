@@ -104,6 +104,11 @@ class ArmResult(Record):
         return self.evaluations[-1].metrics
 
     @property
+    def has_diverged(self) -> bool:
+        """Whether training left a student whose held-out loss is no number."""
+        return not math.isfinite(self.last["loss"])
+
+    @property
     def training_seconds(self) -> float:
         """Wall time of the training over all processes that went on with it, where that was recorded."""
         return max(self.seconds_at.values(), default=self.seconds)
