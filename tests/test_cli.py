@@ -108,6 +108,18 @@ def test_what_cannot_work_is_said_before_anything_runs(recipe_file: Path, overri
     assert message in problems[0]
 
 
+@pytest.mark.parametrize("section", ["alignment", "teachers.0.alignment"])
+@pytest.mark.parametrize(("weights", "message"), [("[2]", ""), ("[1,2]", "has 2 entries, and 1 student layers")])
+def test_weights_of_layers_go_by_the_layers_that_are_compared(
+    recipe_file: Path, section: str, weights: str, message: str
+) -> None:
+    overrides = ["--set", f"{section}.layers=[[1,3]]", "--set", f"kv_loss.layer_weights={weights}"]
+    result = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", "--json", *overrides])
+    problems = " ".join(json.loads(result.stdout)["problems"])
+    assert message in problems
+    assert bool(problems) == bool(message)
+
+
 def test_full_disk_is_said_before_anything_runs(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvgraft.plan.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000})())
     result = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", "--json"])

@@ -87,6 +87,7 @@ def test_an_override_whose_value_is_no_yaml_is_named(tmp_path: Path) -> None:
         (("steps: 5", "steps: 5\n  tokens_per_batch: 99"), "tokens_per_batch goes with batching: buckets or packed"),
         (("steps: 5", "steps: 5\ndata:\n  streaming: true"), "streaming needs train_samples"),
         (("steps: 5", "steps: 5\narms: [kv, kv]"), "each once"),
+        (("steps: 5", "steps: 5\nkv_loss:\n  layer_weights: [0, 0]"), "compare nothing; give a layer a weight above 0"),
         (("steps: 5", "steps: 5\nkv_loss:\n  weight: .inf"), r"kv_loss\.weight \(line 11\).*finite"),
         (("  - name: big", "  - name: big\n    model: a\n  - name: big"), r"two teachers are named \['big'\]"),
     ],

@@ -192,15 +192,6 @@ def _student_problems(
         problems.append(
             f"training.batch_size {recipe.training.batch_size} is more than the {train_texts} training texts; lower it"
         )
-    layers = recipe.kv_loss.layer_weights
-    if (
-        layers is not None
-        and recipe.alignment.layers in ("auto", "ratio", "origin", *EVIDENCE_METHODS)
-        and len(layers) != kv_geometry(config).num_layers
-    ):
-        problems.append(
-            f"kv_loss.layer_weights has {len(layers)} entries for {kv_geometry(config).num_layers} student layers"
-        )
     return problems
 
 
@@ -233,6 +224,7 @@ def _teacher_plan(
         layer_map = map_layers("ratio", student.num_layers, model.num_layers)
     else:
         layer_map = layer_map_of(recipe, teacher, student_config, config)
+    _require_layer_weights(recipe, teacher, len(layer_map))
     distinct = len({teacher_layer for _, teacher_layer in layer_map})
     geometry = KVGeometry(distinct, model.num_kv_heads, model.head_dim)
     bytes_per_token = stored_bytes_per_token(geometry, recipe.store.dtype)
@@ -278,6 +270,15 @@ def _teacher_plan(
         advised_dropout=advice.dropout,
         reasons=[*advice.reasons, *_layers_reason(recipe.alignment_of(teacher).layers)],
     )
+
+
+def _require_layer_weights(recipe: Recipe, teacher: TeacherRecipe, num_layers: int) -> None:
+    weights = recipe.kv_loss.layer_weights
+    if weights is not None and len(weights) != num_layers:
+        raise RecipeError(
+            f"kv_loss.layer_weights has {len(weights)} entries, and {num_layers} student layers are compared with "
+            f"teacher {teacher.name}; give one for each of them, in their order"
+        )
 
 
 def _layers_reason(layers: object) -> list[str]:

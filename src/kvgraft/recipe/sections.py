@@ -313,6 +313,8 @@ class KVLossRecipe(Section):
     def _something_weighs(self) -> KVLossRecipe:
         if self.keys_weight + self.values_weight == 0:
             raise ValueError("keys_weight and values_weight are both 0, which compares nothing; give one a weight")
+        if self.layer_weights is not None and not any(self.layer_weights):
+            raise ValueError(f"layer_weights {self.layer_weights} compare nothing; give a layer a weight above 0")
         return self
 
 
