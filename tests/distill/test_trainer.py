@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from kvgraft.distill import callbacks
 from kvgraft.distill.arms import build_arm
-from kvgraft.distill.checkpoints import saving_into
+from kvgraft.distill.checkpoints import last_checkpoint, saving_into
 from kvgraft.errors import AlignmentError, ResultError
 from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe
@@ -230,6 +231,19 @@ def test_only_one_process_writes_a_checkpoint(
     trainer.save_model(str(tmp_path / "run" / "student"))
     written = [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert all(name.startswith("rng_state") for name in written)
+
+
+def test_a_checkpoint_is_whole_once_every_process_wrote_its_part(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(accelerator: Accelerator) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lost)
+    with pytest.raises(ResultError, match=r"another process .* ended while .*checkpoint-2 was written .*--resume"):
+        gradients(tiny_recipe(training={"steps": 2}), tmp_path)
+    assert (tmp_path / "checkpoint-2" / "rng_state.pth").is_file()
+    assert last_checkpoint(tmp_path) == (None, 0)
 
 
 def test_a_full_disk_is_said_in_words(tmp_path: Path) -> None:

@@ -60,6 +60,18 @@ class CheckpointingTrainer(Trainer):
         with saving_into(Path(self.args.output_dir)):
             super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Each process writes its own, and the state, by which a checkpoint is known to be whole, has to come after all.
+        try:
+            self.accelerator.wait_for_everyone()
+        except RuntimeError as error:
+            # It would be taken for a full disk.
+            raise ResultError(
+                f"another process of this training ended while {output_dir} was written ({error}). Run the same "
+                "command with --resume: it goes on from the last whole checkpoint"
+            ) from error
+
 
 def _is_whole(checkpoint: Path) -> bool:
     # The Trainer writes its state last; a kill or a full disk leaves a folder without it, or a part of it.
