@@ -13,6 +13,7 @@ from kvgraft.cli import app
 from kvgraft.errors import ProjectorError
 from kvgraft.migration import migrate_checkpoint, teacher_layers
 from kvgraft.projector.projector import KVDimensionProjector
+from tests.docs.pages import blocks
 
 runner = CliRunner()
 
@@ -58,6 +59,23 @@ def test_the_new_projector_gives_what_the_old_one_gave(
     assert told["largest_difference"] < 1e-6
     assert projector.sharing == ("per_layer" if options else "shared")
     assert [path.name for path in new.parent.iterdir()] == ["new"]
+
+
+def test_the_code_that_the_page_prints_trains_with_dropout(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = blocks(Path("docs/from-linear-projector.md"), "python")
+    migrate_checkpoint(old, tmp_path / "projector", num_layers=3)
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "KVDimensionProjector": KVDimensionProjector,
+        "AdamW": torch.optim.AdamW,
+        "configs": {"t": {"d_model": 4, "num_layers": 1}},
+        "student": nn.Linear(2, 2),
+    }
+    exec(compile(code, "<page>", "exec"), names)
+    assert names["projector"].training
+    assert [group["lr"] for group in names["optimizer"].param_groups] == [5e-5, 1e-3]
 
 
 def test_a_difference_would_be_told(old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
