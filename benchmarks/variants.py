@@ -3,7 +3,7 @@
     python benchmarks/variants.py recipes/gsm8k.yaml --set data.train=FOLDER --set training.steps=120 --output runs/v
 
 Prints held-out losses and their difference to cross-entropy alone. One seed: it tells what is worth trying, not what is
-better. A finished run is not done again.
+better. A finished run is not done again, and refused where it was made with other settings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import typer
 
 from kvgraft.recipe import load_recipe
 from kvgraft.report.results import RunResult
-from kvgraft.run import RESULT_FILE, run
+from kvgraft.run import run
 
 VARIANTS: dict[str, list[str]] = {
     "cross-entropy alone": ["arms=[baseline]"],
@@ -49,10 +49,8 @@ def main(
     """Run what is missing and print the table in Markdown."""
     results = {}
     for name in only or VARIANTS:
-        folder = output / name.replace(" ", "-")
-        if not (folder / RESULT_FILE).is_file():
-            run(load_recipe(recipe, ["arms=[kv]", *(overrides or []), *VARIANTS[name]]), folder, resume=True)
-        results[name] = RunResult.read(folder / RESULT_FILE)
+        loaded = load_recipe(recipe, ["arms=[kv]", *(overrides or []), *VARIANTS[name]])
+        results[name] = run(loaded, output / name.replace(" ", "-"), resume=True)
     typer.echo(table(results))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from kvgraft.errors import RecipeError
 from kvgraft.recipe import Recipe
 from tests.benchmark_scripts import load_benchmark
 
@@ -22,6 +23,22 @@ def test_a_whole_run_ends_at_one_loss_with_and_without_a_store(
     online, stored = re.findall(r"\| ([0-9.]+) \|$", table, re.MULTILINE)
     assert online == stored
     assert float(stored) > 0
+
+
+def test_variants_of_other_settings_are_not_taken_for_those_asked_for(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = load_benchmark(Path("benchmarks/variants.py"))
+    (tmp_path / "recipe.yaml").write_text(tiny_recipe(training={"steps": 2}).to_yaml(), encoding="utf-8")
+    asked = {"output": tmp_path / "runs", "only": ["cross-entropy alone", "values alone"]}
+    tables = []
+    for _ in range(2):
+        variants.main(tmp_path / "recipe.yaml", **asked)
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    assert re.search(r"\| values alone \| [0-9.]+ \| [+-][0-9.]+ \| \d+% \|", tables[0])
+    with pytest.raises(RecipeError, match="learning_rate"):
+        variants.main(tmp_path / "recipe.yaml", **asked, overrides=["training.learning_rate=1e-3"])
 
 
 def test_aims_are_set_beside_what_was_found() -> None:
