@@ -70,7 +70,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
         open_run_folder(recipe, folder, resume, overwrite)
     process_state().wait_for_everyone()
     prepared = prepare(recipe)
-    _require_same_inputs(folder, _inputs(prepared))
+    require_same_inputs(folder, _inputs(prepared))
     if (folder / RESULT_FILE).is_file():
         earlier = RunResult.read(folder / RESULT_FILE)
         if [arm.arm for arm in earlier.arms] == list(recipe.arms):
@@ -157,15 +157,15 @@ def _text_digest(examples: Sequence[EncodedExample]) -> str:
     return digest.hexdigest()
 
 
-def _require_same_inputs(folder: Path, inputs: dict[str, str]) -> None:
-    """Raise RecipeError where arms in ``folder`` were trained on something else; runs of before hold no record."""
+def require_same_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Raise RecipeError where what is in ``folder`` was made of something else; runs of before hold no record."""
     path = folder / INPUTS_FILE
     earlier = json.loads(path.read_bytes()) if path.is_file() else inputs
     changed = [name for name, digest in inputs.items() if earlier.get(name) != digest]
     if changed:
         raise RecipeError(
-            f"{folder} was begun with something else behind the same recipe: {', '.join(changed)} changed since. Its "
-            "arms could not be compared; bring back what it was, or give --output FOLDER for a new run, or --overwrite"
+            f"{folder} was begun with something else behind the same recipe: {', '.join(changed)} changed since. What "
+            "is there goes with what it was; bring that back, or give --output FOLDER for a new run, or --overwrite"
         )
     process_state().wait_for_everyone()
     if process_state().is_main_process and not path.is_file():

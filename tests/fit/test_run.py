@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvgraft.data.word_problems import generate
 from kvgraft.errors import RecipeError
 from kvgraft.fit import run as fit_run
 from kvgraft.fit.data import prepare_fit
 from kvgraft.fit.run import fit
+from kvgraft.graft.run import graft
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.fit import FitReport, LayerFit
@@ -86,6 +88,29 @@ def test_stopped_and_resumed_equals_one_go(
     assert parts.layers == whole.layers
     # A finished fit is read, not done again.
     assert fit(recipe, tmp_path / "parts", resume=True) == FitReport.read(tmp_path / "parts" / "fit.json")
+
+
+def test_a_fit_does_not_go_on_with_other_text(
+    fit_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recipe_of(seed: int) -> Recipe:
+        lines = [json.dumps(problem) for problem in generate("train", 30, seed)]
+        (tmp_path / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        return fit_recipe(data={"train": str(tmp_path / "text.jsonl"), "train_samples": None, "held_out_samples": None})
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_run, "measure_fits", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(recipe_of(1), tmp_path / "fit")
+    with pytest.raises(RecipeError, match="training text, held-out text changed since"):
+        fit(recipe_of(2), tmp_path / "fit", resume=True)
+    fit(recipe_of(1), tmp_path / "fit", resume=True)
+    # Finished, it is read again; a graft of other text would measure what was not fitted for it.
+    with pytest.raises(RecipeError, match="training text, held-out text changed since"):
+        graft(recipe_of(2), tmp_path / "fit", resume=True)
 
 
 def test_products_in_bfloat16_change_little(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

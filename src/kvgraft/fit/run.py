@@ -28,7 +28,8 @@ from kvgraft.projector.settings import teacher_config_from
 from kvgraft.projector.sharing import parameters_by_sharing
 from kvgraft.recipe import Recipe
 from kvgraft.report.fit import FewerLayers, FitReport, LayerFit, write_fit
-from kvgraft.run import open_run_folder
+from kvgraft.run import open_run_folder, require_same_inputs
+from kvgraft.store.format import text_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
         logger.info("%s is finished and is not fitted again", folder)
         return FitReport.read(folder / REPORT_FILE)
     data = prepare_fit(recipe)
+    require_same_inputs(folder, inputs_of(data))
     phases, teacher = data.phases, data.teacher.recipe.name
     with phases.timed("scan layers"):
         scan = scan_layers(
@@ -97,6 +99,16 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
     for trained in (folder, folder / CONTINUATION_FOLDER):
         shutil.rmtree(trained / CHECKPOINTS_FOLDER, ignore_errors=True)
     return report
+
+
+def inputs_of(data: FitData) -> dict[str, str]:
+    """What the recipe names and does not hold: digests of the text and of both models."""
+    texts = {"training text": data.train.texts, "held-out text": data.held_out.texts}
+    return {
+        **{name: text_fingerprint(text.sample_key for text in read) for name, read in texts.items()},
+        f"teacher {data.teacher.recipe.name}": data.teacher.fingerprint,
+        "student": data.student.fingerprint,
+    }
 
 
 def fewer_layers_folder(count: int) -> str:

@@ -10,7 +10,14 @@ import torch
 
 from kvgraft.errors import RecipeError
 from kvgraft.fit.data import FitData, prepare_fit, require_all_layers
-from kvgraft.fit.run import LEAST_SQUARES_FOLDER, PROJECTOR_FOLDER, fewer_layers_folder, fewer_layers_name, fit
+from kvgraft.fit.run import (
+    LEAST_SQUARES_FOLDER,
+    PROJECTOR_FOLDER,
+    fewer_layers_folder,
+    fewer_layers_name,
+    fit,
+    inputs_of,
+)
 from kvgraft.fit.train import CHECKPOINTS_FOLDER
 from kvgraft.graft.first_token import first_token
 from kvgraft.graft.grafter import SETTINGS_FILE, Fusion, Grafter
@@ -23,7 +30,7 @@ from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.projector.saving import read_config
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.graft import CONTROL, FirstToken, GraftReport, write_graft
-from kvgraft.run import RECIPE_FILE
+from kvgraft.run import RECIPE_FILE, require_same_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +65,7 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
         logger.info("%s is finished and is not measured again", folder)
         return GraftReport.read(folder / REPORT_FILE)
     data = prepare_fit(recipe)
+    require_same_inputs(folder, inputs_of(data))
     require_all_layers(data)
     name = data.teacher.recipe.name
     questions = _held_out(recipe, data)
