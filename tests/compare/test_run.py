@@ -104,6 +104,27 @@ def test_a_comparison_stopped_and_gone_on_with(
     assert "written by a newer kvgraft (format 9" in str(newer.exception)
 
 
+def test_runs_of_other_held_out_text_do_not_compare(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    texts = [f'{{"text": "Tom has {number} apples and Ann has {number + 2}."}}\n' for number in range(16)]
+    held_out = tmp_path / "held_out.jsonl"
+    (tmp_path / "train.jsonl").write_text("".join(texts), encoding="utf-8")
+    data = {"train": str(tmp_path / "train.jsonl"), "held_out": str(held_out), "held_out_samples": None}
+    path, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    path.write_text(tiny_recipe(data=data, training={"steps": 1}).to_yaml(), encoding="utf-8")
+    words = ["compare", str(path), "--arms", "baseline", "--no-controls", "--output", str(out), "--seeds"]
+    results = []
+    # As many texts of other words: no count tells.
+    for text, seeds in (("Ann had 3 pears.", ["0"]), ("Tom had 4 pears.", ["0", "1"])):
+        held_out.write_text(f'{{"text": "{text}"}}\n' * 4, encoding="utf-8")
+        results.append(runner.invoke(app, [*words, *seeds]))
+    assert results[0].exit_code == 0, results[0].output
+    assert str(results[1].exception) == (
+        f"baseline with seed 1 in {out}/baseline/seed-1 and baseline with seed 0 in {out}/baseline/seed-0 do not "
+        "compare: held-out text changed between them. Bring back what it was, or remove the older folders and run the "
+        "comparison again"
+    )
+
+
 def test_an_arm_with_another_dtype_reads_a_store_of_its_own(command: list[str], tmp_path: Path) -> None:
     command = [*command, "--arms", "compact:kv store.dtype=compact", "--against", "kv"]
     done = runner.invoke(app, command)

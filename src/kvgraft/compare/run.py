@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Sequence
 
 from kvgraft.compare.comparison import Comparison, build_comparison
 from kvgraft.compare.matrix import Cell, Matrix
@@ -12,7 +14,7 @@ from kvgraft.processes import process_state
 from kvgraft.recipe import load_recipe
 from kvgraft.report.comparison import write_comparison
 from kvgraft.report.results import RunResult
-from kvgraft.run import RECIPE_FILE, RESULT_FILE, run
+from kvgraft.run import INPUTS_FILE, RECIPE_FILE, RESULT_FILE, run
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +42,15 @@ def compare(matrix: Matrix, *, train: bool = True, overwrite: bool = False) -> C
     # An arm that cannot work is to be known now, not when its turn comes.
     for arm_cell in {cell.arm.name: cell for cell in reversed(missing)}.values():
         require_workable(arm_cell.recipe)
+    ready = [cell for cell in matrix.cells if cell not in missing]
+    _require_same_inputs(ready)
     for number, cell in enumerate(missing, 1):
         logger.info("run %d of %d: %s with seed %d", number, len(missing), cell.arm.name, cell.seed)
         run(cell.recipe, cell.folder, resume=not overwrite, overwrite=overwrite)
         # Only the first process writes the result that the others look for.
         process_state().wait_for_everyone()
+        ready.append(cell)
+        _require_same_inputs(ready)
     results = {(cell.arm.name, cell.seed): RunResult.read(cell.folder / RESULT_FILE) for cell in matrix.cells}
     comparison = build_comparison(matrix, results)
     if process_state().is_main_process:
@@ -68,3 +74,24 @@ def is_finished(cell: Cell) -> bool:
             "another --output, or --overwrite to run everything anew"
         )
     return True
+
+
+def _require_same_inputs(cells: Sequence[Cell]) -> None:
+    """Raise ResultError where text, or the weights of the same teachers, changed between two of ``cells``."""
+    # Runs of before hold no record.
+    recorded = [cell for cell in cells if (cell.folder / INPUTS_FILE).is_file()]
+    inputs = [json.loads((cell.folder / INPUTS_FILE).read_bytes()) for cell in recorded]
+    for cell, own in zip(recorded, inputs, strict=True):
+        first = recorded[0]
+        same_teachers = cell.recipe.teachers == first.recipe.teachers
+        changed = [
+            name
+            for name, digest in own.items()
+            if inputs[0].get(name) != digest and (same_teachers or not name.startswith("teacher "))
+        ]
+        if changed:
+            raise ResultError(
+                f"{cell.arm.name} with seed {cell.seed} in {cell.folder} and {first.arm.name} with seed {first.seed} "
+                f"in {first.folder} do not compare: {', '.join(changed)} changed between them. Bring back what it was, "
+                "or remove the older folders and run the comparison again"
+            )
