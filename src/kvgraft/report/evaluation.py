@@ -168,15 +168,21 @@ def write_evaluation(report: EvaluationReport, samples: Sequence[AnswerSample], 
 
 def save_similarity(report: EvaluationReport, path: Path) -> None:
     """A heat map for each teacher and of keys and of values: arms and measures down, layers across, as a PNG."""
+    draw_similarity(report).savefig(path, dpi=120)
+
+
+def draw_similarity(report: EvaluationReport) -> Figure:
+    """What :func:`save_similarity` saves, as wide as the layers need that every cell and its name can be read."""
     teachers = list(dict.fromkeys(teacher for arm in report.arms for teacher in arm.similarity))
     lines = max(len(_heat_rows(report, teacher, kind)) for teacher in teachers for kind in KINDS)
-    figure = Figure(figsize=(13, 1.6 + 0.3 * lines * len(teachers)), layout="constrained")
+    layers = max(len(found) for arm in report.arms for found in arm.similarity.values()) // len(KINDS)
+    figure = Figure(figsize=(max(13, 6 + 0.8 * layers), 1.6 + 0.3 * lines * len(teachers)), layout="constrained")
     grid = figure.subplots(len(teachers), len(KINDS), squeeze=False)
     for row, teacher in zip(grid, teachers, strict=True):
         for axes, kind in zip(row, KINDS, strict=True):
             _draw_heat_map(axes, report, teacher, kind)
     figure.suptitle(f"{report.name}: each student's KV beside its teacher's, {report.held_out_texts} held-out texts")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _draw_heat_map(axes: Axes, report: EvaluationReport, teacher: str, kind: str) -> None:
@@ -186,14 +192,15 @@ def _draw_heat_map(axes: Axes, report: EvaluationReport, teacher: str, kind: str
     picture = axes.imshow([values for _, values in rows], aspect="auto", vmin=0, vmax=1, cmap="viridis")
     for line, (_, values) in enumerate(rows):
         for column, value in enumerate(values):
-            # The map ends at 0, and what is below it should be seen to be.
-            colour = "black" if value > 0.6 else "white"
+            # The map ends at 0, and what is below it should be seen to be; what is no number has no colour at all.
+            colour = "white" if value <= 0.6 else "black"
             axes.text(column, line, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
     axes.set_xticks(range(len(pairs)), pairs, fontsize=7)
     axes.set_xlabel("student layer \u2190 teacher layer")
     axes.set_title(f"{kind}, {teacher}", fontsize=9)
-    axes.figure.colorbar(picture, ax=axes)
+    # A share of a wide picture would be a broad bar.
+    axes.figure.colorbar(picture, ax=axes, fraction=0.15 * 13 / axes.figure.get_figwidth(), aspect=30)
 
 
 def _heat_rows(report: EvaluationReport, teacher: str, kind: str) -> list[tuple[str, list[float]]]:

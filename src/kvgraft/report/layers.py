@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from kvgraft.align.evidence import LayerEvidence
@@ -59,6 +60,8 @@ def _save_heat_map(teacher: str, evidence: LayerEvidence, path: Path) -> None:
     axes.set_title(f"{evidence.method} over {evidence.tokens:,} tokens (rings: the map)", fontsize=9)
     axes.set_xlabel(f"layer of {teacher}")
     axes.set_ylabel("layer of the student")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(picture, ax=axes)
     figure.savefig(path, dpi=120)
 

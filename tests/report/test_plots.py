@@ -1,0 +1,116 @@
+"""Whether what a picture says can be read: nothing beyond its edges, nothing over each other, no empty panel."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from kvgraft.evaluate.similarity import KINDS, LayerSimilarity
+from kvgraft.report.evaluation import ArmEvaluation, EvaluationReport, draw_similarity
+from kvgraft.report.plots import draw_arm_curves
+from kvgraft.report.results import ArmResult, Evaluation
+
+
+def arm(name: str, losses: list[float], measures: tuple[str, ...] = ("loss", "kv_loss")) -> ArmResult:
+    points = [Evaluation(step=10 * index, metrics=dict.fromkeys(measures, loss)) for index, loss in enumerate(losses)]
+    return ArmResult(arm=name, steps=10 * (len(losses) - 1), seconds=3.0, evaluations=points)
+
+
+def assert_within(figure: Figure, parts: list[Text]) -> None:
+    figure.draw_without_rendering()
+    left, bottom, right, top = figure.bbox.extents
+    for part in parts:
+        box = part.get_window_extent()
+        assert left <= box.x0 < box.x1 <= right, part.get_text()
+        assert bottom <= box.y0 < box.y1 <= top, part.get_text()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"arm-number-{index}-with-some-text" for index in range(20)],
+        ["baseline", "an-arm-with-a-name-that-" * 6],
+        ["kv", *"abcdefgh"],
+    ],
+)
+def test_every_name_of_the_curves_is_inside_the_picture(names: list[str]) -> None:
+    title = "a-long-name-of-a-recipe-" * 5 + f" (seed {', '.join(str(seed) for seed in range(20))})"
+    figure = draw_arm_curves({name: [arm(name, [4.0, 3.0, 2.0])] for name in names}, title, level="baseline")
+    legend = figure.legends[0].get_texts()
+    assert ["".join(text.get_text().split()) for text in legend] == names
+    assert_within(figure, [*legend, *figure.texts, *(axes.yaxis.label for axes in figure.axes)])
+
+
+def test_no_two_arms_look_alike() -> None:
+    names = [f"arm-{index}" for index in range(20)]
+    axes = draw_arm_curves({name: [arm(name, [4.0, 3.0])] for name in names}, "made", level="arm-0").axes[0]
+    looks = {
+        (line.get_color(), line.get_linestyle())
+        for line in axes.lines
+        if len(line.get_xdata()) and line.get_label() in names
+    }
+    assert len(looks) == len(names)
+
+
+def test_what_no_arm_has_gets_no_panel() -> None:
+    curves = {name: [arm(name, [4.0, 3.0], measures=("loss",))] for name in ("baseline", "logits")}
+    assert [axes.get_ylabel() for axes in draw_arm_curves(curves, "made", level="baseline").axes] == [
+        "held-out cross-entropy (nats per token)"
+    ]
+
+
+@pytest.mark.parametrize("diverged", [0, 1])
+def test_where_a_seed_diverged_there_is_no_band(diverged: int) -> None:
+    seeds = [arm("kv", [4.0, 3.0, 2.0, 1.0]), arm("kv", [4.2, 3.2, 2.2, 1.2])]
+    seeds[diverged].evaluations[2].metrics["loss"] = float("nan")
+    axes = draw_arm_curves({"kv": seeds}, "made", level="baseline").axes[0]
+    drawn = np.concatenate([path.vertices for path in axes.collections[0].get_paths()])
+    assert set(drawn[:, 0]) == {0, 10, 30}
+
+
+def similarity(layers: int, value: float = 0.5) -> EvaluationReport:
+    found = [
+        LayerSimilarity(
+            kind=kind,
+            student_layer=layer,
+            teacher_layer=2 * layer,
+            projector_r2=-12.34,
+            projector_cosine=value,
+            least_squares_r2=value,
+            least_squares_cosine=value,
+            cka=value,
+            student_effective_rank=4.0,
+            teacher_effective_rank=9.0,
+        )
+        for kind in KINDS
+        for layer in range(layers)
+    ]
+    arms = [ArmEvaluation(arm=name, similarity={"big": found}) for name in ("baseline", "kv")]
+    return EvaluationReport(name="made", held_out_texts=2, asked={}, arms=arms)
+
+
+@pytest.mark.parametrize("layers", [1, 30])
+def test_neighbours_of_the_similarity_are_apart(layers: int) -> None:
+    figure = draw_similarity(similarity(layers))
+    figure.draw_without_rendering()
+    for axes in heat_maps(figure):
+        rows: dict[float, list[Text]] = {}
+        for text in axes.texts:
+            rows.setdefault(text.get_position()[1], []).append(text)
+        assert [len(row) for row in rows.values()] == [layers] * len(rows)
+        for texts in (*rows.values(), axes.get_xticklabels()):
+            boxes = [text.get_window_extent() for text in texts]
+            assert all(left.x1 < right.x0 for left, right in pairwise(boxes)), texts[0].get_text()
+
+
+def test_what_is_no_number_is_seen_in_the_similarity() -> None:
+    figure = draw_similarity(similarity(2, value=float("nan")))
+    colours = {text.get_text(): text.get_color() for axes in heat_maps(figure) for text in axes.texts}
+    assert colours == {"nan": "black", "-12.34": "white"}
+
+
+def heat_maps(figure: Figure) -> list[Axes]:
+    return [axes for axes in figure.axes if axes.images and axes.texts]
