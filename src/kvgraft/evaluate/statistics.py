@@ -73,7 +73,9 @@ class Reach(_Record):
 def spread(values: Mapping[int, float]) -> Spread:
     """Mean and standard deviation of ``values`` by seed."""
     numbers = list(values.values())
-    deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+    # The deviation of numbers of which one is infinite is no number, and no reason for a warning.
+    with np.errstate(invalid="ignore"):
+        deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
     return Spread(by_seed=dict(values), mean=float(np.mean(numbers)), deviation=deviation)
 
 

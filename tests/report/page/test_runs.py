@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy.stats import binomtest
@@ -14,6 +15,7 @@ from kvgraft.cli import app
 from kvgraft.errors import KVGraftError, ReportError
 from kvgraft.recipe import Recipe
 from kvgraft.report.page import page_of_runs, render_page, write_page
+from kvgraft.report.page.charts import arm_styles, curve_chart
 from kvgraft.report.page.data import CurveFigure, HeatMapFigure, PageData, SamplesFigure, TableFigure
 from kvgraft.run import run
 from tests.report.page.made_runs import RECIPE, held_out_loss, make_evaluation, make_run
@@ -51,6 +53,44 @@ def test_curves_have_every_arm_and_seed(tmp_path: Path) -> None:
     assert share.share
     assert {curve.arm for curve in share.curves} == {"kv", "mismatched"}
     assert "Gradient norm" in by_title
+
+
+@pytest.mark.parametrize("ended", ["NaN", "Infinity"])
+def test_a_seed_that_diverged_is_shown(tmp_path: Path, ended: str) -> None:
+    runs = [make_run(tmp_path / str(seed), seed) for seed in (0, 1)]
+    result = json.loads((runs[1] / "result.json").read_text())
+    result["arms"][1]["evaluations"][-1]["metrics"]["loss"] = ended
+    (runs[1] / "result.json").write_text(json.dumps(result))
+    page = page_of_runs(runs, with_strips=False)
+    baseline, kv, _ = figures(page, TableFigure)[0].rows
+    assert kv[2] == f"{float(ended):.3f} (nan)"
+    assert baseline[2] == f"{held_out_loss(0, 0, 100) + 0.05:.3f} (0.071)"
+    assert "nan" in render_page(page)
+
+
+def test_what_was_logged_once_is_seen(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    # The Trainer's summary at the end of a training, and a quantity that was logged once in all.
+    once = {"arm": "kv", "step": 100, "train_runtime": 2.0, "total_flos": 0.0, "train_loss": 3.0, "own": 5.0}
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(once) + "\n")
+    page = page_of_runs([folder], with_strips=False)
+    by_title = {getattr(found.title, "english", found.title): found for found in figures(page, CurveFigure)}
+    assert not {"train_runtime", "total_flos", "train_loss"} & set(by_title)
+    glyphs = {
+        title: [
+            part["attributes"]["glyph"]["name"]
+            for part in named_parts(curve_chart(by_title[title], arm_styles(page.arms)).item)
+        ]
+        for title in ("own", "Gradient norm")
+    }
+    assert glyphs == {"own": ["Scatter"], "Gradient norm": ["Line"] * 3}
+
+
+def named_parts(item: Any) -> list[dict[str, Any]]:
+    """The renderers of a chart that page.js knows as lines of arms."""
+    plot = item["doc"]["roots"][0]["attributes"]
+    return [part for part in plot["renderers"] if str(part["attributes"].get("name")).startswith("line ")]
 
 
 def test_an_arm_that_some_seeds_lack_is_marked(tmp_path: Path) -> None:

@@ -205,15 +205,12 @@ def _draw_line(plot: Any, source: ColumnDataSource, index: int, line: Line, styl
             name=f"band {index}",
         )
     source.data[f"mean {index}"] = line.mean.astype(np.float32)
-    plot.line(
-        "step",
-        f"mean {index}",
-        source=source,
-        line_color=style.colour,
-        line_dash=style.dash,
-        line_width=2,
-        name=f"line {index}",
-    )
+    look: dict[str, Any] = {"line_color": style.colour, "line_width": 2, "name": f"line {index}"}
+    if len(line.steps) > 1:
+        plot.line("step", f"mean {index}", source=source, line_dash=style.dash, **look)
+    else:
+        # A line through one point is nothing to see.
+        plot.scatter("step", f"mean {index}", source=source, size=8, fill_color=style.colour, **look)
 
 
 def _spread(layers: Sequence[int]) -> list[float]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 
+from kvgraft.evaluate.statistics import spread
 from kvgraft.report.page.data import Phrase, TableFigure, Words
 from kvgraft.report.page.seeds import SeedMeasurements
 from kvgraft.report.results import ArmResult
@@ -104,8 +104,9 @@ def spread_text(values: Sequence[float], form: str) -> str:
     """The mean, and the standard deviation in brackets where there are several values."""
     if not values:
         return "-"
-    deviation = f" ({stdev(values):{form.lstrip('+')}})" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{deviation}"
+    found = spread(dict(enumerate(values)))
+    deviation = "" if found.deviation is None else f" ({found.deviation:{form.lstrip('+')}})"
+    return f"{found.mean:{form}}{deviation}"
 
 
 def _columns(results: Sequence[SeedMeasurements], measures: Sequence[Measure]) -> tuple[list[Words], list[list[Words]]]:

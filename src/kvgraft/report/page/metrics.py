@@ -27,6 +27,8 @@ _TITLES_BY_TEACHER = {
 _FIRST = ("eval_loss", "eval_kv_loss", "ce_loss", "kv_loss")
 # Told elsewhere, or settings rather than measurements.
 _LEFT_OUT = {"step", "epoch", "loss", "learning_rate", "eval_perplexity", "real_tokens", "processed_tokens"}
+# What the Trainer says of a whole training, once at its end, is no curve.
+_LEFT_OUT |= {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}
 
 
 def main_curves(runs: Sequence[SeedMeasurements], command: str) -> list[CurveFigure]:
