@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
@@ -180,12 +181,14 @@ def draw_similarity(report: EvaluationReport) -> Figure:
     grid = figure.subplots(len(teachers), len(KINDS), squeeze=False)
     for row, teacher in zip(grid, teachers, strict=True):
         for axes, kind in zip(row, KINDS, strict=True):
-            _draw_heat_map(axes, report, teacher, kind)
+            picture = _draw_heat_map(axes, report, teacher, kind)
+            # A share of a wide picture would be a broad bar.
+            figure.colorbar(picture, ax=axes, fraction=0.15 * 13 / figure.get_figwidth(), aspect=30)
     figure.suptitle(f"{report.name}: each student's KV beside its teacher's, {report.held_out_texts} held-out texts")
     return figure
 
 
-def _draw_heat_map(axes: Axes, report: EvaluationReport, teacher: str, kind: str) -> None:
+def _draw_heat_map(axes: Axes, report: EvaluationReport, teacher: str, kind: str) -> AxesImage:
     rows = _heat_rows(report, teacher, kind)
     layers = next(arm.similarity[teacher] for arm in report.arms if teacher in arm.similarity)
     pairs = [f"{layer.student_layer}\u2190{layer.teacher_layer}" for layer in layers if layer.kind == kind]
@@ -199,8 +202,7 @@ def _draw_heat_map(axes: Axes, report: EvaluationReport, teacher: str, kind: str
     axes.set_xticks(range(len(pairs)), pairs, fontsize=7)
     axes.set_xlabel("student layer \u2190 teacher layer")
     axes.set_title(f"{kind}, {teacher}", fontsize=9)
-    # A share of a wide picture would be a broad bar.
-    axes.figure.colorbar(picture, ax=axes, fraction=0.15 * 13 / axes.figure.get_figwidth(), aspect=30)
+    return picture
 
 
 def _heat_rows(report: EvaluationReport, teacher: str, kind: str) -> list[tuple[str, list[float]]]:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from kvgraft.report.page.charts import heat_map_item
 from kvgraft.report.page.curves import arm_lines, settled_range, whole_range
-from kvgraft.report.page.data import Curve
+from kvgraft.report.page.data import Curve, HeatMapFigure
 
 
 def curve(arm: str, seed: int, steps: list[int], values: list[float]) -> Curve:
@@ -48,3 +49,14 @@ def test_settled_range_leaves_the_fall_of_the_beginning_out() -> None:
     assert settled_range(lines) == pytest.approx((0.9, 3.1))
     assert whole_range(lines)[1] > 100
     assert whole_range(arm_lines([curve("kv", 0, [0], [2.0])], 9)) == pytest.approx((1.9, 2.1))
+
+
+@pytest.mark.parametrize(("columns", "turned"), [(4, False), (30, True)])
+def test_names_of_many_layers_have_room(columns: int, turned: bool) -> None:
+    names = [f"{layer}\u2190{layer}" for layer in range(columns)]
+    shown = HeatMapFigure(title="made", command="", rows=["keys"], columns=names, values=[[0.5] * columns])
+    plot = heat_map_item(shown)["doc"]["roots"][0]["attributes"]
+    (axis,) = [part["attributes"] for part in plot["below"] if part["name"] == "CategoricalAxis"]
+    assert (axis.get("major_label_orientation") == "vertical") == turned
+    # Bokeh writes what differs from its own default, which draws all labels, over each other too.
+    assert "major_label_policy" in axis

@@ -19,6 +19,7 @@ from bokeh.models import (
     CustomJS,
     HoverTool,
     LinearColorMapper,
+    NoOverlap,
     NumeralTickFormatter,
     Range1d,
 )
@@ -33,6 +34,8 @@ HEIGHT = 320
 MOST_POINTS = 1000
 # Middle tones, so that one set is seen on white and on black; the first is the baseline's.
 _TONES = ("#7d848c", "#0f86c9", "#d9641a", "#12996f", "#a86fd1", "#c08a00", "#d2548d", "#3f9c35", "#8a6d4b", "#5b74e0")
+# Up to so many columns of a heat map have their names side by side.
+_COLUMNS_NAMED_ACROSS = 8
 _DASHES = ("solid", "dashed", "dotted", "dotdash")
 
 
@@ -156,9 +159,13 @@ def heat_map_item(shown: HeatMapFigure) -> Mapping[str, Any]:
         y_range=list(reversed(shown.rows)),
         tools="",
         toolbar_location=None,
-        height=110 + 34 * len(shown.rows),
+        height=130 + 34 * len(shown.rows),
     )
     plot.grid.visible = False
+    # A model of today has dozens of layers, and a phone is narrow: what has no room is read by pointing at a cell.
+    plot.axis.major_label_policy = NoOverlap()
+    if len(shown.columns) > _COLUMNS_NAMED_ACROSS:
+        plot.xaxis.major_label_orientation = "vertical"
     source = ColumnDataSource({"column": columns, "row": rows, "value": values})
     plot.rect(
         "column", "row", 1, 1, source=source, line_color=None, fill_color={"field": "value", "transform": colours}

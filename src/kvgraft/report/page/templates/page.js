@@ -71,7 +71,7 @@
       const at = nearest(steps, step);
       const value = column(arm.line.data_source, `mean ${arm.index}`)[at];
       let text = written(chart, value);
-      if (arm.band) {
+      if (arm.band && Number.isFinite(value)) {
         const [low, high] = ["low", "high"].map((end) => column(arm.band.data_source, `${end} ${arm.index}`)[at]);
         if (low !== high) text += ` (${written(chart, low)}–${written(chart, high)})`;
       }
