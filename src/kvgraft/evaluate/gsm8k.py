@@ -118,16 +118,17 @@ def without_annotations(text: str) -> str:
 def solve_open_sum(text: str) -> str | None:
     """What follows where ``text`` ends in an open annotation such as ``<<48/2=``: ``24>>``. None where it does not.
 
-    Whole results have no decimal point, as in the data set; a sum that makes no sense is left to the student.
+    Whole results have no decimal point, as in the data set; a sum that makes no sense, or is too large to write, is
+    left to the student.
     """
     found = _OPEN_SUM.search(text)
     if not found:
         return None
     try:
         result = _value(ast.parse(found[1].replace(",", "").strip(), mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+        return f"{result if result.denominator == 1 else f'{float(result):.10g}'}>>"
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
-    return f"{result if result.denominator == 1 else f'{float(result):.10g}'}>>"
 
 
 def problems_of(examples: Sequence[Example], source: str) -> list[Problem]:
