@@ -49,6 +49,19 @@ def test_goes_on_from_the_documents_and_from_what_was_said(run: Path, documents:
     assert fresh.tokenizer.decode(new, skip_special_tokens=True).strip() == second.strip()
 
 
+def test_tokens_meet_as_the_teacher_in_the_recipe_says(
+    run: Path, fit_recipe: Callable[..., Recipe], documents: Path
+) -> None:
+    def keys(**changes: object) -> torch.Tensor:
+        (run / RECIPE_FILE).write_text(fit_recipe(**changes).model_dump_json())
+        return open_conversation(run, [documents / "a.txt"]).cache.layers[0].keys
+
+    (teacher,) = fit_recipe().model_dump()["teachers"]
+    of_all = keys(alignment={"tokens": "causal"})
+    assert torch.equal(keys(teachers=[teacher | {"alignment": {"tokens": "causal"}}]), of_all)
+    assert not torch.equal(keys(), of_all)
+
+
 def test_the_command_answers_and_ends(run: Path, documents: Path) -> None:
     arguments = ["chat", str(run), "--document", str(documents), "--question", "How many?", "--max-new-tokens", "3"]
     result = CliRunner().invoke(app, arguments)

@@ -170,10 +170,10 @@ def _grafted_pieces(
             )
     layers = tuple(range(teacher.geometry.num_layers))
     store, _ = store_kv(teacher, [Example(text) for text in texts], layers, teacher.context or 2**20, recipe.store)
-    pieces = []
+    policy, pieces = recipe.alignment_of(teacher.recipe).tokens, []
     for text in texts:
         encoded = encode_with_spans(tokenizer, text)
-        kv = stored_kv(store, encoded, policy=recipe.alignment.tokens).to(student.device)
+        kv = stored_kv(store, encoded, policy=policy).to(student.device)
         kv = project(grafter.projector, kv, kv_geometry(student.config), teacher=grafter.teacher)
         own = own_beginning(student, [encoded], max(1, min(grafter.own_first_tokens, len(encoded.input_ids))))
         pieces.append(with_own_tokens(kv, own, min(grafter.own_first_tokens, own.mask.shape[1])))
