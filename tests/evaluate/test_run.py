@@ -98,6 +98,31 @@ def test_a_run_without_problems(tiny_recipe: Callable[..., Recipe], tmp_path: Pa
     assert report.arms[0].problems.problems == 2
 
 
+def test_a_teacher_that_answers_for_no_held_out_token_is_left_out(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    lines = [json.dumps({"question": f"{n} and {n}?", "answer": f"#### {2 * n}"}) + "\n" for n in range(4)]
+    held_out.write_text("".join(lines))
+    folder = tmp_path / "run"
+    run(
+        tiny_recipe(
+            arms=["baseline"],
+            data={"held_out": str(held_out)},
+            alignment={"skip_first_tokens": 40},
+            training={"steps": 1},
+        ),
+        folder,
+    )
+    report = evaluate(folder, EvaluationSettings(answers=FEW_TOKENS))
+    assert f"KV is not compared: teacher {TEACHER} answers for no token of the held-out text" in caplog.text
+    assert report.arms[0].quality is not None
+    assert report.arms[0].problems.problems == 4
+    assert {path.name for path in (folder / "evaluation").iterdir()} == {"quality.json", "gsm8k.json", "samples.jsonl"}
+    with pytest.raises(DataError, match=r"alignment\.skip_first_tokens"):
+        evaluate(folder, EvaluationSettings(only=["similarity"]))
+
+
 def test_what_is_no_finished_run_is_named(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is no run folder"):
         evaluate(tmp_path)

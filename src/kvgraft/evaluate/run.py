@@ -69,7 +69,7 @@ def evaluate(folder: Path, settings: EvaluationSettings | None = None, output: P
     Raises:
         RecipeError: ``folder`` is no run, or one that is not finished.
         ResultError: the run is of a newer version.
-        DataError: problems or tasks were asked for and there are none.
+        DataError: problems, tasks or similarity were asked for and there are none.
     """
     settings = settings or EvaluationSettings()
     _require_measurable(settings)
@@ -88,7 +88,7 @@ def evaluate(folder: Path, settings: EvaluationSettings | None = None, output: P
             if settings.wants("quality"):
                 measured.quality = _quality(model, recipe, data.held_out_set(arm), data)
             if settings.wants("similarity"):
-                measured.similarity = _similarity(model, recipe, data)
+                measured.similarity = _similarity(model, recipe, data, settings)
         if problems:
             student = load_model(str(folder / arm / STUDENT_FOLDER), dtype=recipe.student.dtype)
             measured.problems, answered = answer_problems(arm, student, tokenizer, problems, settings.answers, shots)
@@ -157,14 +157,25 @@ def _quality(
     return held_out_quality(model, batches, held_out.predicted_bytes).metrics()
 
 
-def _similarity(model: DistillationModel, recipe: Recipe, data: ArmData) -> dict[str, list[LayerSimilarity]]:
-    """By teacher. Students that saw none are compared too: what they share with it is what training has to beat."""
-    settings = (data.collator, recipe.training.eval_batch_size, process_state().device)
-    train = Batches(DistillationDataset(data.train[:_FITTED_TEXTS], data.train_sources), *settings)
-    held_out = Batches(DistillationDataset(data.held_out, data.held_out_sources), *settings)
-    return {
-        teacher: layer_similarity(model, teacher, pairs, train, held_out) for teacher, pairs in data.layer_maps.items()
-    }
+def _similarity(
+    model: DistillationModel, recipe: Recipe, data: ArmData, settings: EvaluationSettings
+) -> dict[str, list[LayerSimilarity]]:
+    """By teacher. Students that saw none are compared too: what they share with it is what training has to beat.
+
+    A teacher that answers for no token of the text is left out, unless this part was asked for by name.
+    """
+    how = (data.collator, recipe.training.eval_batch_size, process_state().device)
+    train = Batches(DistillationDataset(data.train[:_FITTED_TEXTS], data.train_sources), *how)
+    held_out = Batches(DistillationDataset(data.held_out, data.held_out_sources), *how)
+    found = {}
+    for teacher, pairs in data.layer_maps.items():
+        try:
+            found[teacher] = layer_similarity(model, teacher, pairs, train, held_out)
+        except DataError as error:
+            if "similarity" in settings.only:
+                raise
+            logger.warning("KV is not compared: %s", error)
+    return found
 
 
 def _source(recipe: Recipe, settings: EvaluationSettings) -> str:

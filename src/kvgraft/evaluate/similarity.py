@@ -91,7 +91,10 @@ def layer_similarity(
         for kind, sides in enumerate(_sides(model, teacher, student, target)):
             kinds[kind].add(sides)
     if not kinds[0].cka.tokens:
-        raise DataError(f"teacher {teacher} answers for no token of the held-out text, so there is nothing to compare")
+        raise DataError(
+            f"teacher {teacher} answers for no token of the held-out text, so there is nothing to compare: lower its "
+            "alignment.skip_first_tokens or hold out longer texts"
+        )
     model.train(was_training)
     return [layer for similarity in kinds for layer in similarity.result(layer_map)]
 
