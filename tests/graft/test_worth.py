@@ -165,6 +165,19 @@ def test_what_cannot_be_grafted_is_refused(fit_recipe: Callable[..., Recipe], tm
         Questions(data.held_out, data.held_out_examples)
 
 
+def test_text_without_questions_is_refused_before_anything_is_fitted(
+    fit_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    plain = rows(tmp_path / "plain.jsonl", [{"text": f"some text {n}"} for n in range(40)])
+    with pytest.raises(GraftError, match="no text has a prompt"):
+        graft(fit_recipe(data={"train": plain}), tmp_path / "plain")
+    with pytest.raises(GraftError, match=r"two held-out questions that differ; got 1 .* graft\.texts"):
+        graft(fit_recipe(**WHOLE, graft={"texts": 1}), tmp_path / "one")
+    with pytest.raises(RecipeError, match=r"one for each of 0\.\.2"):
+        graft(fit_recipe(alignment={"layers": [(0, 0), (2, 1)]}), tmp_path / "layers")
+    assert not list(tmp_path.glob("*/least_squares"))
+
+
 FITS = {"data": {"train_samples": 20, "held_out_samples": 5, "max_length": 96}, "graft": {"first_token": 0}}
 
 

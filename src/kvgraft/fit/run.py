@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -41,7 +42,14 @@ _QUERY_TEXTS, _ATTENTION_TEXTS = 32, 30
 _EVALUATION_TOKENS = 2048
 
 
-def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> FitReport:
+def fit(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    check: Callable[[FitData], None] | None = None,
+) -> FitReport:
     """Fit ``recipe``'s projector and leave it in ``folder`` with a report.
 
     ``folder`` gets ``recipe.yaml``, ``projector`` and ``least_squares`` (the closed form alone), ``fit.json``,
@@ -51,6 +59,7 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
         folder: the run's own.
         resume: go on with what is there.
         overwrite: start over, removing what is there.
+        check: shown what is fitted on, to refuse it before any of the work.
 
     Raises:
         RecipeError: the folder exists and neither was asked for, or the recipe cannot be fitted.
@@ -62,6 +71,8 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
         logger.info("%s is finished and is not fitted again", folder)
         return FitReport.read(folder / REPORT_FILE)
     data = prepare_fit(recipe)
+    if check is not None:
+        check(data)
     require_same_inputs(folder, inputs_of(data))
     phases, teacher = data.phases, data.teacher.recipe.name
     with phases.timed("scan layers"):

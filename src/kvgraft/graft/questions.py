@@ -77,7 +77,10 @@ class Questions(Dataset[Question]):
         for other in range(place + 1, place + count):
             if self._question_ids(other % count) != self._question_ids(place):
                 return other % count
-        raise GraftError("all held-out questions are the same, and the control needs another one's cache")
+        raise GraftError(
+            f"the control of another question's cache needs two held-out questions that differ; got {count} of the "
+            "same tokens: raise data.held_out_samples or graft.texts, or give other text"
+        )
 
     def _question_ids(self, place: int) -> list[int]:
         index, tokens, _ = self._places[place]

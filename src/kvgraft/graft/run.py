@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,19 +55,20 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
 
     Raises:
         RecipeError: a direction or a layer map that leaves some student layer without a cache, or as ``fit``.
-        GraftError: text without prompts.
+        GraftError: text without prompts, or held-out questions that are all the same.
         TrainingInterruptedError: Ctrl-C; a checkpoint was left.
     """
     _require_graftable(recipe)
     if resume:
         _forget_other_measurement(recipe, folder)
-    fit(recipe, folder, resume=resume, overwrite=overwrite)
+    fit(recipe, folder, resume=resume, overwrite=overwrite, check=partial(_require_questions, recipe))
     if (folder / REPORT_FILE).is_file():
         logger.info("%s is finished and is not measured again", folder)
         return GraftReport.read(folder / REPORT_FILE)
     data = prepare_fit(recipe)
     require_same_inputs(folder, inputs_of(data))
-    require_all_layers(data)
+    # Again: a fit that was there already may have been asked for without them.
+    _require_questions(recipe, data)
     name = data.teacher.recipe.name
     questions = _held_out(recipe, data)
     fitted = [
@@ -195,6 +197,14 @@ def _trained_name(recipe: Recipe, kind: str) -> str:
 
 def _held_out(recipe: Recipe, data: FitData) -> Questions:
     return Questions(data.held_out, data.held_out_examples, recipe.graft.texts)
+
+
+def _require_questions(recipe: Recipe, data: FitData) -> None:
+    """Raise where nothing could be measured or trained on in the end, whatever is fitted."""
+    require_all_layers(data)
+    _held_out(recipe, data).another(0)
+    if recipe.graft.trained:
+        Questions(data.train, data.examples)
 
 
 def _require_graftable(recipe: Recipe) -> None:
