@@ -94,8 +94,8 @@ def _require_device(device: str | int) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
         raise ModelError(
-            f"device {device!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Give auto, cpu, or one that this "
-            "machine has, such as cuda:0"
+            f"device {device!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Give auto, cpu, or one "
+            "that this machine has, such as cuda:0"
         ) from error
 
 
