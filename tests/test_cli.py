@@ -183,3 +183,18 @@ def test_fit_and_graft_run_a_recipe(fit_recipe: Callable[..., Recipe], tmp_path:
         ran = CliRunner().invoke(app, [command, str(tmp_path / "recipe.yaml"), "--output", str(folder)])
         assert ran.exit_code == 0, ran.output
         assert (folder / written).is_file()
+
+
+def test_a_fit_that_diverged_fails_once_all_is_written(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = fit_recipe(
+        store={"path": str(tmp_path / "stores")},
+        projector={"init_method": "xavier", "mlp_ratio": 2.0},
+        fit={"steps": 4, "learning_rate": 1e30},
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    for more in ([], ["--resume", "--json"]):
+        words = ["fit", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "fit"), *more]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 1
+        assert str(result.exception).startswith("the fit diverged: R2 on held-out text is no finite number")
+    assert (tmp_path / "fit" / "fit.md").is_file()

@@ -1,6 +1,7 @@
 """``kvgraft evaluate`` on a finished run of a tiny random teacher."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from kvgraft.evaluate.gsm8k import AnswerSettings
 from kvgraft.evaluate.run import EvaluationSettings, evaluate
 from kvgraft.prepare import read_texts
 from kvgraft.recipe import Recipe, StudentRecipe
-from kvgraft.report.evaluation import evaluation_tables
+from kvgraft.report.evaluation import EVALUATION_FOLDER, evaluation_tables, read_evaluation
 from kvgraft.run import run
 from tests.conftest import fields_of_tiny_recipe
 
@@ -175,3 +176,16 @@ def test_problems_are_asked_in_the_template_that_was_trained(
     shot = texts.tokenizer.decode(texts.train[0].input_ids).rstrip() + "\n\n"
     for sample, example in zip(samples, texts.held_out, strict=True):
         assert (shot + texts.tokenizer.decode(example.input_ids)).startswith(sample["prompt"])
+
+
+def test_a_student_that_diverged_is_measured_as_far_as_it_can_be(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    diverging = {"steps": 4, "learning_rate": 1e30, "warmup_steps": 0}
+    run(tiny_recipe(arms=["baseline"], training=diverging), tmp_path / "run")
+    evaluate(tmp_path / "run", EvaluationSettings(answers=FEW_TOKENS))
+    assert "KV is not compared: x of layer 0 has NaN" in caplog.text
+    read = read_evaluation(tmp_path / "run" / EVALUATION_FOLDER)
+    assert math.isnan(read.quality.arms["baseline"]["loss"])
+    assert read.similarity is None
+    assert read.problems.arms["baseline"].correct == 0

@@ -31,6 +31,7 @@ def fit(
     Objectives: regression (predict the KV), attention (the same, tokens counted by how much attention reads them),
     continuation (then train through the frozen student on what follows a prompt, for `kvgraft graft`).
     """
+    from kvgraft.errors import ResultError
     from kvgraft.fit.run import fit as fit_projector
     from kvgraft.recipe import load_recipe
     from kvgraft.report.fit import fit_table, suggested_layers_yaml
@@ -43,7 +44,12 @@ def fit(
         report = fit_projector(loaded, folder, resume=resume, overwrite=overwrite)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
-        return
-    console.print(fit_table(report))
-    console.print("layer map that the scan suggests, for a recipe:", suggested_layers_yaml(report), sep="\n")
-    console.print(f"everything is in {folder}: projector, fit.md, layers.png, fit.png", soft_wrap=True)
+    else:
+        console.print(fit_table(report))
+        console.print("layer map that the scan suggests, for a recipe:", suggested_layers_yaml(report), sep="\n")
+        console.print(f"everything is in {folder}: projector, fit.md, layers.png, fit.png", soft_wrap=True)
+    if report.has_diverged:
+        raise ResultError(
+            "the fit diverged: R2 on held-out text is no finite number in some layer. Try a lower fit.learning_rate, "
+            "with another --output"
+        )

@@ -13,7 +13,7 @@ from kvgraft.data.datasets import Example, in_template, load_examples
 from kvgraft.distill.arms import STUDENT_FOLDER, ArmData, load_arm
 from kvgraft.distill.dataset import Batches, DistillationDataset
 from kvgraft.distill.model import DistillationModel
-from kvgraft.errors import DataError, RecipeError
+from kvgraft.errors import DataError, ProjectorError, RecipeError
 from kvgraft.evaluate.gsm8k import AnswerSample, AnswerSettings, Problem, answer_problems, problems_of
 from kvgraft.evaluate.harness import require_tasks, task_scores
 from kvgraft.evaluate.quality import held_out_quality
@@ -162,7 +162,8 @@ def _similarity(
 ) -> dict[str, list[LayerSimilarity]]:
     """By teacher. Students that saw none are compared too: what they share with it is what training has to beat.
 
-    A teacher that answers for no token of the text is left out, unless this part was asked for by name.
+    A teacher that answers for no token of the text is left out, and a student that diverged, whose KV is no numbers,
+    unless this part was asked for by name.
     """
     how = (data.collator, recipe.training.eval_batch_size, process_state().device)
     train = Batches(DistillationDataset(data.train[:_FITTED_TEXTS], data.train_sources), *how)
@@ -171,7 +172,7 @@ def _similarity(
     for teacher, pairs in data.layer_maps.items():
         try:
             found[teacher] = layer_similarity(model, teacher, pairs, train, held_out)
-        except DataError as error:
+        except (DataError, ProjectorError) as error:
             if "similarity" in settings.only:
                 raise
             logger.warning("KV is not compared: %s", error)

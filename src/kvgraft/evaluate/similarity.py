@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from kvgraft.distill.model import DistillationModel
@@ -17,6 +16,7 @@ from kvgraft.evaluate.cka import LinearCKA
 from kvgraft.kv import KV, real_tokens
 from kvgraft.models.capture import capture
 from kvgraft.projector.closed_form import LeastSquares, solve_with_chosen_ridge
+from kvgraft.report.results import Record
 
 Kind = Literal["keys", "values"]
 KINDS: tuple[Kind, ...] = ("keys", "values")
@@ -25,7 +25,7 @@ Batches = Iterable[dict[str, Any]]
 _KEPT_OUT_EVERY = 5
 
 
-class LayerSimilarity(BaseModel):
+class LayerSimilarity(Record):
     """Keys or values of one student layer beside those of the teacher layer that answers for it.
 
     R2 is 1 where the target is met and 0 at its mean. A cosine is the mean over tokens of that between prediction and
@@ -39,8 +39,6 @@ class LayerSimilarity(BaseModel):
         cka: linear CKA, in [0, 1].
         student_effective_rank, teacher_effective_rank: exponential of the entropy of each side's spectrum.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Kind
     student_layer: int

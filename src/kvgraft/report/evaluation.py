@@ -12,13 +12,14 @@ from typing import Any, Generic, TypeVar
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from rich.table import Table
 
 from kvgraft.errors import ReportError
 from kvgraft.evaluate.gsm8k import AnswerSample, ProblemScore
 from kvgraft.evaluate.similarity import KINDS, LayerSimilarity
 from kvgraft.report.plots import set_title
+from kvgraft.report.results import Record
 
 EVALUATION_FOLDER = "evaluation"
 SIMILARITY_PICTURE, SAMPLES_FILE = "similarity.png", "samples.jsonl"
@@ -35,7 +36,7 @@ _MEASURES = {
 _RANKS = {"student_effective_rank": "effective rank, student", "teacher_effective_rank": "effective rank, teacher"}
 
 
-class ArmEvaluation(BaseModel):
+class ArmEvaluation(Record):
     """One saved student. A part that was not asked for is None or empty.
 
     Attributes:
@@ -45,19 +46,15 @@ class ArmEvaluation(BaseModel):
         tasks: by task of lm-eval, its metrics.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     arm: str
     quality: dict[str, float] | None = None
-    similarity: dict[str, list[LayerSimilarity]] = {}
+    similarity: dict[str, list[LayerSimilarity]] = Field(default_factory=dict)
     problems: ProblemScore | None = None
-    tasks: dict[str, dict[str, float]] = {}
+    tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
 
 
-class EvaluationReport(BaseModel):
+class EvaluationReport(Record):
     """All students of a run, and what was asked of them."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     held_out_texts: int
@@ -69,10 +66,8 @@ Content = TypeVar("Content")
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
-class SavedPart(BaseModel, Generic[Content]):
+class SavedPart(Record, Generic[Content]):
     """One file of an evaluation: of which run, what was asked, and what it gave for each arm."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     asked: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -10,21 +11,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from rich.table import Table
 
 from kvgraft.report.plots import set_title
+from kvgraft.report.results import Record
 from kvgraft.report.tables import dropped_text
 
 if TYPE_CHECKING:
     from kvgraft.fit.scan import Scan
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class LayerFit(_Record):
+class LayerFit(Record):
     """One target layer: what it reads, and how well it is met on held-out text, beside least squares."""
 
     layer: int
@@ -37,14 +35,14 @@ class LayerFit(_Record):
     least_squares_attention_cosine: float | None
 
 
-class FewerLayers(_Record):
+class FewerLayers(Record):
     """Least squares from fewer source layers on held-out text, mean over the target layers."""
 
     keys_r2: float
     values_r2: float
 
 
-class FitReport(_Record):
+class FitReport(Record):
     """Everything that ``kvgraft fit`` measured. ``suggested_layers`` are pairs of (student layer, teacher layer)."""
 
     name: str
@@ -57,12 +55,12 @@ class FitReport(_Record):
     held_out_texts: int
     alignment_coverage: float
     alignment_mean_span: float | None = None
-    alignment_dropped: dict[str, int] = {}
+    alignment_dropped: dict[str, int] = Field(default_factory=dict)
     parameters: int
     sharing: str
-    parameters_by_sharing: dict[str, int] = {}
+    parameters_by_sharing: dict[str, int] = Field(default_factory=dict)
     layers: list[LayerFit]
-    fewer_layers: dict[str, FewerLayers] = {}
+    fewer_layers: dict[str, FewerLayers] = Field(default_factory=dict)
     suggested_layers: list[tuple[int, int]]
     seconds: dict[str, float]
 
@@ -70,6 +68,11 @@ class FitReport(_Record):
     def read(cls, path: Path) -> FitReport:
         """Load what :func:`write_fit` saved."""
         return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether some layer is predicted by no numbers."""
+        return not all(math.isfinite(layer.keys_r2 + layer.values_r2) for layer in self.layers)
 
     def mean_of(self, field: str) -> float | None:
         """Mean over layers of a field of :class:`LayerFit`; None where it was not measured."""

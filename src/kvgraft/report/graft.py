@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from rich.table import Table
+
+from kvgraft.report.results import Record
 
 _DRAWS = 2000
 _LENGTH_PARTS = 3
@@ -16,7 +17,7 @@ CONTROL = "the same adapters on the student's own KV"
 _HEADER = ("cache at the question's tokens", "nats per answer token", "retention", "95 % interval")
 
 
-class FirstToken(BaseModel):
+class FirstToken(Record):
     """Seconds until the token after ``tokens`` of the student's, the median of some turns.
 
     Attributes:
@@ -26,8 +27,6 @@ class FirstToken(BaseModel):
         bytes_per_token: that are read from the store.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     tokens: int
     from_store: dict[str, float]
     student: float
@@ -35,7 +34,7 @@ class FirstToken(BaseModel):
     bytes_per_token: float
 
 
-class GraftReport(BaseModel):
+class GraftReport(Record):
     """Negative log-likelihood of the answers from each cache.
 
     Attributes:
@@ -49,8 +48,6 @@ class GraftReport(BaseModel):
         first_token: None where it was not measured.
         seconds: of each phase.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     seed: int

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 from rich.table import Table
 
 from kvgraft.evaluate.statistics import PairedDifference, Spread, paired_difference, spread
 from kvgraft.report.graft import CONTROL, GraftReport, draw_sums, markdown_table
+from kvgraft.report.results import Record
 
 _HEADER = ("cache at the question's tokens", "nats per answer token", "retention", "each seed", "transfer in nats")
 _AGAINST = ("cache", "against", "nats", "each seed", "95 % over seeds", "95 % over questions")
@@ -17,7 +18,7 @@ _AGAINST = ("cache", "against", "nats", "each seed", "95 % over seeds", "95 % ov
 _SHOWN_DEVIATION = 0.0005
 
 
-class GraftSeeds(BaseModel):
+class GraftSeeds(Record):
     """Reports of one recipe with several seeds, over the same questions.
 
     Attributes:
@@ -26,8 +27,6 @@ class GraftSeeds(BaseModel):
     Raises:
         ValueError: reports of other questions or other caches than the first one's.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     reports: list[GraftReport]
 
