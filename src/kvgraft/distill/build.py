@@ -18,6 +18,7 @@ from kvgraft.distill.objectives import projector_direction
 from kvgraft.distill.relations import require_relation_heads
 from kvgraft.kv import KV
 from kvgraft.models.capture import capture
+from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.geometry import kv_geometry
 from kvgraft.projector.closed_form import LeastSquares, solve_with_chosen_ridge
 from kvgraft.projector.projector import KVDimensionProjector
@@ -157,23 +158,21 @@ def _initial_kv(
     student: PreTrainedModel, layer_maps: LayerMaps, train: DistillationDataset, collator: DistillationCollator
 ) -> InitialKV:
     """For batches of calibration texts and each teacher: the untrained student's KV and the teacher's."""
-    # A new student comes with its dropout on, whose draws no seed has settled yet: a resumed run's would be others.
-    was_training = student.training
-    student.eval()
     indices = range(min(_CALIBRATION_TEXTS, len(train)))
     loader: Iterable[dict[str, Any]] = DataLoader(
         torch.utils.data.Subset(train, indices), batch_size=_CALIBRATION_BATCH, collate_fn=collator
     )
     pairs: InitialKV = []
-    for batch in loader:
-        kv = capture(student, batch["input_ids"], batch["attention_mask"]).to("cpu")
-        pairs.append(
-            {
-                name: (kv.select_layers([layer for layer, _ in layer_maps[name]]), target)
-                for name, target in batch["teacher_kv"].items()
-            }
-        )
-    student.train(was_training)
+    # A new student comes with its dropout on, whose draws no seed has settled yet: a resumed run's would be others.
+    with evaluation_mode(student):
+        for batch in loader:
+            kv = capture(student, batch["input_ids"], batch["attention_mask"]).to("cpu")
+            pairs.append(
+                {
+                    name: (kv.select_layers([layer for layer, _ in layer_maps[name]]), target)
+                    for name, target in batch["teacher_kv"].items()
+                }
+            )
     return pairs
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvgraft.evaluate.cka import effective_rank
 from kvgraft.kv import KV, real_tokens
+from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.head import record_hidden
 from kvgraft.projector.projector import KVDimensionProjector
 
@@ -98,29 +99,27 @@ def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]
 
     ``text_bytes`` are those that the labels of all batches stand for, as ``DistillationDataset.predicted_bytes`` says.
     """
-    was_training = model.training
-    model.eval()
-    loss_sum, tokens = 0.0, 0
-    own = _Moments(_products)
-    similarity: dict[str, _SimilaritySums] = {}
-    logit_sums: dict[str, tuple[float, int]] = {}
-    for batch in batches:
-        labelled = int((batch["labels"][:, 1:] != -100).sum())
-        with record_hidden(model.student) as hidden:
-            ce_loss, student_kv = model.student_pass(batch["input_ids"], batch["attention_mask"], batch["labels"])
-        loss_sum, tokens = loss_sum + float(ce_loss) * labelled, tokens + labelled
-        own.add(_rows(student_kv.flatten(), student_kv.mask))
-        for name, target in batch.get("teacher_kv", {}).items():
-            if target.mask.any():
-                similarity.setdefault(name, _SimilaritySums()).add(model, name, student_kv, target)
-        targets = batch.get("teacher_logits", {})
-        if model.logits is not None:
-            found = model.logits.losses(model.student, hidden.states, batch["input_ids"], targets, {})
-            for name, loss in found.items():
-                count = int(targets[name]["mask"].sum())
-                total, counted = logit_sums.get(name, (0.0, 0))
-                logit_sums[name] = (total + float(loss) * count, counted + count)
-    model.train(was_training)
+    with evaluation_mode(model):
+        loss_sum, tokens = 0.0, 0
+        own = _Moments(_products)
+        similarity: dict[str, _SimilaritySums] = {}
+        logit_sums: dict[str, tuple[float, int]] = {}
+        for batch in batches:
+            labelled = int((batch["labels"][:, 1:] != -100).sum())
+            with record_hidden(model.student) as hidden:
+                ce_loss, student_kv = model.student_pass(batch["input_ids"], batch["attention_mask"], batch["labels"])
+            loss_sum, tokens = loss_sum + float(ce_loss) * labelled, tokens + labelled
+            own.add(_rows(student_kv.flatten(), student_kv.mask))
+            for name, target in batch.get("teacher_kv", {}).items():
+                if target.mask.any():
+                    similarity.setdefault(name, _SimilaritySums()).add(model, name, student_kv, target)
+            targets = batch.get("teacher_logits", {})
+            if model.logits is not None:
+                found = model.logits.losses(model.student, hidden.states, batch["input_ids"], targets, {})
+                for name, loss in found.items():
+                    count = int(targets[name]["mask"].sum())
+                    total, counted = logit_sums.get(name, (0.0, 0))
+                    logit_sums[name] = (total + float(loss) * count, counted + count)
     covariance = own.variance()
     return Quality(
         loss=loss_sum / max(tokens, 1),

@@ -15,6 +15,7 @@ from kvgraft.errors import DataError
 from kvgraft.evaluate.cka import LinearCKA
 from kvgraft.kv import KV, real_tokens
 from kvgraft.models.capture import capture
+from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.projector.closed_form import LeastSquares, solve_with_chosen_ridge
 from kvgraft.report.results import Record
 
@@ -68,32 +69,32 @@ def layer_similarity(
     Raises:
         DataError: the teacher answers for no token of one of the texts.
     """
-    was_training = model.training
-    model.eval()
-    kinds = [_KindSimilarity(kind) for kind in KINDS]
-    layers = [student for student, _ in layer_map]
-    texts = 0
-    for student, target in _pairs(model, teacher, layers, train):
-        number = texts + target.mask.any(1).cumsum(0)
-        texts = int(number[-1])
-        kept_out = (number % _KEPT_OUT_EVERY == 0)[:, None].expand_as(target.mask)[target.mask].cpu()
-        for kind, sides in enumerate(_sides(model, teacher, student, target)):
-            for chooses_ridge, tokens in ((False, ~kept_out), (True, kept_out)):
-                if bool(tokens.any()):
-                    kinds[kind].fit(sides.select(tokens), chooses_ridge)
-    if not kinds[0].fitted_tokens:
-        raise DataError(f"teacher {teacher} answers for no token of the training text, so there is nothing to fit on")
-    for similarity in kinds:
-        similarity.solve()
-    for student, target in _pairs(model, teacher, layers, held_out):
-        for kind, sides in enumerate(_sides(model, teacher, student, target)):
-            kinds[kind].add(sides)
-    if not kinds[0].cka.tokens:
-        raise DataError(
-            f"teacher {teacher} answers for no token of the held-out text, so there is nothing to compare: lower its "
-            "alignment.skip_first_tokens or hold out longer texts"
-        )
-    model.train(was_training)
+    with evaluation_mode(model):
+        kinds = [_KindSimilarity(kind) for kind in KINDS]
+        layers = [student for student, _ in layer_map]
+        texts = 0
+        for student, target in _pairs(model, teacher, layers, train):
+            number = texts + target.mask.any(1).cumsum(0)
+            texts = int(number[-1])
+            kept_out = (number % _KEPT_OUT_EVERY == 0)[:, None].expand_as(target.mask)[target.mask].cpu()
+            for kind, sides in enumerate(_sides(model, teacher, student, target)):
+                for chooses_ridge, tokens in ((False, ~kept_out), (True, kept_out)):
+                    if bool(tokens.any()):
+                        kinds[kind].fit(sides.select(tokens), chooses_ridge)
+        if not kinds[0].fitted_tokens:
+            raise DataError(
+                f"teacher {teacher} answers for no token of the training text, so there is nothing to fit on"
+            )
+        for similarity in kinds:
+            similarity.solve()
+        for student, target in _pairs(model, teacher, layers, held_out):
+            for kind, sides in enumerate(_sides(model, teacher, student, target)):
+                kinds[kind].add(sides)
+        if not kinds[0].cka.tokens:
+            raise DataError(
+                f"teacher {teacher} answers for no token of the held-out text, so there is nothing to compare: lower "
+                "its alignment.skip_first_tokens or hold out longer texts"
+            )
     return [layer for similarity in kinds for layer in similarity.result(layer_map)]
 
 

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV
+from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.placement import input_device
 from kvgraft.models.rope import Rotation, Turning, find_turning, read_rotation, unrotate
@@ -314,15 +315,11 @@ def turnings_of(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Turn
     positions = torch.arange(_PROBE_TOKENS, device=device)[None]
     half = _PROBE_TOKENS // 2
     other_end = torch.cat([input_ids[:, :half], (input_ids[:, half:] + 1) % vocabulary], 1)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         keys, recorder = _probe(model, unknown, input_ids, positions)
         rotates = any(recorder.rotation(layer) is not None for layer in unknown)
         second = (input_ids, positions + _PROBE_SHIFT) if rotates else (other_end, None)
         others, other_recorder = _probe(model, unknown, *second)
-    finally:
-        model.train(was_training)
     turnings: dict[int, Turning | None] = {}
     still_tolerance = _PROBE_TOLERANCE if rotates else _OTHER_END_TOLERANCE
     for index, layer in enumerate(unknown):

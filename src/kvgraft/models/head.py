@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV
 from kvgraft.models.capture import decoder_of, record_kv
+from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.placement import input_device
 from kvgraft.models.tensor_parallel import whole_parameter
 
@@ -194,15 +195,10 @@ def _inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -
 
 @torch.no_grad()
 def _require_own_logits(model: PreTrainedModel, head: Head) -> None:
-    was_training = model.training
-    model.eval()
     vocabulary = model.get_input_embeddings().num_embeddings
     input_ids = (torch.arange(_PROBE_TOKENS, device=input_device(model)) * 37 % vocabulary)[None]
-    try:
-        with record_hidden(model) as recorded:
-            expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), record_hidden(model) as recorded:
+        expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
     hidden, error = recorded.states[0].to(head.weight.device), float("inf")
     if (len(hidden), hidden.shape[-1], head.vocabulary) == (len(expected), head.weight.shape[1], expected.shape[-1]):
         logits = head.logits(hidden).to(expected.device)

@@ -18,6 +18,7 @@ from kvgraft.data.batching import IGNORED
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV
 from kvgraft.models.capture import decoder_of
+from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.head import record_hidden
 
 FILL = -1
@@ -93,9 +94,7 @@ def require_exact_packing(model: PreTrainedModel) -> None:
     Raises:
         ModelError: it lets a text see its neighbours, or counts positions on from them.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         packing, input_ids = _probe(model)
         together = packing.unpack(_hidden(model, packing, input_ids))
         neighbour = input_ids.clone()
@@ -106,8 +105,6 @@ def require_exact_packing(model: PreTrainedModel) -> None:
             positions = torch.arange(tokens, device=model.device)[None]
             one = Packing(positions, torch.ones_like(positions, dtype=torch.bool))
             alone[text, :tokens] = _hidden(model, one, input_ids[text : text + 1, :tokens])[0]
-    finally:
-        model.train(was_training)
     second = packing.mask[1]
     leaked = _difference(beside_another[1][second], together[1][second])
     error = _difference(together[packing.mask], alone[packing.mask])

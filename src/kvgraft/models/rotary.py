@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
 from kvgraft.models.capture import decoder_of, forget_turnings, record_kv, turnings_of
+from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.rope import Rotation, Turning, read_rotation
 
@@ -83,13 +84,12 @@ def _rotary_calls(model: PreTrainedModel) -> list[_RotaryCall | None]:
     """For each layer the rotary call whose result it received."""
     positions = torch.tensor([_PROBE_POSITIONS], device=model.device)
     input_ids = torch.zeros_like(positions)
-    was_training = model.training
-    model.eval()
-    try:
-        with _noting_rotary_calls(model) as noted, record_kv(model, stop_early=True) as recorder:
-            decoder_of(model)(input_ids=input_ids, position_ids=positions, use_cache=False)
-    finally:
-        model.train(was_training)
+    with (
+        evaluation_mode(model),
+        _noting_rotary_calls(model) as noted,
+        record_kv(model, stop_early=True) as recorder,
+    ):
+        decoder_of(model)(input_ids=input_ids, position_ids=positions, use_cache=False)
     # Refuses a model that rotates without handing cosines and sines to its layers.
     recorder.kv(torch.ones_like(input_ids), positions)
 
