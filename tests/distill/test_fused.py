@@ -252,8 +252,9 @@ def test_nothing_but_gradients_is_kept() -> None:
     assert sum(held) == 2 * case.student.keys.numel() + case.projector.count_parameters()
 
 
-def test_bf16_autocast_stays_close() -> None:
-    case = Case(make())
+@pytest.mark.parametrize("settings", [{}, {"skip": True}, {"sharing": "shared", "layer_norm": False}])
+def test_bf16_autocast_stays_close(settings: dict[str, Any]) -> None:
+    case = Case(make(**settings))
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = case.gradients(case.fused), case.gradients(case.plain)
     for name, gradient in expected.items():
@@ -316,9 +317,11 @@ def test_a_training_step_is_that_of_the_plain_way(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("settings", [{"dropout": 0.3}, {"init_method": "least_squares", "sharing": "shared"}])
-def test_compiled_is_the_same_loss_with_the_same_gradients(settings: dict[str, Any]) -> None:
-    case = Case(make(**settings))
+@pytest.mark.parametrize(
+    ("settings", "form"), [({"dropout": 0.3}, "mse"), ({"init_method": "least_squares", "sharing": "shared"}, "cosine")]
+)
+def test_compiled_is_the_same_loss_with_the_same_gradients(settings: dict[str, Any], form: str) -> None:
+    case = Case(make(**settings), form=form)
     moved = [case.student.keys, case.student.values, *case.projector.parameters()]
     for tensor in moved[:2]:
         tensor.requires_grad_()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvgraft.distill.fused_pieces import Piece, SidesGradients
+from kvgraft.distill.fused_pieces import Piece, compiled_errors_and_gradients
 from kvgraft.distill.losses import KVScale, LossForm, normalised_layer_weights
 from kvgraft.errors import KVGraftError, ProjectorError
 from kvgraft.gradients import times_arriving
@@ -162,12 +162,16 @@ class _Side:
         """Numbers of a token in a layer: its heads joined."""
         return self.tensor.shape[2] * self.tensor.shape[4]
 
-    def rows(self, layers: range, block: _Block, dtype: torch.dtype) -> Tensor:
-        """``[layers, real rows, kv_dim]`` of one piece, a copy."""
+    def rows(self, layers: range, block: _Block, dtype: torch.dtype, centre: Tensor | None = None) -> Tensor:
+        """``[layers, real rows, kv_dim]`` of one piece, a copy; less ``centre [layers, kv_dim]``."""
         heads, width = self.tensor.shape[2], self.tensor.shape[4]
         rows = self.tensor.new_empty(len(layers), *block.shape, heads, width, dtype=dtype)
         for index, layer in enumerate(layers):
-            rows[index].copy_(self._view(self.tensor, layer, block))
+            view = self._view(self.tensor, layer, block)
+            if centre is None:
+                rows[index].copy_(view)
+            else:
+                torch.sub(view, centre[index].view(heads, width), out=rows[index])
         rows = rows.flatten(1, 2).flatten(2)
         return rows if block.is_full else rows.index_select(1, block.real)
 
@@ -231,41 +235,30 @@ class _Work:
             for layers, own, found in cuts:
                 dropout = self._dropout(layers, block) if drawn is None else drawn.expand(len(layers), -1, -1)
                 piece = self._piece(own, layers, block, dropout)
-                if self.compiled or torch.is_autocast_enabled(self.target.tensor.device.type):
-                    errors, sides = piece.by_autograd(found, wanted[0], wanted[1], self.compiled)
-                else:
-                    errors, sides = piece.by_hand(found, wanted[0], wanted[1])
+                work_on = compiled_errors_and_gradients if self.compiled else Piece.errors_and_gradients
+                errors, sides = work_on(piece, found, wanted[0], wanted[1])
                 loss += (errors * piece.weights).sum()
                 unweighted += (errors * self.weights[layers.start : layers.stop, None]).sum()
-                self._add_gradients(gradients, sides, layers, block)
+                for side, total, rows in zip((self.target, self.source), gradients, sides, strict=False):
+                    if total is not None and rows is not None:
+                        side.add_gradient(total, rows, layers, block)
         return loss, unweighted, gradients
 
     def _piece(self, parameters: Mapping[str, Tensor], layers: range, block: _Block, dropout: Tensor | None) -> Piece:
         chosen, dtype = slice(layers.start, layers.stop), next(iter(parameters.values())).dtype
-        target = self.target.rows(layers, block, torch.float32)
         weights = self.weights[chosen, None]
         units = self.output_units
         return Piece(
             adapter=self.adapter,
             parameters=parameters,
             source=self.source.rows(layers, block, dtype),
-            target=target.sub_(self.centre[chosen, None]).div_(self.deviation[chosen, None, None]),
+            target=self.target.rows(layers, block, torch.float32, self.centre[chosen]),
+            deviation=self.deviation[chosen, None, None],
             dropout=dropout,
             output_units=None if units is None else (units[0][chosen], units[1][chosen]),
             form=self.form,
             weights=weights if self.token_weights is None else weights * self._of_tokens(block),
         )
-
-    def _add_gradients(
-        self, totals: Sequence[Tensor | None], sides: SidesGradients, layers: range, block: _Block
-    ) -> None:
-        """Add the gradients of a piece's target, in the loss's units, and source to ``totals`` of both."""
-        of_target, of_source = sides
-        if totals[0] is not None and of_target is not None:
-            own_units = of_target / self.deviation[layers.start : layers.stop, None, None]
-            self.target.add_gradient(totals[0], own_units, layers, block)
-        if totals[1] is not None and of_source is not None:
-            self.source.add_gradient(totals[1], of_source, layers, block)
 
     def _of_tokens(self, block: _Block) -> Tensor:
         """Weights ``[real rows]`` of a piece's tokens."""

@@ -1,6 +1,6 @@
 """One piece of the fused KV loss: errors of a few layers and rows, and their gradients added to where they are kept.
 
-By hand, or by autograd (which ``torch.compile`` and autocast go through); both give the same.
+By hand, also under autocast and when ``torch.compile`` makes it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from kvgraft.distill.losses import FORMS, LossForm
 from kvgraft.projector.adapters import ElasticBottleneck
@@ -27,7 +26,8 @@ class Piece:
     Attributes:
         parameters: the adapter's for these layers, by name.
         source: ``[layers, rows, in_dim]``.
-        target: ``[layers, rows, out_dim]`` in the loss's units.
+        target: ``[layers, rows, out_dim]`` less its centre.
+        deviation: ``[layers, 1, 1]``, by which the target is divided to the loss's units.
         dropout: ``[layers, rows, h]``, what hidden units are multiplied by; None for 1.
         output_units: shift ``[layers, 1, out_dim]`` and factor ``[layers, 1, 1]`` from the adapter's output to the
             loss's units; None where it has them.
@@ -38,12 +38,13 @@ class Piece:
     parameters: Mapping[str, Tensor]
     source: Tensor
     target: Tensor
+    deviation: Tensor
     dropout: Tensor | None
     output_units: tuple[Tensor, Tensor] | None
     form: LossForm
     weights: Tensor
 
-    def by_hand(
+    def errors_and_gradients(
         self, gradients: Mapping[str, Tensor | None], wants_target: bool, wants_source: bool
     ) -> tuple[Tensor, SidesGradients]:
         """Errors ``[layers, rows]`` without weights, and the weighted errors' gradients of target and source.
@@ -55,75 +56,42 @@ class Piece:
         predicted = _in_units(output.float(), self.output_units)
         learns = wants_source or any(gradient is not None for gradient in gradients.values())
         if not learns and not wants_target:
-            return FORMS[self.form](predicted, self.target), (None, None)
+            return FORMS[self.form](predicted, self.target / self.deviation), (None, None)
         errors, of_predicted, of_target = self._compared(predicted, wants_target)
+        if of_target is not None:
+            of_target = of_target / self.deviation
         if not learns:
             return errors, (of_target, None)
         if self.output_units is not None:
             of_predicted = of_predicted * self.output_units[1]
         return errors, (of_target, adapter.backward(of_predicted.to(output.dtype), wants_source))
 
-    def by_autograd(
-        self, gradients: Mapping[str, Tensor | None], wants_target: bool, wants_source: bool, compiled: bool
-    ) -> tuple[Tensor, SidesGradients]:
-        """As :meth:`by_hand`."""
-        target, source = self.target.requires_grad_(wants_target), self.source.requires_grad_(wants_source)
-        leaves = {
-            name: parameter.detach().requires_grad_(gradients[name] is not None)
-            for name, parameter in self.parameters.items()
-        }
-        moved = [leaf for leaf in (target, source, *leaves.values()) if leaf.requires_grad]
-        errors_of: Callable[..., Tensor] = _errors
-        if compiled:
-            errors_of = _compiled_errors()
-            for rows in (source, self.dropout, target):
-                if rows is not None:
-                    torch._dynamo.maybe_mark_dynamic(rows, 1)
-        with torch.set_grad_enabled(bool(moved)):
-            errors = errors_of(self.adapter, leaves, source, self.dropout, self.output_units, target, self.form)
-            loss = (errors * self.weights).sum()
-        found = iter(torch.autograd.grad(loss, moved) if moved else ())
-        sides = (next(found) if wants_target else None, next(found) if wants_source else None)
-        for total in gradients.values():
-            if total is not None:
-                total.add_(next(found))
-        return errors.detach(), sides
-
     def _compared(self, predicted: Tensor, wants_target: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Errors, and the weighted errors' gradients of ``predicted`` and, if wanted, of the target."""
+        """Errors, and the weighted errors' gradients of ``predicted`` and, if wanted, of the target in its units."""
         if self.form == "mse":
-            difference = predicted.sub_(self.target)
+            difference = predicted.addcdiv_(self.target, self.deviation, value=-1)
             errors = difference.square().mean(-1)
             of_predicted = difference.mul_((self.weights * (2 / difference.shape[-1]))[..., None])
             return errors, of_predicted, -of_predicted if wants_target else None
-        leaves = [predicted.requires_grad_(), self.target.requires_grad_(wants_target)]
-        with torch.enable_grad():
-            errors = FORMS[self.form](predicted, self.target)
-            loss = (errors * self.weights).sum()
-        found = torch.autograd.grad(loss, leaves if wants_target else leaves[:1])
-        return errors.detach(), found[0], found[1] if wants_target else None
+        errors, backward = torch.func.vjp(FORMS[self.form], predicted, self.target / self.deviation)[:2]
+        of_predicted, of_target = backward(self.weights.expand_as(errors))
+        return errors, of_predicted, of_target if wants_target else None
 
 
 def _in_units(output: Tensor, units: tuple[Tensor, Tensor] | None) -> Tensor:
     return output if units is None else torch.addcmul(units[0], output, units[1])
 
 
-def _errors(
-    adapter: ElasticBottleneck,
-    parameters: dict[str, Tensor],
-    source: Tensor,
-    dropout: Tensor | None,
-    output_units: tuple[Tensor, Tensor] | None,
-    target: Tensor,
-    form: LossForm,
-) -> Tensor:
-    """Errors ``[layers, rows]`` of what ``adapter`` with ``parameters`` makes of ``source [layers, rows, width]``."""
-    weights = None if dropout is None else dropout[None]
-    output = functional_call(adapter, parameters, (source[None], weights))[0].float()
-    return FORMS[form](_in_units(output, output_units), target)
+def compiled_errors_and_gradients(
+    piece: Piece, gradients: Mapping[str, Tensor | None], wants_target: bool, wants_source: bool
+) -> tuple[Tensor, SidesGradients]:
+    """:meth:`Piece.errors_and_gradients`, compiled once for any number of rows."""
+    for rows in (piece.source, piece.dropout, piece.target, piece.weights):
+        if rows is not None and rows.shape[1] > 1:
+            torch._dynamo.maybe_mark_dynamic(rows, 1)
+    return _compiled()(piece, gradients, wants_target, wants_source)
 
 
 @cache
-def _compiled_errors() -> Callable[..., Tensor]:
-    """:func:`_errors`, compiled once for any number of rows."""
-    return torch.compile(_errors)
+def _compiled() -> Callable[..., tuple[Tensor, SidesGradients]]:
+    return torch.compile(Piece.errors_and_gradients)

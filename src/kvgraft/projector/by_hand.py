@@ -98,9 +98,9 @@ class BottleneckByHand:
     def _add_gradients(self, name: str, gradient: Tensor, rows: Tensor) -> None:
         weight, bias = self.gradients[f"{name}.weight"], self.gradients[f"{name}.bias"]
         if weight is not None and len(weight) == 1:
-            weight[0].addmm_(gradient.flatten(0, -2).T, rows.flatten(0, -2))
+            _add_product(weight[0], gradient.flatten(0, -2).T, rows.flatten(0, -2))
         elif weight is not None:
-            weight.baddbmm_(gradient.transpose(1, 2), rows)
+            _add_product(weight, gradient.transpose(1, 2), rows)
         if bias is not None:
             bias.add_(gradient.sum(-2))
 
@@ -120,7 +120,7 @@ class BottleneckByHand:
             return gradient
         weight, bias = self.parameters["norm.weight"], self.parameters["norm.bias"]
         totals = self.gradients["norm.weight"], self.gradients["norm.bias"]
-        width = [self.x.shape[-1]]
+        width, gradient = [self.x.shape[-1]], gradient.to(self.x.dtype)
         learns = any(total is not None for total in totals)
         if self.is_single:
             of_x, *found = torch.ops.aten.native_layer_norm_backward(
@@ -142,3 +142,13 @@ class BottleneckByHand:
             if total is not None:
                 total.add_(part)
         return of_x if wants_x else None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    # Autocast leaves products in place alone, and a compiler makes a copy of what they are added to.
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(total.device.type):
+        total.add_(left @ right)
+    elif total.dim() == 2:
+        total.addmm_(left, right)
+    else:
+        total.baddbmm_(left, right)
