@@ -50,7 +50,7 @@ class Arm:
         if name == COMPILED:
             self.model.loss = self.model.loss.model_copy(update={"compile": True})
         moved = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(moved, lr=recipe.training.learning_rate)
+        self.optimizer = torch.optim.AdamW(moved, lr=recipe.training.learning_rate, fused=True)
         self.seconds: list[float] = []
 
     def step(self, batch: dict[str, Any]) -> None:
