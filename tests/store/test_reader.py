@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -228,6 +229,17 @@ def test_a_byte_is_cached_where_it_comes_without_waiting(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "preadv", would_wait)
     assert not shard.is_cached(0)
+
+
+def test_no_shard_is_kept_open(tmp_path: Path) -> None:
+    store = fill(tmp_path, list(range(7)))
+    process = psutil.Process()
+    before = process.num_fds()
+    for key in KEYS:
+        store.read(key, layers=IDENTITY.layers[-1:])
+    store.statistics()
+    assert len(store.manifest.shards) > 1
+    assert process.num_fds() == before
 
 
 def test_tokens_are_read_without_the_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -17,6 +17,8 @@ OpenShards = dict[int, dict[str, "OpenShard"]]
 
 class OpenShard:
     """A shard file, whose tensors are only mapped, each once: that costs less than asking the file for every sample.
+
+    The file itself is not kept open: a large store has more shards than a process may have files open.
 
     Args:
         path: the file.
@@ -40,19 +42,17 @@ class OpenShard:
         """Let the system fetch these bytes and no others; left to itself it reads far on from each page it misses."""
         # No length stands for all that follows.
         if length and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+            # It is advice: what was mapped can be read even when its file is gone.
+            with suppress(OSError), open(self._path, "rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def is_cached(self, place: int) -> bool:
         """Whether the system holds the byte at ``place`` in memory; false where it cannot say."""
         try:
-            return os.preadv(self._file.fileno(), [bytearray(1)], place, os.RWF_NOWAIT) == 1
+            with open(self._path, "rb", buffering=0) as file:
+                return os.preadv(file.fileno(), [bytearray(1)], place, os.RWF_NOWAIT) == 1
         except (AttributeError, OSError):
             return False
-
-    @cached_property
-    def _file(self) -> BinaryIO:
-        """Open as long as the shard is."""
-        return open(self._path, "rb")
 
 
 def open_shard(opened: OpenShards, folder: Path, name: str, small: Sequence[tuple[int, int]] = ()) -> OpenShard:
