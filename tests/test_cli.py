@@ -127,6 +127,22 @@ def test_full_disk_is_said_before_anything_runs(recipe_file: Path, monkeypatch: 
     assert "and 0.0001 GB are free at" in json.loads(result.stdout)["problems"][0]
 
 
+@pytest.mark.parametrize("layers", ["auto", "cka"])
+def test_what_is_stored_already_needs_no_room(
+    layers: str, fit_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(fit_recipe().to_yaml(), encoding="utf-8")
+    words = ["cache", str(tmp_path / "recipe.yaml"), "--set", f"alignment.layers={layers}"]
+    assert runner.invoke(app, words).exit_code == 0
+    monkeypatch.setattr("kvgraft.plan.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    again = runner.invoke(app, words)
+    assert again.exit_code == 0, again.exception
+    more = runner.invoke(app, [*words, "--set", "data.train_samples=31"])
+    assert "GB are free at" in str(more.exception)
+    next((tmp_path / "stores").glob("*/manifest.json")).unlink()
+    assert "GB are free at" in str(runner.invoke(app, words).exception)
+
+
 def test_a_training_that_diverged_fails_once_all_is_written(recipe_file: Path, tmp_path: Path) -> None:
     changes = ["arms=[baseline]", "training.learning_rate=1e30", "training.warmup_steps=0"]
     words = ["train", str(recipe_file), *(word for change in changes for word in ("--set", change))]

@@ -20,6 +20,7 @@ from kvgraft.distill.objectives import projector_direction
 from kvgraft.distill.relations import require_relation_heads
 from kvgraft.distill.trackers import tracker_problems
 from kvgraft.errors import KVGraftError, RecipeError
+from kvgraft.identify import identify
 from kvgraft.kv import KVGeometry
 from kvgraft.memory import PeakMemory
 from kvgraft.models import loading
@@ -27,6 +28,7 @@ from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.lora import add_lora
 from kvgraft.models.placement import QUANTIZED_BYTES
 from kvgraft.prepare import existing_tokenizer, layer_map_of, load_examples_of, load_student_config, teacher_max_length
+from kvgraft.prepare_kv import not_stored
 from kvgraft.projector.sizing import FLOAT32_BYTES, TRAINING_COPIES, advise, auto_mlp_ratio
 from kvgraft.recipe import Recipe, TeacherRecipe
 from kvgraft.store.format import stored_bytes_per_token
@@ -136,9 +138,10 @@ def make_plan(recipe: Recipe) -> Plan:
             problems.append(str(error))
     store_bytes = sum(teacher.kv_bytes for teacher in teachers)
     free = shutil.disk_usage(existing_parent(recipe.store.path)).free
-    if store_bytes > free:
+    # What is there already is asked for only here: a teacher's fingerprint means reading its weights.
+    if store_bytes > free and (missing := _missing_bytes(recipe, teachers, train, held_out)) > free:
         problems.append(
-            f"the teachers' KV takes about {store_bytes / 1e9:.3g} GB and {free / 1e9:.3g} GB are free at "
+            f"the teachers' KV takes about {missing / 1e9:.3g} GB more and {free / 1e9:.3g} GB are free at "
             f"{recipe.store.path}; take fewer texts, fewer layers or another store.path"
         )
     trained += sum(teacher.projector_parameters for teacher in teachers)
@@ -322,6 +325,23 @@ def _student_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[int, int]:
         adapted = add_lora(model, **lora.model_dump(), seed=recipe.seed)
     trained = int(adapted.num_parameters(only_trainable=True))
     return trained, int(adapted.num_parameters()) - trained
+
+
+def _missing_bytes(recipe: Recipe, teachers: list[TeacherPlan], *parts: list[Example]) -> int:
+    """Bytes of the KV of ``teachers`` over ``parts`` that no store holds yet."""
+    recipes = {teacher.name: teacher for teacher in recipe.teachers}
+    characters = sum(len(example.text) for examples in parts for example in examples)
+    total = 0.0
+    for planned in teachers:
+        model = identify(recipes[planned.model.name])
+        found_later = recipe.alignment_of(model.recipe).layers in EVIDENCE_METHODS
+        layers = None if found_later else tuple(sorted({layer for _, layer in planned.layer_map}))
+        max_length = teacher_max_length(recipe, model.config)
+        missing = [
+            example for examples in parts for example in not_stored(model, examples, layers, max_length, recipe.store)
+        ]
+        total += planned.kv_bytes * sum(len(example.text) for example in missing) / characters
+    return round(total)
 
 
 def _count_tokens(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int) -> int:

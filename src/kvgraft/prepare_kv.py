@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from kvgraft.data.chat import template_fingerprint
 from kvgraft.data.datasets import Example
-from kvgraft.data.spans import EncodedText
+from kvgraft.data.spans import sample_key
+from kvgraft.errors import StoreError
 from kvgraft.identify import IdentifiedModel
 from kvgraft.prepare_log_probs import log_probs_to_fill, stores_log_probs
 from kvgraft.recipe import Recipe, StoreRecipe
-from kvgraft.store.fill import FillReport, StoreToFill, encode_for_teacher, fill_store, fill_stores
+from kvgraft.store.fill import FillReport, StoreToFill, encode_for_teacher, fill_store, fill_stores, store_folder
 from kvgraft.store.fill_kv import KVStoreToFill, kv_store_folder
-from kvgraft.store.format import StoreIdentity, text_fingerprint
+from kvgraft.store.format import MANIFEST_NAME, StoreIdentity, read_manifest, text_fingerprint
 from kvgraft.store.likelihoods import LikelihoodsToFill, TokenLikelihoods
 from kvgraft.store.online import OnlineKV
 from kvgraft.store.reader import KVStore
@@ -23,7 +25,7 @@ def store_kv(
 ) -> tuple[KVStore, FillReport]:
     """The store of ``model``'s KV over ``examples``, filled where it is not yet; several processes share the work."""
     encoded = encode_for_teacher(examples, model.tokenizer, max_length)
-    store = _kv_to_fill(model, examples, encoded, layers, max_length, settings)
+    store = _kv_to_fill(model, examples, layers, max_length, settings)
     return fill_store(store, model.recipe.name, model.load, encoded, token_budget=settings.token_budget)
 
 
@@ -41,7 +43,7 @@ def store_for_training(
     That is the logit store of its logit arms, and ``with_likelihoods`` how likely the model finds each token.
     """
     encoded = encode_for_teacher(examples, model.tokenizer, max_length)
-    store = _kv_to_fill(model, examples, encoded, layers, max_length, recipe.store)
+    store = _kv_to_fill(model, examples, layers, max_length, recipe.store)
     likelihoods = LikelihoodsToFill(store.folder, tuple(text.sample_key for text in encoded))
     stores: list[StoreToFill[Any]] = [store]
     if stores_log_probs(recipe):
@@ -60,7 +62,7 @@ def online_kv(
     by_key = {text.sample_key: text for text in encoded}
     kv = OnlineKV(
         model.recipe.name,
-        _identity(model, examples, encoded, layers, max_length, "float32"),
+        _identity(model, examples, layers, max_length, "float32"),
         model.load,
         by_key,
         recipe.kv_loss.calibration_texts,
@@ -69,31 +71,47 @@ def online_kv(
     return kv, FillReport(0, 0.0, sum(bool(text.truncated_bytes) for text in by_key.values()))
 
 
+def not_stored(
+    model: IdentifiedModel,
+    examples: list[Example],
+    layers: tuple[int, ...] | None,
+    max_length: int,
+    settings: StoreRecipe,
+) -> list[Example]:
+    """Those of ``examples`` whose KV no store of ``model`` over them holds; ``layers`` None stands for any."""
+    stored: set[str] = set()
+    for path in settings.path.glob(f"*/{MANIFEST_NAME}"):
+        # What is damaged, or a store of another kind, holds none.
+        with suppress(StoreError):
+            manifest = read_manifest(path.parent)
+            assert manifest is not None
+            found = manifest.identity
+            wanted = _identity(model, examples, layers or found.layers, max_length, settings.dtype)
+            in_its_place = path.parent == store_folder(settings.path, model.recipe.name, found)
+            if in_its_place and not found.difference(wanted):
+                stored |= manifest.samples.keys()
+    return [example for example in examples if sample_key(example.text) not in stored]
+
+
 def _kv_to_fill(
     model: IdentifiedModel,
     examples: list[Example],
-    encoded: list[EncodedText],
     layers: tuple[int, ...],
     max_length: int,
     settings: StoreRecipe,
 ) -> KVStoreToFill:
-    identity = _identity(model, examples, encoded, layers, max_length, settings.dtype)
+    identity = _identity(model, examples, layers, max_length, settings.dtype)
     folder = kv_store_folder(settings.path, model.recipe.name, identity)
     return KVStoreToFill(folder, identity, settings.shard_megabytes * 1_000_000, settings.verify)
 
 
 def _identity(
-    model: IdentifiedModel,
-    examples: list[Example],
-    encoded: list[EncodedText],
-    layers: tuple[int, ...],
-    max_length: int,
-    dtype: str,
+    model: IdentifiedModel, examples: list[Example], layers: tuple[int, ...], max_length: int, dtype: str
 ) -> StoreIdentity:
     return StoreIdentity(
         model=model.fingerprint,
         tokenizer=model.tokenizer_fingerprint,
-        text=text_fingerprint(text.sample_key for text in encoded),
+        text=text_fingerprint(sample_key(example.text) for example in examples),
         layers=layers,
         num_kv_heads=model.geometry.num_kv_heads,
         head_dim=model.geometry.head_dim,
