@@ -1,5 +1,8 @@
 """Peak memory of this process."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from kvgraft.memory import PeakMemory, peak_memory
@@ -12,6 +15,16 @@ def test_the_peak_stays_when_memory_is_given_back() -> None:
     size = taken.numel()
     del taken
     assert size < peak_memory().host_bytes < size + 2 * before
+
+
+@pytest.mark.parametrize("status", [None, "Name:\tpython\nVmRSS:\t1 kB\n"])
+def test_a_system_that_does_not_tell_of_peaks(
+    status: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if status is not None:
+        (tmp_path / "status").write_text(status)
+    monkeypatch.setattr("kvgraft.memory._STATUS", tmp_path / "status")
+    assert peak_memory().host_bytes > 1024
 
 
 def test_the_larger_of_both_sides() -> None:

@@ -8,6 +8,8 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
+_STATUS = Path("/proc/self/status")
+
 
 class PeakMemory(BaseModel):
     """The most memory that a process held at once, in bytes.
@@ -42,11 +44,11 @@ def free_memory() -> int:
 
 
 def _host_peak() -> int:
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not getrusage: on Linux its peak comes down from the process that started this one.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    if _STATUS.is_file():
+        # Not getrusage: on Linux its peak comes down from the process that started this one. gVisor has no such line.
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):
         return int(memory.peak_wset)
