@@ -20,6 +20,9 @@ from kvgraft.memory import PeakMemory
 from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe
 from kvgraft.run import arm_data, run
+from kvgraft.store.fill import store_folder
+from kvgraft.store.format import write_manifest
+from kvgraft.store.reader import KVStore
 
 TEACHER = TeacherCalibration(
     load_seconds=5.0,
@@ -94,16 +97,52 @@ def test_a_store_that_is_there_costs_no_time(recipe: Recipe) -> None:
 def test_what_the_recipes_own_store_holds_is_found(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = tiny_recipe()
     prepared = prepare(recipe)
-    teacher, examples = prepared.teachers[0], prepared.texts.train_examples
-    tokens = teacher.store.num_tokens
-    assert store_part(recipe, teacher, teacher.store, examples) == StorePart(tokens, 0)
+    source, examples = prepared.teachers[0].train, prepared.texts.train_examples
+    teacher, tokens = recipe.teachers[0], source.store.num_tokens
+    assert store_part(recipe, teacher, source, examples) == StorePart(tokens, 0)
     # Log-probabilities are asked for where arms need them; one pass gives them with the KV, or alone.
     logits = tiny_recipe(arms=["kv_logits"], logit_loss={"form": "sorted_probability"})
-    assert store_part(logits, teacher, teacher.store, examples) == StorePart(tokens, tokens)
+    assert store_part(logits, teacher, source, examples) == StorePart(tokens, tokens)
     arm_data(prepare(logits))
-    assert store_part(logits, teacher, teacher.store, examples) == StorePart(tokens, 0)
+    assert store_part(logits, teacher, source, examples) == StorePart(tokens, 0)
     elsewhere = tiny_recipe(store={"path": str(tmp_path / "elsewhere")})
-    assert store_part(elsewhere, teacher, teacher.store, examples) == StorePart(tokens, tokens)
+    assert store_part(elsewhere, teacher, source, examples) == StorePart(tokens, tokens)
+
+
+def test_likelihoods_that_a_store_lacks_take_a_pass(
+    tiny_recipe: Callable[..., Recipe], tiny_fields: dict, tmp_path: Path
+) -> None:
+    teachers = [*tiny_fields["teachers"], {**tiny_fields["teachers"][0], "name": "second"}]
+    recipe = tiny_recipe(teachers=teachers, kv_loss={"combine": "confidence"}, store={"path": str(tmp_path / "whole")})
+    prepared = prepare(recipe)
+    source, examples = prepared.teachers[0].train, prepared.texts.train_examples
+    tokens = source.store.num_tokens
+    assert store_part(recipe, recipe.teachers[0], source, examples) == StorePart(tokens, 0)
+    for path in source.store.folder.glob("likelihoods-*"):
+        path.unlink()
+    assert store_part(recipe, recipe.teachers[0], source, examples) == StorePart(tokens, tokens)
+    assert store_part(recipe, recipe.teachers[0], replace(source, likelihoods=None), examples) == StorePart(tokens, 0)
+
+
+def test_a_store_of_other_found_layers_and_of_an_older_format_is_found(
+    fit_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = fit_recipe()
+    recipe = recipe.model_copy(update={"alignment": recipe.alignment.model_copy(update={"layers": "cka"})})
+    prepared = prepare(recipe)
+    source, examples = prepared.teachers[0].train, prepared.texts.train_examples
+    assert isinstance(source.store, KVStore)
+    tokens = source.store.num_tokens
+    others = replace(source.store.identity, layers=(0,))
+    few = replace(
+        source, store=replace(source.store, manifest=source.store.manifest.model_copy(update={"identity": others}))
+    )
+    assert store_part(recipe, recipe.teachers[0], few, examples) == StorePart(tokens, 0)
+    old = replace(source.store.identity, format_version=1)
+    manifest = source.store.manifest.model_copy(update={"identity": old})
+    write_manifest(source.store.folder, manifest)
+    source.store.folder.rename(store_folder(recipe.store.path, "org/teacher-1.0", old))
+    assert store_part(recipe, recipe.teachers[0], source, examples) == StorePart(tokens, 0)
 
 
 def test_memory_counts_the_files_that_are_mapped_while_training(recipe: Recipe) -> None:

@@ -14,19 +14,23 @@ from typing import Any, Protocol, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kvgraft.align.evidence import EVIDENCE_METHODS
 from kvgraft.data.batching import batches_by_length
 from kvgraft.data.datasets import Example
+from kvgraft.data.spans import sample_key
 from kvgraft.distill.arms import train_arm
+from kvgraft.distill.dataset import TeacherSource
 from kvgraft.identify import identify
 from kvgraft.memory import PeakMemory, peak_memory
 from kvgraft.plan import existing_parent
 from kvgraft.prepare import PreparedTeacher, Texts, prepare, read_texts
+from kvgraft.prepare_kv import not_stored
 from kvgraft.prepare_log_probs import log_probs_to_fill, stores_log_probs
 from kvgraft.progress import progress_bar
-from kvgraft.recipe import Recipe
+from kvgraft.recipe import Recipe, TeacherRecipe
 from kvgraft.run import arm_data
-from kvgraft.store.fill import encode_for_teacher, store_folder
-from kvgraft.store.format import read_manifest, stored_bytes_per_token, text_fingerprint
+from kvgraft.store.fill import encode_for_teacher
+from kvgraft.store.format import stored_bytes_per_token
 from kvgraft.store.logits import LogitManifest
 from kvgraft.store.reader import KVStore
 
@@ -39,7 +43,8 @@ _HELD_OUT_BATCHES = 2
 class StorePart:
     """Tokens of a teacher's training or held-out text.
 
-    ``pass_tokens`` are what it has to read yet: texts that lack their KV or the log-probabilities that arms need.
+    ``pass_tokens`` are what it has to read yet: texts that lack their KV, or the log-probabilities or likelihoods that
+    the run needs.
     """
 
     tokens: int
@@ -165,25 +170,26 @@ def _teacher_calibration(
         once_bytes=train.total_bytes - bytes_per_token * train.num_tokens,
         captured_tokens=(train.num_tokens, held_out.num_tokens),
         whole=(
-            store_part(recipe, teacher, train, texts.train_examples),
-            store_part(recipe, teacher, held_out, texts.held_out_examples),
+            store_part(recipe, teacher.recipe, teacher.train, texts.train_examples),
+            store_part(recipe, teacher.recipe, teacher.held_out, texts.held_out_examples),
         ),
     )
 
 
-def store_part(recipe: Recipe, teacher: PreparedTeacher, small: KVStore, examples: Sequence[Example]) -> StorePart:
-    """Tokens of ``examples`` in a store like ``small``, and of those that the recipe's own stores lack."""
-    model, max_length = identify(teacher.recipe), small.identity.max_length
-    encoded = encode_for_teacher(examples, model.tokenizer, max_length)
+def store_part(recipe: Recipe, teacher: TeacherRecipe, small: TeacherSource, examples: Sequence[Example]) -> StorePart:
+    """Tokens of ``examples`` in a store like that of ``small``, and of those that the recipe's own stores lack."""
+    model, identity = identify(teacher), small.store.identity
+    encoded = encode_for_teacher(examples, model.tokenizer, identity.max_length)
     tokens = {text.sample_key: len(text.input_ids) for text in encoded}
-    identity = replace(small.identity, text=text_fingerprint(tokens))
-    manifest = read_manifest(store_folder(recipe.store.path, teacher.recipe.name, identity))
-    stored = set() if manifest is None else set(manifest.samples)
-    read = stored
+    # Those that the few texts speak for need not be those that the whole does.
+    layers = None if recipe.alignment_of(teacher).layers in EVIDENCE_METHODS else identity.layers
+    with_likelihoods = small.likelihoods is not None
+    lacking = not_stored(model, examples, layers, identity.max_length, recipe.store, with_likelihoods=with_likelihoods)
+    unread = {sample_key(example.text) for example in lacking}
     if stores_log_probs(recipe):
-        logits = LogitManifest.read(log_probs_to_fill(model, examples, encoded, max_length, recipe).folder)
-        read = set() if logits is None else stored & set(logits.samples)
-    return StorePart(sum(tokens.values()), sum(count for key, count in tokens.items() if key not in read))
+        logits = LogitManifest.read(log_probs_to_fill(model, examples, encoded, identity.max_length, recipe).folder)
+        unread |= tokens.keys() - ({} if logits is None else logits.samples).keys()
+    return StorePart(sum(tokens.values()), sum(count for key, count in tokens.items() if key in unread))
 
 
 def _measure_training(recipe: Recipe, folder: Path) -> TrainingCalibration:

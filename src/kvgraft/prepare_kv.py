@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,7 +13,7 @@ from kvgraft.errors import StoreError
 from kvgraft.identify import IdentifiedModel
 from kvgraft.prepare_log_probs import log_probs_to_fill, stores_log_probs
 from kvgraft.recipe import Recipe, StoreRecipe
-from kvgraft.store.fill import FillReport, StoreToFill, encode_for_teacher, fill_store, fill_stores, store_folder
+from kvgraft.store.fill import FillReport, StoreToFill, encode_for_teacher, fill_store, fill_stores
 from kvgraft.store.fill_kv import KVStoreToFill, kv_store_folder
 from kvgraft.store.format import MANIFEST_NAME, StoreIdentity, read_manifest, text_fingerprint
 from kvgraft.store.likelihoods import LikelihoodsToFill, TokenLikelihoods
@@ -73,23 +74,28 @@ def online_kv(
 
 def not_stored(
     model: IdentifiedModel,
-    examples: list[Example],
+    examples: Sequence[Example],
     layers: tuple[int, ...] | None,
     max_length: int,
     settings: StoreRecipe,
+    *,
+    with_likelihoods: bool = False,
 ) -> list[Example]:
-    """Those of ``examples`` whose KV no store of ``model`` over them holds; ``layers`` None stands for any."""
+    """Those of ``examples`` whose KV the store of ``model`` over them lacks, or their likelihoods if asked for.
+
+    ``layers`` None stands for any.
+    """
     stored: set[str] = set()
     for path in settings.path.glob(f"*/{MANIFEST_NAME}"):
         # What is damaged, or a store of another kind, holds none.
         with suppress(StoreError):
-            manifest = read_manifest(path.parent)
+            folder, manifest = path.parent, read_manifest(path.parent)
             assert manifest is not None
             found = manifest.identity
             wanted = _identity(model, examples, layers or found.layers, max_length, settings.dtype)
-            in_its_place = path.parent == store_folder(settings.path, model.recipe.name, found)
-            if in_its_place and not found.difference(wanted):
-                stored |= manifest.samples.keys()
+            if not found.difference(wanted) and folder == kv_store_folder(settings.path, model.recipe.name, wanted):
+                likely = TokenLikelihoods.open(folder).numbers if with_likelihoods else manifest.samples
+                stored |= manifest.samples.keys() & likely.keys()
     return [example for example in examples if sample_key(example.text) not in stored]
 
 
@@ -106,7 +112,7 @@ def _kv_to_fill(
 
 
 def _identity(
-    model: IdentifiedModel, examples: list[Example], layers: tuple[int, ...], max_length: int, dtype: str
+    model: IdentifiedModel, examples: Sequence[Example], layers: tuple[int, ...], max_length: int, dtype: str
 ) -> StoreIdentity:
     return StoreIdentity(
         model=model.fingerprint,
