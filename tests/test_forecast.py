@@ -13,11 +13,12 @@ from kvgraft.calibration import (
     StorePart,
     TeacherCalibration,
     TrainingCalibration,
+    few_texts,
     store_part,
 )
 from kvgraft.forecast import forecast_from, make_forecast
 from kvgraft.memory import PeakMemory
-from kvgraft.prepare import prepare
+from kvgraft.prepare import prepare, read_texts
 from kvgraft.recipe import Recipe
 from kvgraft.run import arm_data, run
 from kvgraft.store.fill import store_folder
@@ -143,6 +144,16 @@ def test_a_store_of_other_found_layers_and_of_an_older_format_is_found(
     write_manifest(source.store.folder, manifest)
     source.store.folder.rename(store_folder(recipe.store.path, "org/teacher-1.0", old))
     assert store_part(recipe, recipe.teachers[0], source, examples) == StorePart(tokens, 0)
+
+
+@pytest.mark.parametrize("batching", ["buckets", "packed"])
+def test_the_few_steps_read_whole_batches(batching: str, tiny_recipe: Callable[..., Recipe]) -> None:
+    data, training = {"train_samples": 60}, {"batch_size": 2, "batching": batching}
+    recipe = tiny_recipe(data=data, training=training | {"tokens_per_batch": 500})
+    few = few_texts(read_texts(recipe), recipe).train
+    assert 4 * 500 <= sum(len(text.input_ids) for text in few) < 5 * 500
+    recipe = tiny_recipe(data=data, training=training)
+    assert len(few_texts(read_texts(recipe), recipe).train) == 4 * 2
 
 
 def test_memory_counts_the_files_that_are_mapped_while_training(recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -15,10 +16,10 @@ from typing import Any, Protocol, TypeVar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kvgraft.align.evidence import EVIDENCE_METHODS
-from kvgraft.data.batching import batches_by_length
+from kvgraft.data.batching import EncodedExample, batches_by_length
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import sample_key
-from kvgraft.distill.arms import train_arm
+from kvgraft.distill.arms import tokens_per_batch, train_arm
 from kvgraft.distill.dataset import TeacherSource
 from kvgraft.identify import identify
 from kvgraft.memory import PeakMemory, peak_memory
@@ -139,7 +140,7 @@ def _measure_capture(recipe: Recipe, folder: Path) -> CaptureCalibration:
     started = time.perf_counter()
     texts = read_texts(recipe)
     text_seconds = time.perf_counter() - started
-    prepared = prepare(_small(recipe, folder), _few(texts, recipe))
+    prepared = prepare(_small(recipe, folder), few_texts(texts, recipe))
     seconds = prepared.phases.seconds
     return CaptureCalibration(
         text_seconds=text_seconds,
@@ -195,7 +196,7 @@ def store_part(recipe: Recipe, teacher: TeacherRecipe, small: TeacherSource, exa
 def _measure_training(recipe: Recipe, folder: Path) -> TrainingCalibration:
     texts = read_texts(recipe)
     small = _small(recipe, folder)
-    prepared = prepare(small, _few(texts, recipe))
+    prepared = prepare(small, few_texts(texts, recipe))
     data = arm_data(prepared)
     arms: dict[str, ArmCalibration] = {}
     for arm in recipe.arms:
@@ -268,8 +269,9 @@ def _small(recipe: Recipe, folder: Path) -> Recipe:
     )
 
 
-def _few(texts: Texts, recipe: Recipe) -> Texts:
-    train = _spread_over_lengths(texts.train, CALIBRATION_STEPS * recipe.training.batch_size)
+def few_texts(texts: Texts, recipe: Recipe) -> Texts:
+    """As many of ``texts`` as the few steps and evaluations read."""
+    train = _spread_over_lengths(texts.train, CALIBRATION_STEPS * _texts_per_step(texts.train, recipe))
     held_out = _spread_over_lengths(texts.held_out, _HELD_OUT_BATCHES * recipe.training.eval_batch_size)
     return replace(
         texts,
@@ -278,6 +280,13 @@ def _few(texts: Texts, recipe: Recipe) -> Texts:
         held_out_examples=[texts.held_out_examples[index] for index in held_out],
         held_out=[texts.held_out[index] for index in held_out],
     )
+
+
+def _texts_per_step(texts: Sequence[EncodedExample], recipe: Recipe) -> int:
+    if recipe.training.batching == "shuffled":
+        return recipe.training.batch_size
+    lengths = [len(text.input_ids) for text in texts]
+    return math.ceil(tokens_per_batch(recipe, lengths) * len(lengths) / sum(lengths))
 
 
 class _Tokens(Protocol):
