@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -170,6 +171,21 @@ def test_a_shard_that_no_manifest_names_is_removed(tmp_path: Path) -> None:
     (tmp_path / "kv-00009.safetensors").write_bytes(b"renamed, then killed before the manifest")
     with KVStoreWriter(tmp_path, IDENTITY, SHARD_BYTES):
         assert shard_names(tmp_path) == known
+
+
+def test_a_file_system_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, code = os.fsync, errno.EINVAL
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert len(fill(tmp_path / "store", [0, 1])) == 2
+    code = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        fill(tmp_path / "other", [0, 1])
 
 
 def test_a_full_disk_leaves_whole_shards_and_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
