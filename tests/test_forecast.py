@@ -1,5 +1,6 @@
 """What a run will take: the arithmetic on made calibrations, and a real one against the run that follows."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from kvgraft.calibration import (
     StorePart,
     TeacherCalibration,
     TrainingCalibration,
+    calibrate,
     few_texts,
     store_part,
 )
@@ -161,6 +163,17 @@ def test_memory_counts_the_files_that_are_mapped_while_training(recipe: Recipe) 
     assert peak == PeakMemory(host_bytes=1_000_000 + (2_400 - 300) * 1_000, device_bytes=20)
     alone = replace(CALIBRATION.training, arms={"baseline": ARM})
     assert forecast_from(recipe, replace(CALIBRATION, training=alone)).peak_memory.host_bytes == 3_000_000
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_calibration_leaves_stores_alone_that_are_only_read(
+    writable: bool, tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+    monkeypatch.setattr("kvgraft.calibration._in_fresh_process", lambda measure, recipe, folder: folders.append(folder))
+    monkeypatch.setattr("kvgraft.calibration.os.access", lambda path, mode: writable)
+    calibrate(tiny_recipe())
+    assert {folder.parent for folder in folders} == {tmp_path if writable else Path(tempfile.gettempdir())}
 
 
 def test_a_real_calibration_before_the_run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

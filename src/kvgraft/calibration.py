@@ -124,8 +124,11 @@ def calibrate(recipe: Recipe) -> Calibration:
         KVGraftError: what would stop the run stops this.
     """
     started = time.monotonic()
+    place = existing_parent(recipe.store.path)
+    # The disk that the stores are on, unless they lie there to be read only.
+    writable = place if os.access(place, os.W_OK) else None
     with (
-        tempfile.TemporaryDirectory(prefix="kvgraft-plan-", dir=existing_parent(recipe.store.path)) as folder,
+        tempfile.TemporaryDirectory(prefix="kvgraft-plan-", dir=writable) as folder,
         progress_bar("calibrating", 2, "parts") as advance,
     ):
         advance(0, note="capturing a few texts")
