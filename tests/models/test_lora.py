@@ -109,6 +109,14 @@ def test_gradient_reaches_only_adapters_and_projector(lora_recipe: Recipe) -> No
     }
 
 
+def test_adapters_behind_the_compared_layers_get_no_share_from_kv(lora_recipe: Recipe, tmp_path: Path) -> None:
+    # What layer 0 stores for a token is there before any query is asked.
+    fields = lora_recipe.model_dump()
+    fields["student"]["lora"]["target_modules"] = ["q_proj"]
+    fields["alignment"]["layers"] = [(0, 0)]
+    assert run(Recipe.model_validate(fields), tmp_path / "run").arms[0].gradient_shares == {"ce": 1.0, "kv": 0.0}
+
+
 def test_plan_counts_adapters_and_names_a_wrong_target(lora_recipe: Recipe) -> None:
     full = lora_recipe.model_copy(update={"student": lora_recipe.student.model_copy(update={"lora": None})})
     assert make_plan(lora_recipe).problems == []

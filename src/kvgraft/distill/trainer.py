@@ -327,7 +327,9 @@ def _gradient_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
     if not loss.requires_grad:
         return 0.0
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients if g is not None])))
+    # None at all where low-rank adapters sit behind the compared layers: the loss then moves the projector alone.
+    norms = [gradient.norm() for gradient in gradients if gradient is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
 def _strip_prefix(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
