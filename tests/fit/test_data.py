@@ -7,7 +7,7 @@ import torch
 
 from kvgraft.align.evidence import LayerEvidence
 from kvgraft.align.tokens import gather_aligned
-from kvgraft.errors import RecipeError
+from kvgraft.errors import DataError, RecipeError
 from kvgraft.fit.data import KVRows, PairDataset, TokenBatches, ablation_data, prepare_fit
 from kvgraft.models import loading
 from kvgraft.models.capture import capture
@@ -115,6 +115,13 @@ def test_several_teachers_are_refused(fit_recipe: Callable[..., Recipe]) -> None
     two = [recipe.teachers[0], recipe.teachers[0].model_copy(update={"name": "other"})]
     with pytest.raises(RecipeError, match="one teacher"):
         prepare_fit(recipe.model_copy(update={"teachers": two}))
+
+
+def test_held_out_text_without_an_answered_token_is_refused(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text('{"text": "Ann has 6"}\n', encoding="utf-8")
+    recipe = fit_recipe(data={"held_out": str(tmp_path / "short.jsonl")}, alignment={"skip_first_tokens": 40})
+    with pytest.raises(DataError, match=r"org/teacher-1.0 answers for no token of the held-out text"):
+        prepare_fit(recipe)
 
 
 def test_a_teacher_of_a_short_context_is_refused(fit_recipe: Callable[..., Recipe], short_teacher: Path) -> None:

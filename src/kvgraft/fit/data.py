@@ -16,7 +16,7 @@ from kvgraft.bfloat16 import warn_where_slow
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
-from kvgraft.errors import RecipeError
+from kvgraft.errors import DataError, RecipeError
 from kvgraft.identify import IdentifiedModel, identify
 from kvgraft.kv import KV
 from kvgraft.prepare import (
@@ -236,6 +236,7 @@ def prepare_fit(recipe: Recipe) -> FitData:
 
     Raises:
         RecipeError: several teachers, or a student that is new.
+        DataError: the teacher answers for no token of the held-out text.
         KVGraftError: of the room where it went wrong.
     """
     _require_two_frozen_models(recipe)
@@ -262,6 +263,11 @@ def prepare_fit(recipe: Recipe) -> FitData:
     )
     counts = train.teacher.counts(train.texts)
     require_coverage(teacher.recipe.name, counts)
+    if held_out.teacher.counts(held_out.texts).compared_tokens == 0:
+        raise DataError(
+            f"teacher {teacher.recipe.name} answers for no token of the held-out text, so there is nothing to measure "
+            "on: lower its alignment.skip_first_tokens or hold out longer texts"
+        )
     return FitData(student, teacher, layer_map, train, held_out, examples, held_out_examples, counts, phases)
 
 
