@@ -27,7 +27,14 @@ from kvgraft.models import loading
 from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.lora import add_lora
 from kvgraft.models.placement import QUANTIZED_BYTES
-from kvgraft.prepare import existing_tokenizer, layer_map_of, load_examples_of, load_student_config, teacher_max_length
+from kvgraft.prepare import (
+    existing_tokenizer,
+    layer_map_of,
+    load_examples_of,
+    load_student_config,
+    student_context_problem,
+    teacher_max_length,
+)
 from kvgraft.prepare_kv import not_stored
 from kvgraft.projector.sizing import FLOAT32_BYTES, TRAINING_COPIES, advise, auto_mlp_ratio
 from kvgraft.recipe import Recipe, TeacherRecipe
@@ -178,17 +185,12 @@ def _memory(training: int, teachers: list[int], *, online: bool) -> int:
 def _student_problems(
     recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None, train_texts: int
 ) -> list[str]:
-    problems = []
-    text = config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
-    if context is not None and recipe.data.max_length > context:
+    too_long = student_context_problem(recipe, config)
+    problems = [] if too_long is None else [too_long]
+    vocab_size = config.get_text_config().vocab_size
+    if tokenizer is not None and len(tokenizer) > vocab_size:
         problems.append(
-            f"data.max_length {recipe.data.max_length} is longer than the student's context {context}; "
-            f"set it to at most {context}"
-        )
-    if tokenizer is not None and len(tokenizer) > text.vocab_size:
-        problems.append(
-            f"the student's tokenizer has {len(tokenizer)} entries and its model only {text.vocab_size}; "
+            f"the student's tokenizer has {len(tokenizer)} entries and its model only {vocab_size}; "
             "name the tokenizer that belongs to the model"
         )
     if train_texts < recipe.training.batch_size and recipe.training.tokens_per_batch is None:

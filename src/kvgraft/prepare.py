@@ -312,6 +312,17 @@ def find_layer_evidence(recipe: Recipe, model: IdentifiedModel, texts: Texts, di
     )
 
 
+def student_context_problem(recipe: Recipe, config: PretrainedConfig) -> str | None:
+    """What to tell where the student of ``config`` would read texts beyond its context; None where it would not."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None or recipe.data.max_length <= context:
+        return None
+    return (
+        f"data.max_length {recipe.data.max_length} is longer than the student's context {context}; "
+        f"set it to at most {context}"
+    )
+
+
 def require_long_context(
     recipe: Recipe,
     model: IdentifiedModel,

@@ -117,6 +117,11 @@ def test_several_teachers_are_refused(fit_recipe: Callable[..., Recipe]) -> None
         prepare_fit(recipe.model_copy(update={"teachers": two}))
 
 
+def test_texts_beyond_the_students_context_are_refused(fit_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match=r"data\.max_length 600 is longer than the student's context 512"):
+        prepare_fit(fit_recipe(data={"max_length": 600}))
+
+
 def test_held_out_text_without_an_answered_token_is_refused(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "short.jsonl").write_text('{"text": "Ann has 6"}\n', encoding="utf-8")
     recipe = fit_recipe(data={"held_out": str(tmp_path / "short.jsonl")}, alignment={"skip_first_tokens": 40})

@@ -27,6 +27,7 @@ from kvgraft.prepare import (
     read_texts,
     require_coverage,
     require_long_context,
+    student_context_problem,
     teacher_max_length,
 )
 from kvgraft.prepare_kv import store_kv
@@ -235,7 +236,7 @@ def prepare_fit(recipe: Recipe) -> FitData:
     """Store the KV of the recipe's student and teacher over its text; what is stored already is not done again.
 
     Raises:
-        RecipeError: several teachers, or a student that is new.
+        RecipeError: several teachers, or a student that is new or would read beyond its context.
         DataError: the teacher answers for no token of the held-out text.
         KVGraftError: of the room where it went wrong.
     """
@@ -249,6 +250,9 @@ def prepare_fit(recipe: Recipe) -> FitData:
     with phases.timed("identify models"):
         student = identify(TeacherRecipe(name="student", model=model, revision=settings.revision, dtype=settings.dtype))
         teacher = identify(recipe.teachers[0])
+    too_long = student_context_problem(recipe, student.config)
+    if too_long is not None:
+        raise RecipeError(too_long)
     with phases.timed("read text"):
         examples, held_out_examples = load_examples_of(recipe, student.tokenizer)
         read, held_out_read = (
