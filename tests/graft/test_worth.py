@@ -9,9 +9,11 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from kvgraft.errors import GraftError, RecipeError
 from kvgraft.fit.data import prepare_fit
+from kvgraft.fit.run import build_projector
 from kvgraft.graft.grafter import Grafter
 from kvgraft.graft.joint import joint_grafter
 from kvgraft.graft.own import own_grafter, student_as_its_own_teacher
+from kvgraft.graft.pieces import text_lengths
 from kvgraft.graft.questions import Questions
 from kvgraft.graft.run import graft
 from kvgraft.graft.worth import Measured, cache_worth, teacher_alone
@@ -175,7 +177,26 @@ def test_text_without_questions_is_refused_before_anything_is_fitted(
         graft(fit_recipe(**WHOLE, graft={"texts": 1}), tmp_path / "one")
     with pytest.raises(RecipeError, match=r"one for each of 0\.\.2"):
         graft(fit_recipe(alignment={"layers": [(0, 0), (2, 1)]}), tmp_path / "layers")
+    long = [{"prompt": f"Ann has {n} " * 60, "completion": "and no more"} for n in range(40)]
+    twice = {"data": WHOLE["data"] | {"train": rows(tmp_path / "long.jsonl", long), "max_length": 512}}
+    with pytest.raises(GraftError, match=r"the student's context is 512; lower data.max_length, or leave both out"):
+        graft(fit_recipe(**twice, graft={"trained": ["both"]}), tmp_path / "twice")
     assert not list(tmp_path.glob("*/least_squares"))
+
+
+def test_reaches_are_the_positions_that_caches_and_answers_take(fit_recipe: Callable[..., Recipe]) -> None:
+    recipe = fit_recipe(**WHOLE)
+    data = prepare_fit(recipe)
+    items = Questions(data.held_out, data.held_out_examples)
+    projector = build_projector(recipe, data, [[0], [1], [2]], "linear")
+    for fusion in ("none", "both"):
+        grafter = Grafter(projector, "org/teacher-1.0", 2, fusion=fusion).eval()
+        taken = [
+            max(int(text_lengths(grafter(item.pair, read))) for read in (item.pair, items[items.another(place)].pair))
+            for place, item in enumerate(items)
+        ]
+        read = [length + item.answer_ids.shape[1] - 1 for length, item in zip(taken, items, strict=True)]
+        assert items.reaches(twice=fusion == "both", with_another=True) == read
 
 
 FITS = {"data": {"train_samples": 20, "held_out_samples": 5, "max_length": 96}, "graft": {"first_token": 0}}

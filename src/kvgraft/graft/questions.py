@@ -100,6 +100,20 @@ class Questions(Dataset[Question]):
         """Tokens of each answer."""
         return [len(self.pairs.texts[index].input_ids) - tokens for index, tokens, _ in self._places]
 
+    def reaches(self, *, twice: bool, with_another: bool) -> list[int]:
+        """Tokens from the start of each question's cache to the last of its answer that is read.
+
+        Args:
+            twice: the student's own cache stands behind the one that is grafted.
+            with_another: the cache of another question, a control, is grafted too.
+        """
+        lengths, found = self.lengths(), []
+        for place, (own, answer) in enumerate(zip(lengths, self.answer_lengths(), strict=True)):
+            grafted = max(own, lengths[self.another(place)]) if with_another else own
+            # The last token is judged and not read.
+            found.append(grafted + twice * own + answer - 1)
+        return found
+
     def answer_span(self, place: int) -> tuple[str, int, int]:
         """A whole text, and the bytes of it between which the answer stands, its first token left out."""
         index, tokens, _ = self._places[place]

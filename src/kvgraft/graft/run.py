@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kvgraft.errors import RecipeError
+from kvgraft.errors import GraftError, RecipeError
 from kvgraft.fit.data import FitData, prepare_fit, require_all_layers
 from kvgraft.fit.run import (
     LEAST_SQUARES_FOLDER,
@@ -55,7 +55,8 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
 
     Raises:
         RecipeError: a direction or a layer map that leaves some student layer without a cache, or as ``fit``.
-        GraftError: text without prompts, or held-out questions that are all the same.
+        GraftError: text without prompts, held-out questions that are all the same, or caches beyond the student's
+            context.
         TrainingInterruptedError: Ctrl-C; a checkpoint was left.
     """
     _require_graftable(recipe)
@@ -202,9 +203,17 @@ def _held_out(recipe: Recipe, data: FitData) -> Questions:
 def _require_questions(recipe: Recipe, data: FitData) -> None:
     """Raise where nothing could be measured or trained on in the end, whatever is fitted."""
     require_all_layers(data)
-    _held_out(recipe, data).another(0)
+    twice = "both" in recipe.graft.trained
+    reaches = _held_out(recipe, data).reaches(twice=twice, with_another=True)
     if recipe.graft.trained:
-        Questions(data.train, data.examples)
+        reaches += Questions(data.train, data.examples).reaches(twice=twice, with_another=False)
+    context = data.student.context
+    if context is not None and max(reaches) > context:
+        taken, way_out = "the cache of a question and an answer", "lower data.max_length"
+        if twice:
+            taken = "the cache of a question, the question itself after it and an answer"
+            way_out = f"{way_out}, or leave both out of graft.trained"
+        raise GraftError(f"{taken} take {max(reaches)} tokens, and the student's context is {context}; {way_out}")
 
 
 def _require_graftable(recipe: Recipe) -> None:
