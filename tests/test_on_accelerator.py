@@ -22,6 +22,7 @@ RUNS = {
     ],
     "stores": [
         "store/test_quantize.py::test_kv_on_an_accelerator_gives_the_same_bits",
+        "store/test_quantize.py::test_kv_on_apples_accelerator_is_worked_on_by_the_processor",
         "store/test_fill.py::test_kv_is_handed_over_where_the_model_is",
     ],
     "evaluate": ["evaluate/test_run.py::test_everything_is_measured_and_written_without_touching_the_run"],

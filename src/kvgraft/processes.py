@@ -21,6 +21,11 @@ def process_state() -> PartialState:
     return PartialState(cpu=on_cpu())
 
 
+def is_apples(device: torch.device) -> bool:
+    """Whether ``device`` is Apple's accelerator, which lacks some of what processors and CUDA cards compute."""
+    return device.type == "mps"
+
+
 def from_main_process(value: _Value) -> _Value:
     """The main process's ``value``, in every process; each has to call this."""
     held = [value]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvgraft.projector.dropout import TILE_TOKENS, draw_dropout, draw_seed, num_tiles
 
@@ -32,6 +33,13 @@ def test_a_text_may_be_cut_at_tiles() -> None:
     assert torch.equal(torch.cat(parts), whole)
     # A longer text begins with the same rows.
     assert torch.equal(draw_dropout(0.3, 5, [40], tokens + 50, 3)[0, :tokens], whole)
+
+
+def test_apples_accelerator_gets_what_the_processor_draws() -> None:
+    # Its own random_ refuses whole 64 bits. Fake tensors have a device and no numbers.
+    with FakeTensorMode():
+        kept = draw_dropout(0.3, 5, [0, 1], TILE_TOKENS + 9, 3, torch.device("mps"), torch.float16)
+    assert (kept.device.type, kept.dtype, kept.shape) == ("mps", torch.float16, (2, TILE_TOKENS + 9, 3))
 
 
 def test_places_and_seeds_differ() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvgraft.errors import StoreError
 from kvgraft.kv import KVGeometry
 from kvgraft.processes import process_state
+from kvgraft.store import writer as writer_module
 from kvgraft.store.format import stored_bytes_per_token
 from kvgraft.store.quantize import QUANTIZED_FORMATS, Quantizer, _steps
 from kvgraft.store.reader import KVStore
@@ -178,6 +179,28 @@ def test_a_store_gives_back_what_was_added_up_to_its_bits(tmp_path: Path, dtype:
 def test_kv_on_an_accelerator_gives_the_same_bits(tmp_path: Path, dtype: str) -> None:
     # Of use where there is one, as in tests/test_on_accelerator.py.
     identity, device = replace(IDENTITY, dtype=dtype), process_state().device
+    with KVStoreWriter(tmp_path / "there", identity, 300) as writer:
+        for index in range(7):
+            add(writer, index, make_kv(index).to(device))
+        writer.finish()
+    assert_same_content(KVStore.open(tmp_path / "there", identity), fill(tmp_path / "here", list(range(7)), identity))
+
+
+@pytest.mark.usefixtures("early_calibration")
+@pytest.mark.parametrize("dtype", ["float16", "float8", "compact"])
+def test_kv_on_apples_accelerator_is_worked_on_by_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    # Of use where there is an accelerator. Apple's has no kernel for this:
+    device, count = process_state().device, torch.batch_norm_update_stats
+
+    def count_beside_apples(numbers: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        assert numbers.device.type == "cpu"
+        return count(numbers, *rest)
+
+    monkeypatch.setattr(writer_module, "is_apples", lambda given: given == device)
+    monkeypatch.setattr(torch, "batch_norm_update_stats", count_beside_apples)
+    identity = replace(IDENTITY, dtype=dtype)
     with KVStoreWriter(tmp_path / "there", identity, 300) as writer:
         for index in range(7):
             add(writer, index, make_kv(index).to(device))

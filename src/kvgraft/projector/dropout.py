@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvgraft.processes import is_apples
+
 # Tokens whose units are drawn by one generator; whoever cuts a text cuts it at a multiple.
 TILE_TOKENS = 256
 _STEPS = 1 << 16
@@ -45,11 +47,13 @@ def draw_dropout(
     # Sixteen random bits a unit instead of `bernoulli_`: ten times as fast on a CPU, where dropout otherwise costs a
     # fifth of the matrix products around it. Compared into floats: torch is three to seven times slower at bools.
     weights = torch.empty(len(places), num_tokens, num_units, dtype=dtype, device=device)
+    # Apple's accelerator draws no more than 32 bits.
+    drawn_on = torch.device("cpu") if is_apples(weights.device) else weights.device
     threshold = min(round(share_dropped * _STEPS), _STEPS - 1)
     for place, text in zip(places, weights, strict=True):
         for number, tile in enumerate(torch.split(text, TILE_TOKENS)):
-            generator = torch.Generator(weights.device).manual_seed((seed + place + number) % (1 << 32))
-            words = torch.empty(-(-tile.numel() // 4), dtype=torch.int64, device=weights.device)
+            generator = torch.Generator(drawn_on).manual_seed((seed + place + number) % (1 << 32))
+            words = torch.empty(-(-tile.numel() // 4), dtype=torch.int64, device=drawn_on)
             bits = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: tile.numel()]
-            torch.ge(bits.view(tile.shape), threshold - _STEPS // 2, out=tile)
+            torch.ge(bits.view(tile.shape).to(tile.device), threshold - _STEPS // 2, out=tile)
     return weights.mul_(_STEPS / (_STEPS - threshold))

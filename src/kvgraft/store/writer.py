@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV, all_finite
+from kvgraft.processes import is_apples
 from kvgraft.store.atomic_file import TEMPORARY_SUFFIX, write_atomically
 from kvgraft.store.few_bits import calibrate, calibration_tokens
 from kvgraft.store.format import (
@@ -151,6 +152,8 @@ class KVStoreWriter:
                 f"got {list(counted.shape)} of {counted.dtype}"
             )
         counted = torch.ones(tokens, dtype=torch.bool) if counted is None else counted
+        # It lacks the counting of moments, and float8.
+        kv = kv.to("cpu") if is_apples(kv.keys.device) else kv
         with _one_core_left():
             numbers, moments = self._numbers(key, kv.detach(), counted.to(kv.keys.device))
         span_tensor = torch.from_numpy(np.array(spans, dtype=np.int32))
@@ -224,10 +227,8 @@ class KVStoreWriter:
         """``sample`` as it is written: on the processor, and with the records of its numbers in a quantised store."""
         if self._quantizer is None:
             return replace(sample, kv=self._on_processor(sample.kv))
-        # Apple's accelerator has no float8.
-        numbers = sample.kv.cpu() if sample.kv.device.type == "mps" else sample.kv
-        self._quantizer = self._quantizer.to(numbers.device)
-        records = self._quantizer.encode(numbers)
+        self._quantizer = self._quantizer.to(sample.kv.device)
+        records = self._quantizer.encode(sample.kv)
         if place := _first_not_finite(self._quantizer.halves(records)):
             raise self._out_of_range(sample.key, place, self.identity.dtype)
         return replace(sample, kv=self._on_processor(records))
