@@ -1,16 +1,19 @@
 """Two teachers of different architectures and tokenizers teach one student, from recipe to results."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from kvgraft.distill.arms import build_arm, training_arguments
 from kvgraft.distill.trainer import KVTrainer
 from kvgraft.errors import RecipeError, StoreError
+from kvgraft.models import loading
 from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe
 from kvgraft.report.log import read_metrics
@@ -120,6 +123,23 @@ def test_a_teacher_of_a_short_context_is_refused_or_answers_for_what_it_reads(
 
 def _texts(batch: dict) -> dict:
     return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def test_one_teacher_is_let_go_before_the_next_is_loaded(
+    two_teachers: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded = loading.load_model, []
+
+    def load_alone(*args: Any, **options: Any) -> PreTrainedModel:
+        assert not [model for model in loaded if model() is not None]
+        model = load(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loading, "load_model", load_alone)
+    prepare(two_teachers())
+    assert len(loaded) == 2
+    assert loaded[1]() is None
 
 
 def test_likelihoods_are_added_to_stores_that_are_there(two_teachers: Callable[..., Recipe]) -> None:

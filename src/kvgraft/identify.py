@@ -17,7 +17,10 @@ from kvgraft.recipe import TeacherRecipe
 
 @dataclass(frozen=True)
 class IdentifiedModel:
-    """A model whose KV is to be stored, known well enough to find its store; its weights are not loaded yet."""
+    """A model whose KV is to be stored, known well enough to find its store; its weights are not loaded yet.
+
+    ``load`` gives the model itself, the same until ``let_go``, after which it is held by none but those who have it.
+    """
 
     recipe: TeacherRecipe
     config: PretrainedConfig
@@ -25,6 +28,7 @@ class IdentifiedModel:
     fingerprint: str
     tokenizer_fingerprint: str
     load: Callable[[], PreTrainedModel]
+    let_go: Callable[[], None]
 
     @property
     def geometry(self) -> KVGeometry:
@@ -38,7 +42,7 @@ class IdentifiedModel:
 
 
 def identify(model: TeacherRecipe) -> IdentifiedModel:
-    """Config, tokenizer and fingerprints of ``model``; ``load`` gives the model itself, once."""
+    """Config, tokenizer and fingerprints of ``model``."""
 
     @lru_cache(1)
     def load() -> PreTrainedModel:
@@ -65,4 +69,5 @@ def identify(model: TeacherRecipe) -> IdentifiedModel:
         fingerprint=f"{loading.fingerprint(model.model, model.revision)} in {numbers}",
         tokenizer_fingerprint=loading.tokenizer_fingerprint(tokenizer),
         load=load,
+        let_go=load.cache_clear,
     )

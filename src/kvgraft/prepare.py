@@ -275,6 +275,9 @@ def _prepare_teacher(
     with phases.timed(f"align {teacher.name}"):
         counts = train.counts(texts.train)
     require_coverage(teacher.name, counts)
+    if not online:
+        # What it had to say is on disk, and a card need not hold all teachers at once.
+        model.let_go()
     running = model if online else None
     return PreparedTeacher(teacher, model.config, layer_map, train, held_out, report, counts, evidence, running)
 
