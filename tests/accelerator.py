@@ -1,8 +1,9 @@
 """An accelerator that is none: a device whose tensors lie in memory, for tests of what meets a real one.
 
-Like a card, it refuses tensors of the processor beside its own; like Apple's, it has no float64. What it computes, the
-processor computes, so that numbers are the processor's own. ``pytest -p tests.accelerator`` imports it, and models go
-there then as they go to a card. The hooks into torch are those for backends written in Python, which are experimental.
+Like a card, it refuses tensors of the processor beside its own; like Apple's, it has no float64, unless the environment
+sets ``IMAGINED_FLOAT64``. What it computes, the processor computes, so that numbers are the processor's own. ``pytest
+-p tests.accelerator`` imports it, and models go there then as they go to a card. The hooks into torch are those for
+backends written in Python, which are experimental.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "imagined"
+_HAS_FLOAT64 = "IMAGINED_FLOAT64" in os.environ
 _aten = torch.ops.aten
 # What takes tensors of the processor and of a card together: indices for tensors of the card, and copies between them.
-_INDEXING = {
-    _aten.index.Tensor,
-    _aten.index_put.default,
-    _aten.index_put_.default,
-    _aten._index_put_impl_.default,
-}
+_PUTTING = {_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+_INDEXING = {_aten.index.Tensor, *_PUTTING}
 _MIXED = {_aten.copy_.default, _aten._to_copy.default, *_INDEXING}
+# What takes not even a single number of the processor along, by name: what does not go number by number.
+_NOT_ALONG = {"cat", "stack", "mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "gather", "index_select"}
 
 
 class _Backend(_DummyBackendModule):
@@ -111,6 +111,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _refuse_what_is_not_there(func, leaves, bool(ours))
     if func in _INDEXING and not isinstance(args[0], AcceleratorTensor):
         raise RuntimeError(f"{func} of a tensor on the processor by indices on {DEVICE}")
+    if func in _PUTTING and ours and not isinstance(args[2], AcceleratorTensor) and args[2].dim():
+        raise RuntimeError(f"{func} of numbers {list(args[2].shape)} on the processor into a tensor on {DEVICE}")
     asked = kwargs.get("device")
     on_device = bool(ours) if asked is None else torch.device(asked).type == NAME
     with no_dispatch():
@@ -128,7 +130,8 @@ def _refuse_what_is_not_there(func: Any, leaves: list[Any], has_ours: bool) -> N
         return
     # A single number of the processor may come along.
     others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, AcceleratorTensor)]
-    shapes = [list(other.shape) for other in others if other.dim()]
+    takes_none = func.overloadpacket.__name__ in _NOT_ALONG
+    shapes = [list(other.shape) for other in others if other.dim() or takes_none]
     if shapes and func not in _MIXED:
         raise RuntimeError(f"{func} of tensors on {DEVICE} and of tensors {shapes} on the processor")
     if any(isinstance(leaf, torch.Generator) and not getattr(leaf, "on_device", False) for leaf in leaves):
@@ -144,7 +147,7 @@ def _held(value: Any) -> Any:
 def _on_device(value: Any) -> Any:
     if type(value) is not Tensor:
         return value
-    if value.dtype == torch.float64:
+    if value.dtype == torch.float64 and not _HAS_FLOAT64:
         raise TypeError(f"{DEVICE} has no float64")
     return AcceleratorTensor(value)
 

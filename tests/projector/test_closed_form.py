@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 
 from kvgraft.errors import ProjectorError
-from kvgraft.projector.closed_form import DEFAULT_RIDGE, LeastSquares, choose_ridge
+from kvgraft.processes import process_state
+from kvgraft.projector.closed_form import DEFAULT_RIDGE, LeastSquares, choose_ridge, solve_with_chosen_ridge
 
 
 def sample(rows: int = 60, layers: int = 2, width: int = 7, out: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,6 +180,17 @@ def test_the_chosen_ridge_is_the_best_on_held_out_tokens_for_each_map() -> None:
     best = other.r2(*fit.solve(chosen))
     for ridge in (1e-6, 1e-2, 10.0):
         assert bool((other.r2(*fit.solve(ridge)) <= best + 1e-12).all())
+
+
+def test_sums_on_an_accelerator_give_the_same_map() -> None:
+    # Of use where there is one, as in tests/test_on_accelerator.py.
+    maps = []
+    for device in (torch.device("cpu"), process_state().device):
+        sums = [LeastSquares(2, 7, 3, device) for _ in range(2)]
+        for each in sums:
+            each.add(*(part.to(device) for part in sample()))
+        maps.append([part.cpu() for part in solve_with_chosen_ridge(*sums)])
+    torch.testing.assert_close(maps[1], maps[0])
 
 
 def test_without_held_out_tokens_there_is_nothing_to_choose_by() -> None:

@@ -234,7 +234,7 @@ def choose_ridge(fit: LeastSquares, held_out: LeastSquares, ridges: Sequence[flo
     if not all(bool((seen.weight_sums > 0).all()) for seen in (fit, held_out)):
         return torch.full((fit.num_layers,), DEFAULT_RIDGE, dtype=torch.float64)
     r2 = torch.stack([held_out.r2(*fit.solve(ridge)) for ridge in ridges])
-    return torch.tensor(list(ridges), dtype=torch.float64)[r2.argmax(0)]
+    return torch.tensor(list(ridges), dtype=torch.float64)[r2.argmax(0).cpu()]
 
 
 def solve_with_chosen_ridge(fit: LeastSquares, held_out: LeastSquares) -> tuple[Tensor, Tensor]:
