@@ -1,9 +1,12 @@
+import weakref
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from kvgraft.align.evidence import LayerEvidence
 from kvgraft.align.tokens import gather_aligned
@@ -26,6 +29,21 @@ def test_pairs_are_both_models_kv_of_the_same_tokens(fit_recipe: Callable[..., R
     torch.testing.assert_close(pair.source.values[:, :, :, 2:], aligned.values[:, :, :, 2:])
     assert not pair.mask[0, :2].any()
     assert pair.mask[0, 2:].all()
+
+
+def test_the_teacher_is_not_held_while_what_it_said_is_fitted(
+    fit_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded = loading.load_model, []
+
+    def load_and_note(*args: Any, **options: Any) -> PreTrainedModel:
+        model = load(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loading, "load_model", load_and_note)
+    data = prepare_fit(fit_recipe())
+    assert [model() for model in loaded] == [None, data.student.load()]
 
 
 def test_direction_turns_the_pair_around(fit_recipe: Callable[..., Recipe]) -> None:

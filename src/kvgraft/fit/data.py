@@ -265,6 +265,8 @@ def prepare_fit(recipe: Recipe) -> FitData:
         _pairs(recipe, student, teacher, layer_map, *texts, phases)
         for texts in ((examples, read), (held_out_examples, held_out_read))
     )
+    # What is trained has the card to itself and the student; a graft loads the teacher again to ask it.
+    teacher.let_go()
     counts = train.teacher.counts(train.texts)
     require_coverage(teacher.recipe.name, counts)
     if held_out.teacher.counts(held_out.texts).compared_tokens == 0:
