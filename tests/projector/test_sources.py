@@ -1,10 +1,13 @@
 """A projection that joins what adapters read for a few layers at a time, against one that joins it for all at once."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from kvgraft.errors import ProjectorError
 from kvgraft.projector import layerwise
+from kvgraft.projector.adapters import ElasticBottleneck
 from kvgraft.projector.projector import KVDimensionProjector
 
 LAYERS, TOKENS, TEACHER = 6, 5, "a.teacher"
@@ -54,6 +57,25 @@ def test_fewer_layers_through_a_shared_adapter() -> None:
         found = projector.project_teacher_kv(TEACHER, keys, values)
     for part, expected in zip(found, plain, strict=True):
         torch.testing.assert_close(part, expected.detach())
+
+
+@pytest.mark.parametrize(("device", "pieces"), [("cpu", LAYERS), ("meta", 1)])
+def test_a_processor_gets_small_pieces_and_another_device_large_ones(
+    device: str, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layerwise, "_CACHED_NUMBERS", 1)
+    call, calls = layerwise.functional_call, []
+
+    def call_and_note(adapter: ElasticBottleneck, *arguments: Any) -> torch.Tensor:
+        calls.append(adapter)
+        return call(adapter, *arguments)
+
+    monkeypatch.setattr(layerwise, "functional_call", call_and_note)
+    projector = made("per layer").to(device)
+    with torch.no_grad():
+        keys, _ = projector.project_teacher_kv(TEACHER, *torch.randn(2, 1, LAYERS, TOKENS, 8, device=device))
+    assert keys.device.type == device
+    assert len(calls) == 2 * pieces
 
 
 def test_a_hooked_adapter_is_called_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,8 @@ LossOfLayers = Callable[[Tensor, slice], Tensor]
 
 # Numbers of the input that are worked on at once: below the size from which the system maps memory anew each time.
 _PIECE_NUMBERS = 1 << 22
-# The same for a projection alone, by what a processor's caches hold.
-_CACHED_NUMBERS = 1 << 20
+# The same for a projection alone, by what a processor's caches hold; another device is slow at many small pieces.
+_CACHED_NUMBERS, _DEVICE_NUMBERS = 1 << 20, 1 << 24
 
 
 def layerwise_loss(adapter: ElasticBottleneck, x: Tensor, loss_of: LossOfLayers) -> Tensor:
@@ -50,7 +50,7 @@ def project_layerwise(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values ``[batch, layers, tokens, out_dim]`` that ``adapters`` make from ``inputs``.
 
-    What an adapter reads is joined for a few layers at a time, so that it stays in the processor's caches.
+    What an adapter reads is joined for a few layers at a time, so that on a processor it stays in the caches.
 
     Args:
         adapters: of keys and of values, of one shape, that nothing has wrapped or hooked.
@@ -60,8 +60,9 @@ def project_layerwise(
     inputs = inputs.to(next(adapters[0].parameters()).dtype)
     num_layers, shape = inputs.num_layers, inputs.keys.shape
     outputs: list[Tensor] = []
-    rows = max(1, shape[0] * shape[2])
-    for layers in layer_runs(adapters[0], num_layers, max(1, _CACHED_NUMBERS // (rows * adapters[0].in_dim))):
+    numbers_of_layer = max(1, shape[0] * shape[2]) * adapters[0].in_dim
+    most = _CACHED_NUMBERS if inputs.keys.device.type == "cpu" else _DEVICE_NUMBERS
+    for layers in layer_runs(adapters[0], num_layers, max(1, most // numbers_of_layer)):
         chosen = slice(layers.start, layers.stop)
         for kind, (adapter, x) in enumerate(zip(adapters, inputs.of_layers(layers), strict=True)):
             parts = {
