@@ -87,6 +87,8 @@ def fused_kv_loss(
     The other arguments are those of :func:`kvgraft.distill.losses.kv_regression_loss`.
     """
     mask = teacher_kv.mask
+    # Once for both: a card has to be waited for.
+    mask_on_processor = mask.cpu()
     count = mask.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=mask.device)
     shares = normalised_layer_weights(layer_weights, len(student_layers), mask.device)
     student = [student_kv.layers.index(layer) for layer in student_layers]
@@ -108,7 +110,7 @@ def fused_kv_loss(
             adapter=adapter,
             source=source,
             target=target,
-            mask=mask.cpu(),
+            mask=mask_on_processor,
             centre=scale.mean[kind],
             deviation=scale.deviation[kind],
             output_units=_output_units(scale, standard, kind),
