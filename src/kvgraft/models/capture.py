@@ -23,6 +23,7 @@ from kvgraft.errors import ModelError
 from kvgraft.kv import KV
 from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.ids import require_ids
 from kvgraft.models.placement import input_device
 from kvgraft.models.rope import Rotation, Turning, find_turning, read_rotation, unrotate
 from kvgraft.models.tensor_parallel import whole_heads
@@ -170,8 +171,9 @@ def capture(
     side: positions count real tokens. ``attention_mask [batch, tokens]`` is 1 where a token is real; default all.
 
     Raises:
-        ModelError: as :func:`record_kv`.
+        ModelError: as :func:`record_kv`; or ids or a mask that are not as said here.
     """
+    require_ids(model, input_ids, attention_mask)
     device = input_device(model)
     input_ids = input_ids.to(device)
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
