@@ -1,6 +1,7 @@
 """Captured KV against the model's own cache, on tiny random models of every family that SPEC names."""
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -419,3 +420,49 @@ def test_padding_on_the_left_is_refused_where_positions_count_it() -> None:
         capture(model, input_ids, mask)
     alone = capture(model, input_ids[1:, :8])
     torch.testing.assert_close(capture(model, input_ids[1:], mask[1:]).values[:, :, :, :8], alone.values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids, mask: (ids[0], None), r"input_ids must be a tensor \[batch, tokens\].*got \[11\]"),
+        (lambda ids, mask: (ids.tolist(), None), "input_ids must be a tensor.*got list"),
+        (lambda ids, mask: (ids[:, :0], None), r"at least one token; got \[2, 0\]"),
+        (lambda ids, mask: (ids + VOCABULARY, None), "LlamaForCausalLM must be whole numbers in 0..96"),
+        (lambda ids, mask: (ids.float(), None), "whole numbers in 0..96; got torch.float32"),
+        (lambda ids, mask: (ids, mask[:, :5]), r"attention_mask must be \[2, 11\], as input_ids; got \[2, 5\]"),
+        (lambda ids, mask: (ids, mask.tolist()), "attention_mask must be .* got list"),
+    ],
+)
+def test_ids_and_masks_that_do_not_fit_are_refused(change: Callable[..., tuple], message: str) -> None:
+    input_ids, mask, _ = padded_batch()
+    with pytest.raises(ModelError, match=message):
+        capture(model_of("llama"), *change(input_ids, mask))
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="got str"):
+        capture("llama", padded_batch()[0])
+
+
+def test_a_pass_without_gradients_may_run_in_a_block_that_has_them() -> None:
+    model = model_of("llama")
+    input_ids = padded_batch()[0]
+    with record_kv(model) as recorder, torch.no_grad():
+        model(input_ids)
+    assert torch.equal(recorder.kv(torch.ones_like(input_ids)).keys, capture(model, input_ids).keys)
+
+
+def test_a_pass_that_goes_on_from_a_cache_is_refused_before_rotation() -> None:
+    model = model_of("llama")
+    input_ids = padded_batch()[0]
+    with record_kv(model) as recorder:
+        answered = model.generate(input_ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    read = torch.ones_like(answered[:, :-1])
+    with pytest.raises(ModelError, match="went on from a cache: 1 of the 13 tokens"):
+        recorder.kv(read)
+    with record_kv(model, rotated=True) as recorder:
+        model.generate(input_ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    torch.testing.assert_close(recorder.kv(read).values, capture(model, answered[:, :-1]).values)
+    with pytest.raises(ModelError, match=r"attention_mask must be \[2, 13\].*got \[2, 5\]"):
+        recorder.kv(read[:, :5])

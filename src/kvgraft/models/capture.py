@@ -49,6 +49,10 @@ class KVRecorder:
         self._rotations: dict[int, Rotation | None] = {}
         self._gradients = torch.is_grad_enabled()
 
+    def begin_pass(self) -> None:
+        """Told before the first layer runs: a layer whose gradients are off in a pass with gradients is cut off."""
+        self._gradients = torch.is_grad_enabled()
+
     def read_rotations(self, rotations: dict[int, Rotation | None]) -> None:
         """Where the cosines and sines that each layer received will be found."""
         self._rotations = rotations
@@ -78,9 +82,11 @@ class KVRecorder:
         Where several processes hold the model, each has to call this and gets all heads.
 
         Raises:
-            ModelError: some layer handed nothing over, or in another shape than the config says.
+            ModelError: some layer handed nothing over, or in another shape than the config says; a mask of another
+                shape than what was read; or a pass that went on from a cache, whose keys were not all rotated in it.
         """
         self._require_capturable()
+        self._require_whole_pass(attention_mask)
         keys = [self._recorded[layer][0] for layer in self._layers]
         # Undone here and not while recording: under gradient checkpointing the layer's forward pass runs twice and
         # must do the same both times.
@@ -124,6 +130,22 @@ class KVRecorder:
                 f"{name} cannot be captured before rotation: it rotates keys but does not hand cosines and sines to "
                 "its attention layers; ask for rotated=True"
             )
+
+    def _require_whole_pass(self, attention_mask: Tensor) -> None:
+        for layer, (keys, _) in self._recorded.items():
+            batch, _, tokens, _ = keys.shape
+            if tuple(attention_mask.shape) != (batch, tokens):
+                raise ModelError(
+                    f"attention_mask must be [{batch}, {tokens}] to go with what {_name(self._model)} attended to in "
+                    f"layer {layer}, the last pass in the block; got {list(attention_mask.shape)}"
+                )
+            rotation = None if self._rotated else self._rotations.get(layer)
+            if rotation is not None and rotation.cos.shape[-2] != tokens:
+                raise ModelError(
+                    f"{_name(self._model)} went on from a cache: {rotation.cos.shape[-2]} of the {tokens} tokens were "
+                    "read in the last pass in the block, and keys of the others cannot be turned back; record one pass "
+                    "over the whole text without past_key_values, or ask for rotated=True"
+                )
 
 
 @contextmanager
@@ -290,12 +312,15 @@ def _recording(
             raise _LastLayerReached
         return attention(module, query, key, value, *rest, **options)
 
+    begin = decoder_of(model).register_forward_pre_hook(lambda *_: recorder.begin_pass())
     try:
         with intercepted_attention(model, note, turnings) as rotations:
             recorder.read_rotations(rotations)
             yield
     except _LastLayerReached:
         return
+    finally:
+        begin.remove()
 
 
 def turnings_of(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Turning]:
