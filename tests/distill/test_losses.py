@@ -1,5 +1,7 @@
 """The KV losses against plain references, and what must not reach them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -126,6 +128,24 @@ def test_heads_and_kv_objects_are_taken_too() -> None:
     torch.testing.assert_close(compute_kv_loss(kv, {"a": target}), expected)
 
 
+def test_a_token_counts_where_student_and_teacher_have_one() -> None:
+    student, target, seen = pair(0), pair(1), mask()
+    heads = [tuple(side[:, :, None] for side in kv) for kv in (student, target)]
+    student_kv, aligned = (
+        KV(*kv, torch.arange(TOKENS).expand(BATCH, TOKENS), its, tuple(range(LAYERS)))
+        for kv, its in zip(heads, (seen | seen.flip(1), seen), strict=True)
+    )
+    expected = compute_kv_loss(student, {"a": target}, mask=seen)
+    # What has no teacher token holds zeros, which are no target.
+    torch.testing.assert_close(compute_kv_loss(student, {"a": aligned}), expected)
+    torch.testing.assert_close(compute_kv_loss(student_kv, {"a": aligned}), expected)
+    both = compute_kv_loss(student_kv, {"a": aligned, "b": target})
+    alone = compute_kv_loss(student, {"b": target}, mask=student_kv.mask)
+    torch.testing.assert_close(both, (expected + alone) / 2)
+    with pytest.raises(KVGraftError, match="teacher 'a' one has rotated keys"):
+        compute_kv_loss(replace(student_kv, rotated=True), {"a": aligned})
+
+
 def test_what_does_not_fit_is_named() -> None:
     keys, values = pair(0)
     with pytest.raises(KVGraftError, match=r"\[2, 3, 5, 4\].*\[2, 2, 5, 4\]"):
@@ -134,6 +154,10 @@ def test_what_does_not_fit_is_named() -> None:
         kv_regression_loss((keys, values[:, :2]), (keys, values), mask())
     with pytest.raises(KVGraftError, match=r"mask must be \[2, 5\]"):
         kv_regression_loss((keys, values), (keys, values), mask()[:, :3])
+    with pytest.raises(KVGraftError, match=r"predicted: expected two tensors .* got Tensor"):
+        compute_kv_loss(keys, {"a": (keys, values)})
+    with pytest.raises(KVGraftError, match=r"aligned_kvs must be .* got tuple"):
+        compute_kv_loss((keys, values), (keys, values))
     with pytest.raises(KVGraftError, match="aligned_kvs is empty"):
         compute_kv_loss((keys, values), {})
     with pytest.raises(KVGraftError, match="teacher_weights"):

@@ -165,16 +165,20 @@ def compute_kv_loss(
     Args:
         student_kv: keys and values ``[batch, layers, tokens, kv_dim]`` (or with heads, or a ``KV``).
         aligned_kvs: for each teacher, KV of the student's shape, as ``project_multi_teacher_kv`` returns it.
-        mask: ``[batch, tokens]``; default: the mask of ``student_kv`` if it is a ``KV``, otherwise all tokens.
+        mask: ``[batch, tokens]`` bool; default: for each teacher, where ``student_kv`` and its aligned KV both have a
+            token, as far as they are a ``KV``, which brings its mask along.
         scales: for each teacher, the centre and spread of its aligned KV; default: measured on this batch.
         teacher_weights: relative weights, default equal.
 
     The other arguments are those of :func:`kv_regression_loss`.
     """
+    if not isinstance(aligned_kvs, Mapping):
+        raise KVGraftError(
+            "aligned_kvs must be {name: (K, V)}, as project_multi_teacher_kv gives it, or {name: KV}; got "
+            f"{type(aligned_kvs).__name__}"
+        )
     if not aligned_kvs:
         raise KVGraftError("aligned_kvs is empty: give the projected KV of at least one teacher, {name: (K, V)}")
-    if mask is None:
-        mask = student_kv.mask if isinstance(student_kv, KV) else _all_tokens(student_kv[0])
     weights = {name: (teacher_weights or {}).get(name, 1.0) for name in aligned_kvs}
     unknown = sorted(set(teacher_weights or {}) - set(aligned_kvs))
     if unknown:
@@ -186,7 +190,7 @@ def compute_kv_loss(
         * kv_regression_loss(
             student_kv,
             aligned,
-            mask,
+            _tokens_of_both(name, student_kv, aligned) if mask is None else mask,
             scale=(scales or {}).get(name),
             form=form,
             keys_weight=keys_weight,
@@ -202,6 +206,8 @@ def compute_kv_loss(
 def _as_tensors(pair: KVPair, name: str) -> tuple[Tensor, Tensor]:
     if isinstance(pair, KV):
         return pair.flatten()
+    if isinstance(pair, Tensor) or len(pair) != 2:
+        raise KVGraftError(f"{name}: expected two tensors (keys, values) or one KV; got {type(pair).__name__}")
     keys, values = pair
     if keys.shape != values.shape:
         raise KVGraftError(f"{name}: keys {list(keys.shape)} and values {list(values.shape)} differ in shape")
@@ -252,5 +258,16 @@ def normalised_layer_weights(
     return weights / weights.sum()
 
 
-def _all_tokens(keys: Tensor) -> Tensor:
-    return torch.ones(keys.shape[0], keys.shape[-2], dtype=torch.bool, device=keys.device)
+def _tokens_of_both(teacher: str, student_kv: KVPair, aligned: KVPair) -> Tensor:
+    """Where each of the two has a token that says so: ``[batch, tokens]`` bool."""
+    held = [pair for pair in (student_kv, aligned) if isinstance(pair, KV)]
+    if len({kv.rotated for kv in held}) > 1:
+        raise KVGraftError(
+            f"of the student's KV and the aligned KV of teacher {teacher!r} one has rotated keys and one has not; "
+            "capture both with rotated=False"
+        )
+    if not held:
+        keys, _ = _as_tensors(student_kv, "predicted")
+        return torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
+    fitting = [kv.mask for kv in held if kv.mask.shape == held[0].mask.shape]  # others are refused with their shapes
+    return torch.stack(fitting).all(0)
