@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvgraft import KVDimensionProjector
 from kvgraft.cli import app
 from kvgraft.recipe import Recipe
-from tests.docs.pages import fenced_commands, words_of
+from tests.docs.pages import blocks, fenced_commands, words_of
 
 
 def test_distilling_a_model_runs_as_printed(
@@ -31,3 +32,18 @@ def test_distilling_a_model_runs_as_printed(
     assert Path("runs/mine/baseline/student/model.safetensors").is_file()
     assert Path("runs/mine/report.html").is_file()
     assert Path("runs/mine/evaluation/quality.json").is_file()
+
+
+def test_a_training_loop_of_ones_own_runs_as_printed(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
+    _, loop = blocks(Path("docs/distil.md"), "python")
+    names = {
+        "TEACHER": str(tiny_teacher),
+        "STUDENT": str(tiny_student),
+        "BATCHES": [["Four apples and three pears.", "Two."], ["One pear is left in the garden."]],
+        "FOLDER": tmp_path / "mine",
+    }
+    exec(loop, names)
+    trained = [*names["student"].parameters(), *names["projector"].parameters()]
+    assert set(names["optimizer"].state) == set(trained)
+    assert (tmp_path / "mine" / "model.safetensors").is_file()
+    assert KVDimensionProjector.from_pretrained(tmp_path / "mine" / "projector").config == names["projector"].config
