@@ -282,6 +282,8 @@ def test_geometry_comes_from_the_config_alone() -> None:
     assert kv_geometry(config_of("gpt2")) == KVGeometry(3, 4, 8)
     assert kv_geometry(config_of("llama")).kv_dim == 16
     assert kv_geometry(config_of("llama")).bytes_per_token(2) == 2 * 3 * 16 * 2
+    with pytest.raises(ModelError, match=r"model\.config; got LlamaForCausalLM"):
+        kv_geometry(model_of("llama"))
 
 
 @pytest.mark.parametrize("rotary_dim", [8, 4])

@@ -152,7 +152,8 @@ def test_malformed_kv() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"teacher_configs": {}}, "teacher_configs is empty"),
+        ({"teacher_configs": {}}, r"teacher_configs must be \{.*got \{\}"),
+        ({"teacher_configs": ["big"]}, r"teacher_configs must be \{.*got \['big'\]"),
         ({"teacher_configs": {"a": {"d_model": 4}}}, "'a'.*num_layers"),
         ({"teacher_configs": {"a": {"d_model": 4, "num_layers": 1, "kvdim": 2}}}, "'a'.*kvdim"),
         ({"teacher_configs": {"a": {"d_model": 0, "num_layers": 1}}}, "d_model of teacher 'a'"),
@@ -380,6 +381,8 @@ def test_bfloat16_keeps_what_stands_far_from_zero(learning: bool, tmp_path: Path
         ({"source_layers": {"wide": [[0], [1, 2]]}}, "equally many"),
         ({"source_layers": {"wide": [0, 2]}}, r"'wide' must be a list.*got \[0, 2\]"),
         ({"source_layers": {"wide": [[4]]}}, r"0\.\.3"),
+        ({"source_layers": {"wide": 3}}, "source_layers must be .* got {'wide': 3}"),
+        ({"source_layers": [[0]]}, r"source_layers must be .* got \[\[0\]\]"),
         ({"sharing": "some"}, "sharing must be one of"),
         ({"source_kinds": "keys"}, "source_kinds must be one of"),
         ({"per_layer": True, "sharing": "trunk"}, "contradict"),

@@ -14,6 +14,10 @@ def kv_geometry(config: PretrainedConfig) -> KVGeometry:
     Raises:
         ModelError: the config does not say, or says another for each layer.
     """
+    if not hasattr(config, "get_text_config"):
+        raise ModelError(
+            f"kv_geometry takes the configuration of a transformers model, model.config; got {type(config).__name__}"
+        )
     text = config.get_text_config()
     heads = _same_in_all_layers(text, "num_attention_heads")
     kv_heads = _same_in_all_layers(text, "num_key_value_heads") or _falcon_kv_heads(text) or heads

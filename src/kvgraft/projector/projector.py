@@ -83,8 +83,10 @@ class KVDimensionProjector(nn.Module):
         context_tokens: int = 0,
     ) -> None:
         super().__init__()
-        if not teacher_configs:
-            raise ProjectorError('teacher_configs is empty: give {"name": {"d_model": ..., "num_layers": ...}}')
+        if not isinstance(teacher_configs, Mapping) or not teacher_configs:
+            raise ProjectorError(
+                f'teacher_configs must be {{"name": {{"d_model": ..., "num_layers": ...}}}}; got {teacher_configs!r}'
+            )
         if direction not in _DIRECTIONS:
             raise ProjectorError(f"direction must be one of {', '.join(_DIRECTIONS)}; got {direction!r}")
         self.teachers = {name: read_teacher_config(name, config) for name, config in teacher_configs.items()}

@@ -65,6 +65,11 @@ def read_teacher_config(name: str, config: Mapping[str, int]) -> TeacherConfig:
 
 
 def read_source_layers(sources: SourceLayers, teachers: Mapping[str, TeacherConfig]) -> dict[str, list[list[int]]]:
+    if not isinstance(sources, Mapping) or not all(isinstance(layers, Sequence) for layers in sources.values()):
+        raise ProjectorError(
+            f'source_layers must be {{"name": a list of input layers for every output layer}}, such as '
+            f'{{"big": [[0], [2]]}}; got {sources!r}'
+        )
     unknown = sorted(set(sources) - set(teachers))
     if unknown:
         raise ProjectorError(f"source_layers names teachers {unknown}; this projector has {', '.join(teachers)}")
