@@ -12,7 +12,7 @@ from kvgraft.errors import RecipeError, ResultError
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.environment import describe_environment
 from kvgraft.report.log import append_metrics, experiment_log, read_metrics, write_experiment_log
-from kvgraft.report.notes import add_note, noticed
+from kvgraft.report.notes import LOG_FILE, NOTES_FILE, add_note, noticed
 from kvgraft.report.plots import save_curves
 from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
 from kvgraft.report.tables import arm_rows, cost_rows, markdown
@@ -196,9 +196,9 @@ def test_notes_of_people_stay_when_the_log_is_written_again(tmp_path: Path) -> N
     with pytest.raises(RecipeError, match="is no run folder"):
         add_note(tmp_path, "hello")
     (tmp_path / "recipe.yaml").write_text(RECIPE.to_yaml())
-    add_note(tmp_path, "before the\nrun was finished")
+    assert add_note(tmp_path, "before the\nrun was finished") == tmp_path / NOTES_FILE
     write_experiment_log(tmp_path / "experiment.yaml", RECIPE, RESULT)
-    add_note(tmp_path, "损失下降 <b>")
+    assert add_note(tmp_path, "损失下降 <b>") == tmp_path / LOG_FILE
     with pytest.raises(RecipeError, match="the note is empty"):
         add_note(tmp_path, " \n")
     notes = yaml.safe_load((tmp_path / "experiment.yaml").read_text())["notes"]

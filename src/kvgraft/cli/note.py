@@ -19,7 +19,7 @@ def note(
 
     Example: kvgraft note runs/quickstart "learning rate 3e-3 diverged"
     """
-    from kvgraft.report.notes import LOG_FILE, add_note
+    from kvgraft.report.notes import add_note
 
-    add_note(run_folder, text)
-    console.print(f"noted in {run_folder / LOG_FILE}", soft_wrap=True)
+    path = add_note(run_folder, text)
+    console.print(f"noted in {path}", soft_wrap=True)

@@ -74,8 +74,11 @@ def added_notes(folder: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def add_note(folder: Path, text: str) -> None:
+def add_note(folder: Path, text: str) -> Path:
     """Keep ``text`` as one line in the run's notes, and in its log if that is written already.
+
+    Returns:
+        the file to read it in: the log, or the notes alone where there is none yet.
 
     Raises:
         RecipeError: ``folder`` is no run, or the note is empty.
@@ -88,7 +91,9 @@ def add_note(folder: Path, text: str) -> None:
     with (folder / NOTES_FILE).open("a", encoding="utf-8") as file:
         file.write(f"{line}\n")
     log_path = folder / LOG_FILE
-    if log_path.is_file():
-        log = yaml.safe_load(log_path.read_text(encoding="utf-8"))
-        log["notes"].append(line)
-        log_path.write_text(yaml.safe_dump(log, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if not log_path.is_file():
+        return folder / NOTES_FILE
+    log = yaml.safe_load(log_path.read_text(encoding="utf-8"))
+    log["notes"].append(line)
+    log_path.write_text(yaml.safe_dump(log, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return log_path
