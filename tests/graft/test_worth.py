@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from kvgraft.errors import GraftError, RecipeError
@@ -96,6 +97,25 @@ def test_no_question_still_has_what_stands_before_any_text(fit_recipe: Callable[
     assert torch.equal(before.keys, items[0].pair.target.keys[:, :, :, :1])
 
 
+def test_what_a_tokenizer_adds_is_neither_question_nor_answer(fit_recipe: Callable[..., Recipe]) -> None:
+    data = prepare_fit(fit_recipe(**WHOLE))
+    items = Questions(data.held_out, data.held_out_examples)
+    # As if the first token of every text were a BOS and its last an end of text; the first two have no prompt.
+    texts = []
+    for text in data.held_out.texts:
+        spans = text.spans.copy()
+        spans[0], spans[-1] = 0, spans[-1, 1]
+        texts.append(replace(text, spans=spans))
+    no_prompts = [replace(example, prompt_characters=0) for example in data.held_out_examples[:2]]
+    marked = Questions(replace(data.held_out, texts=texts), [*no_prompts, *data.held_out_examples[2:]])
+    assert marked.lengths() == items.lengths()[2:]
+    assert marked.answer_lengths() == [tokens - 1 for tokens in items.answer_lengths()[2:]]
+    for place in range(3):
+        assert torch.equal(marked[place].answer_ids, items[2 + place].answer_ids[:, :-1])
+    with pytest.raises(GraftError, match="no text has a prompt"):
+        Questions(replace(data.held_out, texts=texts[:2]), no_prompts)
+
+
 def test_the_teacher_alone_answers_as_it_does_without_us(fit_recipe: Callable[..., Recipe]) -> None:
     data = prepare_fit(fit_recipe(**WHOLE))
     teacher, tokenizer = data.teacher.load(), data.teacher.tokenizer
@@ -111,6 +131,10 @@ def test_the_teacher_alone_answers_as_it_does_without_us(fit_recipe: Callable[..
         places = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if i and a >= start and b <= end]
         assert nats == pytest.approx(-float(sum(likelihood[i - 1, ids[i]] for i in places)), rel=1e-4)
         assert measured.tokens[index] == questions[index].answer_ids.shape[1] - 1
+    # An end of text that a tokenizer adds is no part of an answer.
+    end_of_text = [(tokenizer.eos_token, tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {tokenizer.eos_token}", None, end_of_text)
+    assert teacher_alone(teacher, tokenizer, questions) == measured
 
 
 def test_goes_the_whole_way_and_is_not_done_twice(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

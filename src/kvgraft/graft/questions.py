@@ -28,7 +28,7 @@ class Questions(Dataset[Question]):
     """The texts of ``pairs`` that have a prompt and an answer of two tokens or more; KV is read when asked for.
 
     A question token whose teacher token reaches into the answer is left out, so that nothing of the answer is in the
-    cache.
+    cache. An answer ends with its text: what a tokenizer puts behind it, cut or not, is no part of it.
 
     Args:
         pairs: texts that both models have read.
@@ -42,13 +42,15 @@ class Questions(Dataset[Question]):
     def __init__(self, pairs: PairDataset, examples: Sequence[Example], limit: int | None = None) -> None:
         self.pairs = pairs
         self.examples = examples
-        self._places: list[tuple[int, int, int]] = []
+        self._places: list[tuple[int, int, int, int]] = []
         for index, example in enumerate(examples[:limit]):
             text = pairs.texts[index]
             prompt_bytes = len(example.text[: example.prompt_characters].encode())
             tokens = int((text.spans[:, 1] <= prompt_bytes).sum())
-            if tokens and len(text.input_ids) - tokens >= 2:
-                self._places.append((index, tokens, prompt_bytes))
+            end = 1 + int((text.spans[:, 1] > text.spans[:, 0]).nonzero()[0][-1])
+            # What a tokenizer puts before any text, such as BOS, is no question.
+            if tokens and text.spans[tokens - 1, 1] > 0 and end - tokens >= 2:
+                self._places.append((index, tokens, end, prompt_bytes))
         if not self._places:
             raise GraftError(
                 "no text has a prompt followed by an answer of two tokens or more; a graft is measured on data with "
@@ -59,12 +61,12 @@ class Questions(Dataset[Question]):
         return len(self._places)
 
     def __getitem__(self, place: int) -> Question:
-        index, tokens, prompt_bytes = self._places[place]
+        index, tokens, end, prompt_bytes = self._places[place]
         text, teacher = self.pairs.texts[index], self.pairs.teacher
         ends = teacher.store.read_tokens(text.sample_key).spans[:, 1]
         last = teacher.alignment(text).ranges[:tokens, 1].clip(1) - 1
         within = torch.from_numpy(ends[last] <= prompt_bytes)[None]
-        answer = torch.tensor([list(text.input_ids)[tokens:]])
+        answer = torch.tensor([list(text.input_ids)[tokens:end]])
         return Question(_beginning(self.pairs[index], tokens, within), answer)
 
     def another(self, place: int) -> int:
@@ -83,22 +85,22 @@ class Questions(Dataset[Question]):
         )
 
     def _question_ids(self, place: int) -> list[int]:
-        index, tokens, _ = self._places[place]
+        index, tokens, *_ = self._places[place]
         return list(self.pairs.texts[index].input_ids[:tokens])
 
     def before_text(self, place: int) -> KV | None:
         """The student's own KV of what its tokenizer puts before any text, such as BOS; None where it puts nothing."""
-        index, _, _ = self._places[place]
+        index, *_ = self._places[place]
         tokens = int((self.pairs.texts[index].spans[:, 1] == 0).sum())
         return first_tokens(self.pairs[index].target, tokens) if tokens else None
 
     def lengths(self) -> list[int]:
         """Tokens of each question."""
-        return [tokens for _, tokens, _ in self._places]
+        return [tokens for _, tokens, *_ in self._places]
 
     def answer_lengths(self) -> list[int]:
         """Tokens of each answer."""
-        return [len(self.pairs.texts[index].input_ids) - tokens for index, tokens, _ in self._places]
+        return [end - tokens for _, tokens, end, _ in self._places]
 
     def reaches(self, *, twice: bool, with_another: bool) -> list[int]:
         """Tokens from the start of each question's cache to the last of its answer that is read.
@@ -116,7 +118,7 @@ class Questions(Dataset[Question]):
 
     def answer_span(self, place: int) -> tuple[str, int, int]:
         """A whole text, and the bytes of it between which the answer stands, its first token left out."""
-        index, tokens, _ = self._places[place]
+        index, tokens, *_ = self._places[place]
         spans = self.pairs.texts[index].spans
         return self.examples[index].text, int(spans[tokens, 1]), int(spans[-1, 1])
 

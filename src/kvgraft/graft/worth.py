@@ -120,7 +120,8 @@ def teacher_alone(
             if ids.shape[1] > context_length(teacher):
                 logger.warning("the teacher alone is left out: an answer ends beyond its context")
                 return None
-            within = torch.from_numpy(spans[:, 0] >= start).to(teacher.device)
+            # Not what its tokenizer puts behind the text, such as an end of text.
+            within = torch.from_numpy((spans[:, 0] >= start) & (spans[:, 1] > spans[:, 0])).to(teacher.device)
             logits = teacher(input_ids=ids).logits[0, :-1][within].float()
             sums.append(float(F.cross_entropy(logits, ids[0, 1:][within], reduction="sum")))
             counts.append(questions[index].answer_ids.shape[1] - 1)
