@@ -95,7 +95,8 @@ def load_examples(
         shuffle_buffer: read so many rows ahead, and take one of those by ``seed`` for each next text.
 
     Columns, the first form that a row has: ``messages`` (up to the last assistant turn, which is the completion),
-    ``prompt`` + ``completion`` (joined as they are), ``question`` + ``answer`` (joined by a line break), ``text``.
+    ``prompt`` + ``completion`` (joined as they are), ``question`` + ``answer`` (joined by a line break), ``text``. Null
+    is as good as no column.
 
     Raises DataError naming the file and line of a row that is unreadable, empty or in no such form.
     """
@@ -262,6 +263,8 @@ def _numbered(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
 def _example(
     where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, keep_turns: bool
 ) -> Example:
+    # Rows of a table have every column, and null in those that are not theirs.
+    row = {column: value for column, value in row.items() if value is not None}
     if "messages" in row:
         return _from_messages(where, row["messages"], tokenizer, keep_turns)
     if "prompt" in row and "completion" in row:
@@ -272,7 +275,7 @@ def _example(
         return Example(f"{question}\n{_filled_string(where, row, 'answer')}", len(question) + 1)
     if "text" in row:
         return Example(_filled_string(where, row, "text"))
-    raise DataError(f"{where}: found columns {sorted(row)}; known forms are {KNOWN_FORMS}")
+    raise DataError(f"{where}: found columns {sorted(row)} that are not null; known forms are {KNOWN_FORMS}")
 
 
 def _from_messages(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase | None, keep_turns: bool) -> Example:
