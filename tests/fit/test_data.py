@@ -1,3 +1,4 @@
+import json
 import weakref
 from collections.abc import Callable
 from itertools import islice
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kvgraft.align.evidence import LayerEvidence
 from kvgraft.align.tokens import gather_aligned
-from kvgraft.errors import DataError, RecipeError
+from kvgraft.errors import RecipeError
 from kvgraft.fit.data import KVRows, PairDataset, TokenBatches, ablation_data, prepare_fit
 from kvgraft.models import loading
 from kvgraft.models.capture import capture
@@ -53,6 +54,15 @@ def test_direction_turns_the_pair_around(fit_recipe: Callable[..., Recipe]) -> N
     forwards, backwards = pairs
     assert torch.equal(forwards.source.keys[:, layers], backwards.target.keys)
     assert torch.equal(forwards.target.keys, backwards.source.keys)
+
+
+def test_held_out_text_too_short_to_measure_is_refused(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    for part, words in (("train", 20), ("test", 1)):
+        lines = [json.dumps({"text": f"{part} {n}, " + "and more " * words}) for n in range(6)]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    changes = {"data": {"train": str(tmp_path)}, "alignment": {"skip_first_tokens": 40}}
+    with pytest.raises(RecipeError, match=r"6 held-out texts leave 0 tokens .*skip_first_tokens"):
+        prepare_fit(fit_recipe(**changes))
 
 
 @pytest.mark.parametrize(("method", "direction"), [("cka", "student_to_teacher"), ("predictive", "teacher_to_student")])
@@ -138,13 +148,6 @@ def test_several_teachers_are_refused(fit_recipe: Callable[..., Recipe]) -> None
 def test_texts_beyond_the_students_context_are_refused(fit_recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(RecipeError, match=r"data\.max_length 600 is longer than the student's context 512"):
         prepare_fit(fit_recipe(data={"max_length": 600}))
-
-
-def test_held_out_text_without_an_answered_token_is_refused(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    (tmp_path / "short.jsonl").write_text('{"text": "Ann has 6"}\n', encoding="utf-8")
-    recipe = fit_recipe(data={"held_out": str(tmp_path / "short.jsonl")}, alignment={"skip_first_tokens": 40})
-    with pytest.raises(DataError, match=r"org/teacher-1.0 answers for no token of the held-out text"):
-        prepare_fit(recipe)
 
 
 def test_a_teacher_of_a_short_context_is_refused(fit_recipe: Callable[..., Recipe], short_teacher: Path) -> None:

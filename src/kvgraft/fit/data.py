@@ -16,7 +16,7 @@ from kvgraft.bfloat16 import warn_where_slow
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
 from kvgraft.distill.dataset import AlignmentCounts, TeacherSource
-from kvgraft.errors import DataError, RecipeError
+from kvgraft.errors import RecipeError
 from kvgraft.identify import IdentifiedModel, identify
 from kvgraft.kv import KV
 from kvgraft.prepare import (
@@ -236,8 +236,8 @@ def prepare_fit(recipe: Recipe) -> FitData:
     """Store the KV of the recipe's student and teacher over its text; what is stored already is not done again.
 
     Raises:
-        RecipeError: several teachers, or a student that is new or would read beyond its context.
-        DataError: the teacher answers for no token of the held-out text.
+        RecipeError: several teachers, or a student that is new or would read beyond its context, or held-out text of
+            which fewer than two tokens are compared.
         KVGraftError: of the room where it went wrong.
     """
     _require_two_frozen_models(recipe)
@@ -269,12 +269,18 @@ def prepare_fit(recipe: Recipe) -> FitData:
     teacher.let_go()
     counts = train.teacher.counts(train.texts)
     require_coverage(teacher.recipe.name, counts)
-    if held_out.teacher.counts(held_out.texts).compared_tokens == 0:
-        raise DataError(
-            f"teacher {teacher.recipe.name} answers for no token of the held-out text, so there is nothing to measure "
-            "on: lower its alignment.skip_first_tokens or hold out longer texts"
-        )
+    _require_measurable(teacher.recipe.name, held_out)
     return FitData(student, teacher, layer_map, train, held_out, examples, held_out_examples, counts, phases)
+
+
+def _require_measurable(teacher: str, held_out: PairDataset) -> None:
+    tokens = held_out.teacher.counts(held_out.texts).compared_tokens
+    if tokens < 2:
+        raise RecipeError(
+            f"the {len(held_out)} held-out texts leave {tokens} tokens to compare with teacher {teacher}, and R2 needs "
+            "two at least: alignment.skip_first_tokens leaves out the first of each text; set it to 0, raise "
+            "data.held_out_samples, or give longer texts"
+        )
 
 
 def _layer_map(
