@@ -71,6 +71,24 @@ def test_quality_equals_a_plain_computation_however_text_is_batched(
     assert quality.kv_deviation == pytest.approx(float(own.var(2, unbiased=False).mean(-1).sqrt().mean()), rel=1e-5)
 
 
+def test_what_balances_experts_is_no_part_of_the_loss(tiny_recipe: Callable[..., Recipe]) -> None:
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "router_aux_loss_coef": 1.0}
+    fields = tiny_recipe().student.new | experts
+
+    def measured(balance: bool) -> tuple[float, float]:
+        recipe = tiny_recipe(student={"new": fields | {"output_router_logits": balance}})
+        data = arm_data(prepare(recipe))
+        model, held_out = build_arm(recipe, "baseline", data), data.held_out_set("baseline")
+        batch = data.collator([held_out[index] for index in range(len(held_out))])
+        trained = model.train()(batch["input_ids"], batch["attention_mask"], batch["labels"])["loss"]
+        return float(trained.detach()), held_out_quality(model, [batch], held_out.predicted_bytes).loss
+
+    (trained, loss), (balanced, same) = measured(balance=False), measured(balance=True)
+    assert same == pytest.approx(loss, rel=1e-6)
+    # In training it counts, as the config says.
+    assert balanced > trained + 1
+
+
 def test_effective_rank_tells_a_collapsed_student(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe()
     data = arm_data(prepare(recipe))

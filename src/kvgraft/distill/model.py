@@ -225,8 +225,13 @@ class DistillationModel(nn.Module):
             if packing is None
             else packing.inputs(input_ids, labels)
         )
+        # With that setting a mixture of experts adds the balance of its experts to its loss: part of training, but not
+        # of what a held-out token costs.
+        balances = getattr(self.student.config.get_text_config(), "output_router_logits", False)
+        options = {"output_router_logits": False} if balances and not self.student.training else {}
         output = self.student(
             **read,
+            **options,
             num_items_in_batch=count.clamp_min(1).to(input_ids.device),
             use_cache=False,
         )
