@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from kvgraft.data.batching import IGNORED, batches_by_length, encode_example, length_buckets
 from kvgraft.data.datasets import Example
@@ -47,6 +48,18 @@ def test_a_tokenizer_that_adds_its_own_end_of_text_ends_no_text_that_was_cut() -
     cut = encode_example(Example(TEXT), tokenizer, 8)
     assert tokenizer.eos_token_id not in cut.input_ids
     assert len(cut.input_ids) == len(cut.labels) == len(cut.spans)
+    assert cut.truncated_bytes == len(TEXT.encode()) - cut.spans[-1, 1] > 0
+
+
+def test_a_tokenizer_that_adds_a_separator_ends_no_text_that_was_cut() -> None:
+    backend = train_tokenizer([TEXT], 280).backend_tokenizer
+    separator = backend.token_to_id(END_OF_TEXT)
+    backend.post_processor = TemplateProcessing(f"$A {END_OF_TEXT}", None, [(END_OF_TEXT, separator)])
+    # As BERT's: it has no token for the end of a text.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, sep_token=END_OF_TEXT)
+    assert encode_example(Example(TEXT), tokenizer, 200).input_ids[-1] == separator
+    cut = encode_example(Example(TEXT), tokenizer, 8)
+    assert separator not in cut.input_ids
     assert cut.truncated_bytes == len(TEXT.encode()) - cut.spans[-1, 1] > 0
 
 

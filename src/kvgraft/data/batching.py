@@ -74,8 +74,8 @@ def encode_example(
     if end_of_text is not None and not encoded.truncated_bytes and not has_end:
         input_ids.append(end_of_text)
         spans = np.concatenate([spans, np.full((1, 2), spans[-1, 1], dtype=np.int32)])
-    elif has_end and encoded.truncated_bytes and spans[-1, 0] == spans[-1, 1]:
-        # A tokenizer that adds it itself does so wherever the text was cut, which would be learned as an end.
+    elif not own_end and encoded.truncated_bytes and spans[-1, 0] == spans[-1, 1]:
+        # A tokenizer that adds it itself, or a separator, does so wherever the text was cut: learned as an end.
         input_ids, spans = input_ids[:-1], spans[:-1]
     labels = list(input_ids)
     labels[0] = IGNORED
