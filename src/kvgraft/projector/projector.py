@@ -266,7 +266,7 @@ class KVDimensionProjector(nn.Module):
                         shapes = projector._standard_shapes(side, teacher)
                         projector._standardise(side, teacher, *(torch.empty(shape) for shape in shapes))
             projector.load_state_dict(weights, assign=True)
-        except (TypeError, AttributeError, KeyError) as error:
+        except (TypeError, AttributeError, KeyError, ProjectorError) as error:
             raise ProjectorError(f"{folder / CONFIG_FILE} is not a projector's configuration: {error}") from error
         except RuntimeError as error:
             raise ProjectorError(
