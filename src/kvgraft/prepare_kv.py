@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from kvgraft.data.chat import template_fingerprint
@@ -86,13 +87,15 @@ def not_stored(
     ``layers`` None stands for any.
     """
     stored: set[str] = set()
+    # Once for all stores, since it hashes every text; where any layers will do, those of each store take their place.
+    identity = _identity(model, examples, layers or (0,), max_length, settings.dtype)
     for path in settings.path.glob(f"*/{MANIFEST_NAME}"):
         # What is damaged, or a store of another kind, holds none.
         with suppress(StoreError):
             folder, manifest = path.parent, read_manifest(path.parent)
             assert manifest is not None
             found = manifest.identity
-            wanted = _identity(model, examples, layers or found.layers, max_length, settings.dtype)
+            wanted = identity if layers else replace(identity, layers=found.layers)
             if not found.difference(wanted) and folder == kv_store_folder(settings.path, model.recipe.name, wanted):
                 likely = TokenLikelihoods.open(folder).numbers if with_likelihoods else manifest.samples
                 stored |= manifest.samples.keys() & likely.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ class Question:
     answer_ids: Tensor
 
 
+class _Place(NamedTuple):
+    """Where a question stands: the number of its text, its tokens, where the answer's end, and bytes of the prompt."""
+
+    text: int
+    tokens: int
+    end: int
+    prompt_bytes: int
+
+
 class Questions(Dataset[Question]):
     """The texts of ``pairs`` that have a prompt and an answer of two tokens or more; KV is read when asked for.
 
@@ -42,7 +52,7 @@ class Questions(Dataset[Question]):
     def __init__(self, pairs: PairDataset, examples: Sequence[Example], limit: int | None = None) -> None:
         self.pairs = pairs
         self.examples = examples
-        self._places: list[tuple[int, int, int, int]] = []
+        self._places: list[_Place] = []
         for index, example in enumerate(examples[:limit]):
             text = pairs.texts[index]
             prompt_bytes = len(example.text[: example.prompt_characters].encode())
@@ -50,7 +60,7 @@ class Questions(Dataset[Question]):
             end = 1 + int((text.spans[:, 1] > text.spans[:, 0]).nonzero()[0][-1])
             # What a tokenizer puts before any text, such as BOS, is no question.
             if tokens and text.spans[tokens - 1, 1] > 0 and end - tokens >= 2:
-                self._places.append((index, tokens, end, prompt_bytes))
+                self._places.append(_Place(index, tokens, end, prompt_bytes))
         if not self._places:
             raise GraftError(
                 "no text has a prompt followed by an answer of two tokens or more; a graft is measured on data with "
@@ -85,22 +95,22 @@ class Questions(Dataset[Question]):
         )
 
     def _question_ids(self, place: int) -> list[int]:
-        index, tokens, *_ = self._places[place]
-        return list(self.pairs.texts[index].input_ids[:tokens])
+        found = self._places[place]
+        return list(self.pairs.texts[found.text].input_ids[: found.tokens])
 
     def before_text(self, place: int) -> KV | None:
         """The student's own KV of what its tokenizer puts before any text, such as BOS; None where it puts nothing."""
-        index, *_ = self._places[place]
+        index = self._places[place].text
         tokens = int((self.pairs.texts[index].spans[:, 1] == 0).sum())
         return first_tokens(self.pairs[index].target, tokens) if tokens else None
 
     def lengths(self) -> list[int]:
         """Tokens of each question."""
-        return [tokens for _, tokens, *_ in self._places]
+        return [place.tokens for place in self._places]
 
     def answer_lengths(self) -> list[int]:
         """Tokens of each answer."""
-        return [end - tokens for _, tokens, end, _ in self._places]
+        return [place.end - place.tokens for place in self._places]
 
     def reaches(self, *, twice: bool, with_another: bool) -> list[int]:
         """Tokens from the start of each question's cache to the last of its answer that is read.
@@ -118,7 +128,7 @@ class Questions(Dataset[Question]):
 
     def answer_span(self, place: int) -> tuple[str, int, int]:
         """A whole text, and the bytes of it between which the answer stands, its first token left out."""
-        index, tokens, *_ = self._places[place]
+        index, tokens = self._places[place][:2]
         spans = self.pairs.texts[index].spans
         return self.examples[index].text, int(spans[tokens, 1]), int(spans[-1, 1])
 
