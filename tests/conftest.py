@@ -108,8 +108,8 @@ def fit_recipe(tiny_recipe: Callable[..., Recipe], tiny_student: Path) -> Callab
         }
         for name, change in changes.items():
             sections[name] = {**sections.get(name, {}), **change} if isinstance(change, dict) else change
-        recipe = tiny_recipe(**sections)
-        return recipe.model_copy(update={"student": StudentRecipe(model=str(tiny_student))})
+        student = sections.pop("student", StudentRecipe(model=str(tiny_student)))
+        return tiny_recipe(**sections).model_copy(update={"student": student})
 
     return make
 

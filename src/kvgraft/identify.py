@@ -41,8 +41,8 @@ class IdentifiedModel:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
 
-def identify(model: TeacherRecipe) -> IdentifiedModel:
-    """Config, tokenizer and fingerprints of ``model``."""
+def identify(model: TeacherRecipe, tokenizer: PreTrainedTokenizerBase | None = None) -> IdentifiedModel:
+    """Config, tokenizer and fingerprints of ``model``, which reads text by ``tokenizer`` (default: its own)."""
 
     @lru_cache(1)
     def load() -> PreTrainedModel:
@@ -59,7 +59,8 @@ def identify(model: TeacherRecipe) -> IdentifiedModel:
             tensor_parallel=model.tensor_parallel,
         )
 
-    tokenizer = loading.load_tokenizer(model.model, model.revision)
+    if tokenizer is None:
+        tokenizer = loading.load_tokenizer(model.model, model.revision)
     # Weights in few bits give other KV.
     numbers = model.dtype if model.quantization is None else f"{model.dtype}, {model.quantization}"
     return IdentifiedModel(

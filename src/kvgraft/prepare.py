@@ -235,8 +235,25 @@ def teacher_max_length(recipe: Recipe, config: PretrainedConfig) -> int:
 
 
 def existing_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
-    name = recipe.student.tokenizer or recipe.student.model or recipe.student.cut_from
-    return None if name is None else loading.load_tokenizer(name, recipe.student.revision)
+    """The tokenizer that the student has before it reads any text; None where one is to be trained.
+
+    Raises:
+        RecipeError: it gives ids that the embeddings of a student that exists do not have.
+    """
+    student = recipe.student
+    origin = student.model or student.cut_from
+    if student.tokenizer is None:
+        return None if origin is None else loading.load_tokenizer(origin, student.revision)
+    # The revision is one of the model's repository.
+    tokenizer = loading.load_tokenizer(student.tokenizer, student.revision if student.tokenizer == origin else None)
+    if origin is not None:
+        embeddings = loading.load_config(origin, student.revision).get_text_config().vocab_size
+        if len(tokenizer) > embeddings:
+            raise RecipeError(
+                f"student.tokenizer {student.tokenizer} has {len(tokenizer):,} tokens and {origin} embeddings of "
+                f"{embeddings:,}; name one of at most as many tokens, or leave it out for the model's own"
+            )
+    return tokenizer
 
 
 def _prepare_teacher(

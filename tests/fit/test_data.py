@@ -15,6 +15,7 @@ from kvgraft.errors import RecipeError
 from kvgraft.fit.data import KVRows, PairDataset, TokenBatches, ablation_data, prepare_fit
 from kvgraft.models import loading
 from kvgraft.models.capture import capture
+from kvgraft.prepare import existing_tokenizer
 from kvgraft.recipe import AlignmentRecipe, Recipe, StudentRecipe
 
 
@@ -30,6 +31,35 @@ def test_pairs_are_both_models_kv_of_the_same_tokens(fit_recipe: Callable[..., R
     torch.testing.assert_close(pair.source.values[:, :, :, 2:], aligned.values[:, :, :, 2:])
     assert not pair.mask[0, :2].any()
     assert pair.mask[0, 2:].all()
+
+
+def test_the_student_reads_text_by_the_tokenizer_that_the_recipe_names(
+    fit_recipe: Callable[..., Recipe], tiny_teacher: Path, tiny_student: Path
+) -> None:
+    student = StudentRecipe(model=str(tiny_teacher), tokenizer=str(tiny_student))
+    data = prepare_fit(fit_recipe(store={"dtype": "float32"}, student=student))
+    pair, text = data.train[0], data.examples[0].text
+    assert pair.input_ids[0].tolist() == loading.load_tokenizer(str(tiny_student))(text)["input_ids"][:96]
+    torch.testing.assert_close(pair.target.keys, capture(data.student.load(), pair.input_ids).keys)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_student_has_embeddings_is_refused(
+    fit_recipe: Callable[..., Recipe], tiny_teacher: Path, tiny_student: Path
+) -> None:
+    student = StudentRecipe(model=str(tiny_student), tokenizer=str(tiny_teacher))
+    with pytest.raises(RecipeError, match=r"has 400 tokens and .* embeddings of 300"):
+        prepare_fit(fit_recipe(student=student))
+
+
+def test_the_revision_is_of_the_model_and_not_of_another_tokenizer(
+    fit_recipe: Callable[..., Recipe], tiny_teacher: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(loading, "load_tokenizer", lambda name, revision: asked.append(revision) or range(300))
+    for name in (tiny_student, tiny_teacher):
+        student = StudentRecipe(model=str(tiny_teacher), revision="abc", tokenizer=str(name))
+        existing_tokenizer(fit_recipe(student=student))
+    assert asked == [None, "abc"]
 
 
 def test_the_teacher_is_not_held_while_what_it_said_is_fitted(

@@ -11,7 +11,7 @@ from kvgraft.cli import app
 from kvgraft.errors import GraftError, RecipeError
 from kvgraft.fit.run import fit
 from kvgraft.graft.chat import open_conversation, text_files
-from kvgraft.recipe import Recipe
+from kvgraft.recipe import Recipe, StudentRecipe
 from kvgraft.run import RECIPE_FILE
 
 
@@ -60,6 +60,14 @@ def test_tokens_meet_as_the_teacher_in_the_recipe_says(
     of_all = keys(alignment={"tokens": "causal"})
     assert torch.equal(keys(teachers=[teacher | {"alignment": {"tokens": "causal"}}]), of_all)
     assert not torch.equal(keys(), of_all)
+
+
+def test_the_student_reads_by_the_tokenizer_that_the_recipe_names(
+    fit_recipe: Callable[..., Recipe], tiny_teacher: Path, tiny_student: Path, tmp_path: Path, documents: Path
+) -> None:
+    student = StudentRecipe(model=str(tiny_teacher), tokenizer=str(tiny_student))
+    fit(fit_recipe(student=student), tmp_path / "named")
+    assert len(open_conversation(tmp_path / "named", [documents / "a.txt"]).tokenizer) == 300
 
 
 def test_the_command_answers_and_ends(run: Path, documents: Path) -> None:

@@ -21,6 +21,7 @@ from kvgraft.identify import IdentifiedModel, identify
 from kvgraft.kv import KV
 from kvgraft.prepare import (
     Phases,
+    existing_tokenizer,
     find_layer_evidence,
     layer_map_of,
     load_examples_of,
@@ -248,7 +249,10 @@ def prepare_fit(recipe: Recipe) -> FitData:
     phases = Phases()
     settings, model = recipe.student, str(recipe.student.model)
     with phases.timed("identify models"):
-        student = identify(TeacherRecipe(name="student", model=model, revision=settings.revision, dtype=settings.dtype))
+        student = identify(
+            TeacherRecipe(name="student", model=model, revision=settings.revision, dtype=settings.dtype),
+            existing_tokenizer(recipe),
+        )
         teacher = identify(recipe.teachers[0])
     too_long = student_context_problem(recipe, student.config)
     if too_long is not None:

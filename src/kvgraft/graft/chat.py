@@ -24,7 +24,8 @@ from kvgraft.identify import identify
 from kvgraft.kv import KV
 from kvgraft.models.cache import GraftedCache, context_length
 from kvgraft.models.geometry import kv_geometry
-from kvgraft.models.loading import load_model, load_tokenizer
+from kvgraft.models.loading import load_model
+from kvgraft.prepare import existing_tokenizer
 from kvgraft.prepare_kv import store_kv
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe, load_recipe
@@ -128,11 +129,9 @@ def open_conversation(run: Path, documents: Sequence[Path], graft: str | None = 
             f"{run} has no projector to chat through: `kvgraft train` made a new student in it, and a projector is "
             "fitted for a student that exists (student.model); name a run that `kvgraft graft` or `kvgraft fit` wrote"
         )
-    name = recipe.student.model
-    student, tokenizer = (
-        load_model(name, recipe.student.revision, dtype=recipe.student.dtype),
-        load_tokenizer(name, recipe.student.revision),
-    )
+    student = load_model(recipe.student.model, recipe.student.revision, dtype=recipe.student.dtype)
+    tokenizer = existing_tokenizer(recipe)
+    assert tokenizer is not None
     grafter = _grafter_of(run, recipe, graft).to(student.device)
     if recipe.graft.bf16:
         grafter.projector.compute_in(torch.bfloat16)
