@@ -128,19 +128,22 @@ def _received(query: Tensor, key: Tensor, scale: float) -> Tensor:
 def _query_moments(query: Tensor, num_kv_heads: int, rotation: Rotation | None) -> Tensor:
     """Mean ``q q^T [num_kv_heads, head_dim, head_dim]`` of ``query [1, heads, tokens, head_dim]``, rotated.
 
-    Keys at some places of the text stand for all: every query from there on is turned back by the key's own rotation.
+    Keys at some places of the text stand for all: every query from there on reads them, turned back by their rotation.
     """
-    tokens, head_dim = query.shape[2:]
-    moments = query.new_zeros(num_kv_heads, head_dim, head_dim, dtype=torch.float32)
-    places = range(0, tokens, -(-tokens // _KEY_PLACES))
-    for place in places:
-        readers = query[:, :, place:]
-        if rotation is not None:
-            cos, sin = (part[:, place : place + 1] for part in (rotation.cos, rotation.sin))
-            readers = unrotate(readers, cos, sin, rotation.neighbours)
-        rows = readers[0].float().reshape(num_kv_heads, -1, head_dim)
-        moments += rows.transpose(1, 2) @ rows / rows.shape[1]
-    return moments / len(places)
+    tokens = query.shape[2]
+    step = -(-tokens // _KEY_PLACES)
+    readers = torch.arange(tokens, 0, -step, device=query.device) * (query.shape[1] // num_kv_heads)
+    # The queries between two places, [num_kv_heads, places, queries, head_dim].
+    padded = nn.functional.pad(query[0].float(), (0, 0, 0, -tokens % step))
+    queries = padded.reshape(num_kv_heads, -1, len(readers), step, query.shape[3]).transpose(1, 2).flatten(2, 3)
+    sums = (queries.transpose(2, 3) @ queries).flip(1).cumsum(1).flip(1)
+    moments = sums / readers[:, None, None]
+    if rotation is not None:
+        cos, sin = (part[:, ::step].float() for part in (rotation.cos, rotation.sin))
+        # Their mean is turned in place of them, along both of its sides.
+        for _ in range(2):
+            moments = unrotate(moments.permute(0, 3, 1, 2), cos, sin, rotation.neighbours).transpose(1, 2)
+    return moments.mean(1)
 
 
 def _in_place(kv: KV, layer: int, key: Tensor, value: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
