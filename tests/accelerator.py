@@ -9,13 +9,12 @@ backends written in Python, which are experimental.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -106,7 +105,7 @@ class _Generator(torch.Generator):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What ``func`` gives, computed by the processor; on the device where an argument is, or where it is asked for."""
-    leaves = pytree.tree_leaves((args, kwargs))
+    leaves = [*_leaves(args), *_leaves(kwargs.values())]
     ours = [leaf for leaf in leaves if isinstance(leaf, AcceleratorTensor)]
     _refuse_what_is_not_there(func, leaves, bool(ours))
     if func in _INDEXING and not isinstance(args[0], AcceleratorTensor):
@@ -116,13 +115,32 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     asked = kwargs.get("device")
     on_device = bool(ours) if asked is None else torch.device(asked).type == NAME
     with no_dispatch():
-        out = func(*pytree.tree_map(_held, args), **pytree.tree_map(_held, kwargs))
+        out = func(*_map(_held, args), **{name: _map(_held, value) for name, value in kwargs.items()})
     if func is _aten.copy_.default:
         return args[0]
     if not on_device:
         return out
-    out = pytree.tree_map(_on_device, out)
-    return return_and_correct_aliasing(func, args, kwargs, out) if ours else out
+    out = _map(_on_device, out)
+    return return_and_correct_aliasing(func, args, kwargs, out) if ours and _aliases(func) else out
+
+
+@cache
+def _aliases(func: Any) -> bool:
+    """Whether what ``func`` gives shares memory with what it takes."""
+    return any(value.alias_info is not None for value in func._schema.returns)
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with each leaf of its lists and tuples changed; torch's own for any tree takes most of a run's time."""
+    return type(value)(_map(change, part) for part in value) if isinstance(value, list | tuple) else change(value)
 
 
 def _refuse_what_is_not_there(func: Any, leaves: list[Any], has_ours: bool) -> None:
@@ -158,7 +176,7 @@ def _make(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(make)
     def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         if isinstance(data, list | tuple):
-            data = pytree.tree_map(lambda leaf: leaf.item() if isinstance(leaf, AcceleratorTensor) else leaf, data)
+            data = _map(lambda leaf: leaf.item() if isinstance(leaf, AcceleratorTensor) else leaf, data)
         if device is not None and torch.device(device).type == NAME:
             return make(data, *args, **kwargs).to(device)
         return make(data, *args, **kwargs) if device is None else make(data, *args, device=device, **kwargs)

@@ -11,24 +11,23 @@ from pathlib import Path
 
 import pytest
 
+# Each in one process, which takes as long to start as some of the tests.
 RUNS = {
     "train": [
         "test_run.py::test_run_folder_holds_everything",
         "distill/test_trainer.py::test_gradients_do_not_depend_on_accumulation[relational]",
         "distill/test_logit_arms.py::test_four_arms_from_one_recipe",
     ],
-    "several teachers": [
+    "teachers": [
         "test_teachers.py::test_two_tokenizers_and_two_architectures_teach_one_student",
         "test_online.py::test_a_run_without_a_store",
-    ],
-    "stores": [
         "store/test_quantize.py::test_kv_on_an_accelerator_gives_the_same_bits",
         "store/test_quantize.py::test_kv_on_apples_accelerator_is_worked_on_by_the_processor",
         "store/test_fill.py::test_kv_is_handed_over_where_the_model_is",
+        "evaluate/test_run.py::test_everything_is_measured_and_written_without_touching_the_run",
     ],
-    "evaluate": ["evaluate/test_run.py::test_everything_is_measured_and_written_without_touching_the_run"],
-    "fit": ["fit/test_run.py::test_every_setting_goes_the_whole_way"],
-    "graft": [
+    "projectors": [
+        "fit/test_run.py::test_every_setting_goes_the_whole_way",
         "graft/test_worth.py::test_goes_the_whole_way_and_is_not_done_twice",
         "graft/test_chat.py::test_goes_on_from_the_documents_and_from_what_was_said",
         "graft/test_docs.py",
@@ -38,12 +37,14 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_runs_on_a_device(name: str) -> None:
-    folder, tests = Path(__file__).parent, RUNS[name]
+def test_runs_on_a_device(name: str, tmp_path: Path) -> None:
+    folder = Path(__file__).parent
     has_float64 = {"IMAGINED_FLOAT64": "1"} if name == "float64" else {}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.accelerator", "-p", "no:xdist", "-x", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.accelerator", "-p", "no:xdist", "-x"]
+    # A folder of its own, so that those of earlier tests are not looked through and removed.
+    command += ["--basetemp", str(tmp_path / "runs")]
     done = subprocess.run(
-        [*command[: -len(tests)], *(str(folder / test) for test in tests)],
+        [*command, *(str(folder / test) for test in RUNS[name])],
         cwd=folder.parent,
         env=os.environ | has_float64,
         capture_output=True,
