@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import kvgraft
 from kvgraft.cli import app, main
 from kvgraft.recipe import Recipe
 
@@ -31,8 +32,9 @@ def test_help_names_every_command() -> None:
 
 def test_a_warning_of_the_hub_is_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["kvgraft", "--help"])
-    monkeypatch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)
-    monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
+    # Set by main() too, for longer than this test.
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     printed = io.StringIO()
     hub = logging.getLogger("huggingface_hub")
     monkeypatch.setattr(hub, "propagate", True)
@@ -184,6 +186,29 @@ def test_errors_come_without_a_traceback(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "error: no recipe at" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_help_and_a_mistake_in_a_recipe_do_not_wait_for_large_libraries() -> None:
+    code = (
+        "import sys\n"
+        "from kvgraft.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print(sorted({'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    for command in (["--help"], ["train", "--help"], ["train", "absent.yaml"], ["compare", "absent.yaml"]):
+        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines()[-1] == "[]"
+        assert done.returncode == ("absent.yaml" in command)
+
+
+def test_the_package_names_what_it_offers() -> None:
+    assert set(kvgraft.__all__) == set(kvgraft._MODULES) <= set(dir(kvgraft))
+    for name in kvgraft.__all__:
+        assert getattr(kvgraft, name).__name__ == name
+    with pytest.raises(AttributeError, match="'nothing'"):
+        _ = kvgraft.nothing
 
 
 def test_compare_without_a_recipe_asks_for_one() -> None:

@@ -26,7 +26,7 @@ from kvgraft.memory import PeakMemory, peak_memory
 from kvgraft.plan import existing_parent
 from kvgraft.prepare import PreparedTeacher, Texts, prepare, read_texts
 from kvgraft.prepare_kv import not_stored
-from kvgraft.prepare_log_probs import log_probs_to_fill, stores_log_probs
+from kvgraft.prepare_log_probs import log_probs_to_fill
 from kvgraft.progress import progress_bar
 from kvgraft.recipe import Recipe, TeacherRecipe
 from kvgraft.run import arm_data
@@ -190,7 +190,7 @@ def store_part(recipe: Recipe, teacher: TeacherRecipe, small: TeacherSource, exa
     with_likelihoods = small.likelihoods is not None
     lacking = not_stored(model, examples, layers, identity.max_length, recipe.store, with_likelihoods=with_likelihoods)
     unread = {sample_key(example.text) for example in lacking}
-    if stores_log_probs(recipe):
+    if recipe.stores_log_probs:
         logits = LogitManifest.read(log_probs_to_fill(model, examples, encoded, identity.max_length, recipe).folder)
         unread |= tokens.keys() - ({} if logits is None else logits.samples).keys()
     return StorePart(sum(tokens.values()), sum(count for key, count in tokens.items() if key in unread))

@@ -31,7 +31,7 @@ from kvgraft.models.packing import require_exact_packing
 from kvgraft.models.students import new_student, student_config
 from kvgraft.prepare_embeddings import prepare_embeddings
 from kvgraft.prepare_kv import online_kv, store_for_training
-from kvgraft.prepare_log_probs import needs_log_probs, reads_one_vocabulary
+from kvgraft.prepare_log_probs import reads_one_vocabulary
 from kvgraft.processes import process_state
 from kvgraft.projector.settings import Direction
 from kvgraft.recipe import Recipe, StudentRecipe, TeacherRecipe
@@ -137,7 +137,7 @@ def prepare(recipe: Recipe, texts: Texts | None = None) -> Prepared:
                 [*texts.train_examples, *texts.held_out_examples],
                 [*texts.train, *texts.held_out],
             )
-            if needs_log_probs(recipe):
+            if recipe.needs_log_probs:
                 reads_one_vocabulary(recipe, teacher.name, texts.tokenizer, models[-1].tokenizer)
     teachers = [_prepare_teacher(recipe, model, texts, config, phases) for model in models]
     embeddings = None

@@ -12,7 +12,7 @@ from kvgraft.data.datasets import Example
 from kvgraft.data.spans import sample_key
 from kvgraft.errors import StoreError
 from kvgraft.identify import IdentifiedModel
-from kvgraft.prepare_log_probs import log_probs_to_fill, stores_log_probs
+from kvgraft.prepare_log_probs import log_probs_to_fill
 from kvgraft.recipe import Recipe, StoreRecipe
 from kvgraft.store.fill import FillReport, StoreToFill, encode_for_teacher, fill_store, fill_stores
 from kvgraft.store.fill_kv import KVStoreToFill, kv_store_folder
@@ -48,7 +48,7 @@ def store_for_training(
     store = _kv_to_fill(model, examples, layers, max_length, recipe.store)
     likelihoods = LikelihoodsToFill(store.folder, tuple(text.sample_key for text in encoded))
     stores: list[StoreToFill[Any]] = [store]
-    if stores_log_probs(recipe):
+    if recipe.stores_log_probs:
         stores.append(log_probs_to_fill(model, examples, encoded, max_length, recipe))
     if with_likelihoods:
         stores.append(likelihoods)

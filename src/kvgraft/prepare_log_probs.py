@@ -18,18 +18,6 @@ from kvgraft.store.fill_logits import LogitStoreToFill
 from kvgraft.store.format import text_fingerprint
 from kvgraft.store.logits import LogitIdentity
 
-LOGIT_ARMS = ("logits", "kv_logits")
-
-
-def needs_log_probs(recipe: Recipe) -> bool:
-    """Whether an arm of ``recipe`` learns from what teachers say comes next."""
-    return bool(set(LOGIT_ARMS) & set(recipe.arms))
-
-
-def stores_log_probs(recipe: Recipe) -> bool:
-    """Whether :func:`needs_log_probs`, and reads them from disk."""
-    return needs_log_probs(recipe) and recipe.logit_loss.source == "store"
-
 
 def log_probs_to_fill(
     model: IdentifiedModel, examples: Sequence[Example], encoded: Sequence[EncodedText], max_length: int, recipe: Recipe

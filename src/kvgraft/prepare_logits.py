@@ -11,7 +11,7 @@ from kvgraft.distill.logit_part import LogitPart, LogitTeacher
 from kvgraft.distill.logit_sources import LogitSource, require_logit_coverage
 from kvgraft.identify import IdentifiedModel, identify
 from kvgraft.prepare import Prepared, teacher_max_length
-from kvgraft.prepare_log_probs import log_probs_to_fill, needs_log_probs, reads_one_vocabulary
+from kvgraft.prepare_log_probs import log_probs_to_fill, reads_one_vocabulary
 from kvgraft.recipe import Recipe
 from kvgraft.store.fill import encode_for_teacher, fill_store
 
@@ -37,7 +37,7 @@ def prepare_logits(prepared: Prepared) -> PreparedLogits | None:
         KVGraftError: of the room where it went wrong.
     """
     recipe, texts = prepared.recipe, prepared.texts
-    if not needs_log_probs(recipe):
+    if not recipe.needs_log_probs:
         return None
     teachers: dict[str, LogitTeacher] = {}
     train: list[LogitSource] = []

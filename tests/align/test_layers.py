@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvgraft.align import map_layers, uniform_layer_map
+from kvgraft.align.layers import map_layers, uniform_layer_map
 from kvgraft.errors import AlignmentError
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvgraft.align import (
+from kvgraft.align.tokens import (
     AlignmentPolicy,
     TokenAlignment,
     align_encoded,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 
 from rich.console import Console
@@ -33,16 +34,15 @@ from kvgraft.cli.shared import app
 
 def main() -> None:
     """Entry point of ``kvgraft``: errors meant for users are printed without a traceback."""
-    from transformers.utils import logging as transformers_logging
-
     from kvgraft.errors import KVGraftError
 
     handler = RichHandler(console=Console(stderr=True), show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("kvgraft").setLevel(logging.INFO)
-    # Its bars and warnings would cut through ours; what matters of them comes back as an error.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    # Bars and warnings of transformers would cut through ours; what matters of them comes back as an error. Set before
+    # it is imported, which takes seconds that `--help` has no use for.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # These two print their warnings themselves; our handler would print each once more.
     for library in ("huggingface_hub", "datasets"):
         logging.getLogger(library).propagate = False

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvgraft.cli.shared import AsJson, Overrides, app, console, require_recipe_for, show, whole_numbers
+from kvgraft.cli.shared import AsJson, Overrides, app, console, recipe_at, require_recipe_for, show, whole_numbers
 
 
 @app.command()
@@ -42,13 +42,13 @@ def ablate(
 
     Quick look: kvgraft ablate --only width --seeds 0 --width-divisor 32
     """
+    require_recipe_for(overrides, recipe)
+    loaded = None if recipe is None else recipe_at(recipe, overrides)
     from kvgraft.ablate import run_ablations
-    from kvgraft.recipe import load_recipe
     from kvgraft.report.ablation import ablation_tables
 
-    require_recipe_for(overrides, recipe)
     report = run_ablations(
-        None if recipe is None else load_recipe(recipe, overrides),
+        loaded,
         output,
         kind=kind,
         only=only or (),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvgraft.cli.shared import Overrides, RecipePath, app, console
+from kvgraft.cli.shared import Overrides, RecipePath, app, console, recipe_at
 
 
 @app.command()
@@ -11,16 +11,15 @@ def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     Several processes: accelerate launch --multi_gpu --num_processes 2 -m kvgraft cache RECIPE, on CPUs too.
     """
+    loaded = recipe_at(recipe, overrides)
     from kvgraft.errors import RecipeError
     from kvgraft.plan import require_workable
     from kvgraft.prepare import prepare
     from kvgraft.prepare_logits import prepare_logits
     from kvgraft.processes import process_state
-    from kvgraft.recipe import load_recipe
     from kvgraft.report.tables import dropped_text
     from kvgraft.store.reader import KVStore
 
-    loaded = load_recipe(recipe, overrides)
     if loaded.kv_loss.source == "online":
         raise RecipeError(
             "kv_loss.source is online, which keeps no KV; leave it out (or --set kv_loss.source=store) to make a store"

@@ -54,10 +54,6 @@ def compare(
     On a cluster: kvgraft cache RECIPE once, --print-commands > jobs.txt, line N of it as job N, then --no-train.
     """
     from kvgraft.compare.matrix import plan_matrix
-    from kvgraft.compare.run import compare as run_comparison
-    from kvgraft.errors import TrainingInterruptedError
-    from kvgraft.processes import process_state
-    from kvgraft.report.comparison import comparison_tables
 
     matrix = plan_matrix(
         recipe,
@@ -72,6 +68,11 @@ def compare(
         for cell in matrix.cells:
             typer.echo(cell.command)
         return
+    from kvgraft.compare.run import compare as run_comparison
+    from kvgraft.errors import TrainingInterruptedError
+    from kvgraft.processes import process_state
+    from kvgraft.report.comparison import comparison_tables
+
     try:
         comparison = run_comparison(matrix, train=train, overwrite=overwrite)
     except (KeyboardInterrupt, TrainingInterruptedError) as stopped:

@@ -7,7 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvgraft.cli.shared import AsJson, Output, Overrides, Overwrite, RecipePath, Resume, app, console, resumable
+from kvgraft.cli.shared import (
+    AsJson,
+    Output,
+    Overrides,
+    Overwrite,
+    RecipePath,
+    Resume,
+    app,
+    console,
+    recipe_at,
+    resumable,
+)
 
 
 @app.command()
@@ -31,14 +42,13 @@ def fit(
     Objectives: regression (predict the KV), attention (the same, tokens counted by how much attention reads them),
     continuation (then train through the frozen student on what follows a prompt, for `kvgraft graft`).
     """
-    from kvgraft.errors import ResultError
-    from kvgraft.fit.run import fit as fit_projector
-    from kvgraft.recipe import load_recipe
-    from kvgraft.report.fit import fit_table, suggested_layers_yaml
-
     if objective is not None:
         overrides = [*(overrides or []), f"fit.objective={objective}"]
-    loaded = load_recipe(recipe, overrides)
+    loaded = recipe_at(recipe, overrides)
+    from kvgraft.errors import ResultError
+    from kvgraft.fit.run import fit as fit_projector
+    from kvgraft.report.fit import fit_table, suggested_layers_yaml
+
     folder = output or Path("runs") / loaded.name
     with resumable("fit", recipe, overrides, folder):
         report = fit_projector(loaded, folder, resume=resume, overwrite=overwrite)

@@ -17,6 +17,7 @@ from kvgraft.cli.shared import (
     SeveralValues,
     app,
     console,
+    recipe_at,
     resumable,
     whole_numbers,
 )
@@ -42,13 +43,12 @@ def graft(
 
     What is trained on answers needs several seeds: kvgraft graft recipes/graft.yaml --seeds 0 1 2
     """
+    loaded = recipe_at(recipe, overrides)
     from kvgraft.graft.run import graft as measure_graft
     from kvgraft.graft.seeds import graft_over_seeds
-    from kvgraft.recipe import load_recipe
     from kvgraft.report.graft import GraftReport, graft_table
     from kvgraft.report.graft_seeds import GraftSeeds, graft_seeds_table
 
-    loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
     result: GraftReport | GraftSeeds
     options = "" if seeds is None else f" --seeds {' '.join(seeds)}"

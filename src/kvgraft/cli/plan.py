@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvgraft.cli.shared import AsJson, Overrides, app, console, require_recipe_for, show
+from kvgraft.cli.shared import AsJson, Overrides, app, console, recipe_at, require_recipe_for, show
 
 
 @app.command()
@@ -30,22 +30,21 @@ def plan(
     With --no-calibration no weights are loaded. Exit code 1 where it cannot work. With --guide: what the guide's three
     schemes and the models it names take, under both readings of d_model, beside the guide's own numbers.
     """
+    if (recipe is None) != guide:
+        raise typer.BadParameter("give either RECIPE or --guide")
+    require_recipe_for(overrides, recipe)
+    loaded = None if recipe is None else recipe_at(recipe, overrides)
     from kvgraft.forecast import make_forecast
     from kvgraft.guide_plan import make_guide_plan
     from kvgraft.memory import free_memory
     from kvgraft.plan import make_plan
-    from kvgraft.recipe import load_recipe
     from kvgraft.report.guide_tables import guide_plan_tables
     from kvgraft.report.tables import plan_tables
 
-    if (recipe is None) != guide:
-        raise typer.BadParameter("give either RECIPE or --guide")
-    require_recipe_for(overrides, recipe)
-    if recipe is None:
+    if loaded is None:
         sizes = make_guide_plan()
         show(sizes, guide_plan_tables(sizes), as_json)
         return
-    loaded = load_recipe(recipe, overrides)
     made = make_plan(loaded)
     fits = made.training_memory_bytes < free_memory()
     if calibration and fits and not made.problems:

@@ -6,12 +6,15 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from kvgraft.recipe import Recipe
 
 app = typer.Typer(
     help="Move knowledge between language models through their key/value caches.",
@@ -56,6 +59,13 @@ def repeat_options(arguments: list[str], options: tuple[str, ...]) -> list[str]:
         else:
             repeated += [option, argument] if option else [argument]
     return repeated
+
+
+def recipe_at(path: Path, overrides: list[str] | None) -> Recipe:
+    """The recipe of a command, read before what takes seconds to import, so that a mistake in it is told at once."""
+    from kvgraft.recipe import load_recipe
+
+    return load_recipe(path, overrides)
 
 
 def require_recipe_for(overrides: list[str] | None, recipe: Path | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvgraft.cli.shared import Output, Overrides, Overwrite, RecipePath, Resume, app, console, resumable
+from kvgraft.cli.shared import Output, Overrides, Overwrite, RecipePath, Resume, app, console, recipe_at, resumable
 
 
 @app.command()
@@ -19,14 +19,13 @@ def train(
 
     Several processes: accelerate launch --multi_gpu --num_processes 2 -m kvgraft train RECIPE, on CPUs too.
     """
+    loaded = recipe_at(recipe, overrides)
     from kvgraft.errors import ResultError
     from kvgraft.processes import process_state
-    from kvgraft.recipe import load_recipe
     from kvgraft.report.layers import layer_tables
     from kvgraft.report.tables import cost_table, result_table
     from kvgraft.run import run
 
-    loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
     with resumable("train", recipe, overrides, folder):
         result = run(loaded, folder, resume=resume, overwrite=overwrite)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from kvgraft.compare.arms import BASELINE, ComparisonArm, choose_arms
 from kvgraft.errors import RecipeError
-from kvgraft.prepare_log_probs import stores_log_probs
 from kvgraft.recipe import Recipe, load_recipe
 
 # What a loss is measured on; another makes another scale.
@@ -99,7 +98,7 @@ def plan_matrix(
         seeds=tuple(seeds),
         against=against,
         folder=folder,
-        cells=tuple(sorted(cells, key=lambda cell: (seeds.index(cell.seed), not stores_log_probs(cell.recipe)))),
+        cells=tuple(sorted(cells, key=lambda cell: (seeds.index(cell.seed), not cell.recipe.stores_log_probs))),
         notes=tuple(notes),
         command=_command(recipe, overrides, arms, seeds, folder, against, controls),
     )

@@ -135,6 +135,16 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def needs_log_probs(self) -> bool:
+        """Whether an arm learns from what teachers say comes next."""
+        return bool({"logits", "kv_logits"} & set(self.arms))
+
+    @property
+    def stores_log_probs(self) -> bool:
+        """Whether :attr:`needs_log_probs`, and reads them from disk."""
+        return self.needs_log_probs and self.logit_loss.source == "store"
+
     def alignment_of(self, teacher: TeacherRecipe) -> AlignmentRecipe:
         """The recipe's alignment with what ``teacher`` does otherwise."""
         return self.alignment.model_copy(update=teacher.alignment.model_dump(exclude_none=True))
