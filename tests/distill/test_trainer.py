@@ -67,25 +67,21 @@ def test_gradients_do_not_depend_on_the_number_of_processes(tiny_recipe: Callabl
         # The second step has five texts left, which two processes cannot share evenly.
         data={"loss_on": "completion", "max_length": 200, "train_samples": 13},
     )
-    prepare(recipe)
+    of_one, trainer = gradients(recipe, tmp_path / "one")
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
-    found = {}
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        subprocess.run(
-            [*launch, "-m", "tests.distill.gradients", str(path), str(folder)],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            timeout=300,
-        )
-        found[processes] = torch.load(folder / "gradients.pt", weights_only=True)
-        assert found[processes]["processes"] == processes
-    for one, other in zip(found[1]["steps"], found[2]["steps"], strict=True):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*launch, "-m", "tests.distill.gradients", str(path), str(tmp_path)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+    of_two = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert of_two["processes"] == 2
+    for one, other in zip(of_one, of_two["steps"], strict=True):
         assert relative_difference(one, other) < 1e-5
-    logs = [[record for record in found[count]["log"] if "kv_loss" in record] for count in (1, 2)]
+    logs = [[record for record in log if "kv_loss" in record] for log in (trainer.state.log_history, of_two["log"])]
     for one, other in zip(*logs, strict=True):
         for part in ("loss", "ce_loss", "kv_loss"):
             assert other[part] == pytest.approx(one[part], rel=1e-4)
