@@ -72,6 +72,21 @@ def test_what_no_arm_has_gets_no_panel() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("seeds", "low", "high"),
+    [
+        ([[7.0, 6.9, 6.6]], 6.6, 7.0),  # three points: all of them, or one of two lines would be left
+        ([[7.0, 5.0, 3.1, 3.0]], 3.0, 3.1),
+        ([[7.0, 5.0, 3.1, 3.0], [7.0, 5.0, 3.7, 3.0]], 3.0, 3.7),  # with the whole band
+    ],
+)
+def test_the_curves_show_the_rest_after_the_first_fall(seeds: list[list[float]], low: float, high: float) -> None:
+    curves = {"kv": [arm("kv", losses) for losses in seeds]}
+    bottom, top = draw_arm_curves(curves, "made", level="baseline").axes[0].get_ylim()
+    assert low - 0.1 < bottom < low
+    assert high < top < high + 0.1
+
+
 @pytest.mark.parametrize("diverged", [0, 1])
 def test_where_a_seed_diverged_there_is_no_band(diverged: int) -> None:
     seeds = [arm("kv", [4.0, 3.0, 2.0, 1.0]), arm("kv", [4.2, 3.2, 2.2, 1.2])]

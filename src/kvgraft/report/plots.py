@@ -97,8 +97,9 @@ def _draw(axes: Axes, curves: Mapping[str, Sequence[ArmResult]], metric: str, la
             # Where one seed diverged there is no mean, and numpy's extremes leave no band either.
             lows, highs = ([pick(found) for found in values.values()] for pick in (np.min, np.max))
             axes.fill_between(list(values), lows, highs, color=colour, alpha=0.2, linewidth=0)
-            # The first steps fall so far that the rest would be one flat line.
-            settled += [value for value in means[2:] or means[1:] if math.isfinite(value)]
+            # The first steps fall so far that the rest would be one flat line; of three points none is the rest.
+            start = 2 if len(means) > 3 else 0
+            settled += [value for line in (lows, highs) for value in line[start:] if math.isfinite(value)]
     if settled:
         margin = 0.05 * (max(settled) - min(settled)) or 0.05
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
