@@ -16,7 +16,8 @@ from kvgraft.errors import KVGraftError, ReportError
 from kvgraft.recipe import Recipe
 from kvgraft.report.page import page_of_runs, render_page, write_page
 from kvgraft.report.page.charts import arm_styles, curve_chart
-from kvgraft.report.page.data import CurveFigure, HeatMapFigure, PageData, SamplesFigure, TableFigure
+from kvgraft.report.page.data import CurveFigure, HeatMapFigure, PageData, Phrase, SamplesFigure, TableFigure
+from kvgraft.report.page.metrics import _LEFT_OUT, SHARE_PREFIX, _title
 from kvgraft.run import run
 from tests.report.page.made_runs import RECIPE, held_out_loss, make_evaluation, make_run
 
@@ -53,6 +54,38 @@ def test_curves_have_every_arm_and_seed(tmp_path: Path) -> None:
     assert share.share
     assert {curve.arm for curve in share.curves} == {"kv", "mismatched"}
     assert "Gradient norm" in by_title
+
+
+def test_every_name_of_the_documentation_has_a_title() -> None:
+    rows = [line.split("|")[1] for line in Path("docs/trackers.md").read_text().splitlines() if line.startswith("| `")]
+    names = [name.replace("TEACHER", "big") for row in rows for name in re.findall("`([^`]+)`", row)]
+    curves = [name for name in names if name not in _LEFT_OUT and not name.startswith(SHARE_PREFIX)]
+    assert len(curves) > 20
+    assert [name for name in curves if not isinstance(_title(name), Phrase)] == []
+
+
+def test_what_logits_did_is_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", arms=("baseline", "logits"))
+    result = json.loads((folder / "result.json").read_text())
+    logits = result["arms"][1]
+    logits["gradient_shares"] = {"ce": 0.7, "logit": 0.3}
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for point in logits["evaluations"]:
+            loss = 2 / (1 + point["step"])
+            point["metrics"] |= {"logit_loss": loss, "logit_loss/big": loss}
+            logged = {"arm": "logits", "step": point["step"], "eval_logit_loss": loss, "eval_logit_loss/big": loss}
+            file.write(json.dumps(logged) + "\n")
+    (folder / "result.json").write_text(json.dumps(result))
+    page = page_of_runs([folder], with_strips=False)
+    titles = [figure.title for figure in figures(page, CurveFigure)]
+    assert Phrase("Held-out logit loss") in titles
+    # One teacher's is all of it.
+    assert Phrase("Held-out logit loss, {teacher}", {"teacher": "big"}) not in titles
+    details = figures(page, TableFigure)[1]
+    found = dict(zip([column.english for column in details.columns], details.rows[1], strict=True))
+    assert found["logit loss before"] == "2.000"
+    assert found["logit loss after"] == f"{2 / 101:.3f}"
+    assert found["logit loss's share of the gradient"] == "30.0%"
 
 
 @pytest.mark.parametrize("ended", ["NaN", "Infinity"])

@@ -48,10 +48,14 @@ HEADLINE = (
     Measure(Phrase("training time in seconds"), lambda arm, baseline: arm.training_seconds, ",.0f"),
 )
 DETAILS = (
+    Measure(Phrase("held-out bits per byte after"), _last("bits_per_byte"), ".3f"),
     Measure(Phrase("KV loss before"), _first("kv_loss"), ".3f"),
     Measure(Phrase("KV loss after"), _last("kv_loss"), ".3f"),
+    Measure(Phrase("logit loss before"), _first("logit_loss"), ".3f"),
+    Measure(Phrase("logit loss after"), _last("logit_loss"), ".3f"),
     Measure(Phrase("cross-entropy's share of the gradient"), _share("ce"), ".1%"),
     Measure(Phrase("KV loss's share of the gradient"), _share("kv"), ".1%"),
+    Measure(Phrase("logit loss's share of the gradient"), _share("logit"), ".1%"),
     Measure(Phrase("student KV deviation before"), _first("student_kv_deviation"), ".2f"),
     Measure(Phrase("student KV deviation after"), _last("student_kv_deviation"), ".2f"),
     Measure(Phrase("student KV effective rank before"), _first("student_kv_effective_rank"), ".2f"),

@@ -18,8 +18,21 @@ _TITLES = {
     "eval_student_kv_effective_rank": Phrase("Effective rank of the student's own KV (falls when it collapses)"),
     "eval_student_kv_deviation": Phrase("Standard deviation of the student's own KV (falls when it shrinks)"),
     "grad_norm": Phrase("Gradient norm"),
+    "eval_bits_per_byte": Phrase("Bits per byte of held-out text"),
+    "eval_logit_loss": Phrase("Held-out logit loss"),
+    "logit_loss": Phrase("Logit loss in training"),
+    "weight/kv": Phrase("Weight of the KV loss"),
+    "weight/logit": Phrase("Weight of the logit loss"),
+    "kv_penalty": Phrase("What learned weights of the teachers add to the loss"),
+    "seconds": Phrase("Seconds since training began"),
 }
 _TITLES_BY_TEACHER = {
+    "eval_kv_loss": "Held-out KV loss, {teacher}",
+    "kv_loss": "KV loss in training, {teacher}",
+    "eval_logit_loss": "Held-out logit loss, {teacher}",
+    "logit_loss": "Logit loss in training, {teacher}",
+    "teacher_share": "Mean weight of {teacher} at a token",
+    "eval_dead_units": "Share of the adapters' hidden units that are never active, {teacher}",
     "eval_keys_r2": "R² of the predicted keys, {teacher} (1 is exact, 0 the mean)",
     "eval_values_r2": "R² of the predicted values, {teacher} (1 is exact, 0 the mean)",
     "eval_kv_variance_ratio": "Variance of the predicted KV over that of {teacher}",
@@ -40,9 +53,11 @@ def other_curves(runs: Sequence[SeedMeasurements], command: str) -> list[CurveFi
     """Everything else that was logged, known quantities first."""
     names = _metric_names(runs, lambda name: name not in _LEFT_OUT and name not in _FIRST)
     # A loss of one teacher is the whole of it where there is one teacher.
-    single = len({name.partition("kv_loss/")[2] for name in names if "kv_loss/" in name}) == 1
-    names = [name for name in names if not (single and "kv_loss/" in name)]
-    known = [name for name in names if name in _TITLES or name.partition("/")[0] in _TITLES_BY_TEACHER]
+    teachers = {name.partition("_loss/")[2] for name in names if "_loss/" in name}
+    names = [name for name in names if not (len(teachers) == 1 and "_loss/" in name)]
+    order = [*_TITLES_BY_TEACHER, *_TITLES]
+    known = [name for name in names if isinstance(_title(name), Phrase)]
+    known.sort(key=lambda name: order.index(name if name in _TITLES else name.partition("/")[0]))
     return _figures(runs, [*known, *(name for name in names if name not in known)], command)
 
 
