@@ -80,6 +80,7 @@ def test_every_seed_is_a_run_and_finished_ones_are_kept(fit_recipe: Callable[...
     assert np.diff(list(gated.values())) != 0
     page = (tmp_path / "graft.md").read_text()
     assert all(f"| {cache} |" in page for cache in seeds.caches)
+    assert all((tmp_path / part / "graft.png").is_file() for part in (".", "seed-3", "seed-5"))
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/graft.json")}
     assert graft_over_seeds(recipe, [3, 5], tmp_path, resume=True) == seeds
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/graft.json")}

@@ -10,6 +10,7 @@ from matplotlib.text import Text
 
 from kvgraft.evaluate.similarity import KINDS, LayerSimilarity
 from kvgraft.report.evaluation import ArmEvaluation, EvaluationReport, draw_similarity
+from kvgraft.report.graft_picture import draw_caches
 from kvgraft.report.plots import draw_arm_curves, set_title
 from kvgraft.report.results import ArmResult, Evaluation
 
@@ -94,6 +95,33 @@ def test_where_a_seed_diverged_there_is_no_band(diverged: int) -> None:
     axes = draw_arm_curves({"kv": seeds}, "made", level="baseline").axes[0]
     drawn = np.concatenate([path.vertices for path in axes.collections[0].get_paths()])
     assert set(drawn[:, 0]) == {0, 10, 30}
+
+
+def test_every_cache_of_a_graft_is_drawn_beside_another_questions() -> None:
+    nats = {
+        "none": [2.6, 2.6],
+        "own": [1.8, 1.8],
+        "another question, own": [2.4, 2.4],
+        "the student's own, changed by adapters that read both": [1.5, 1.7],
+        "the student's own, changed by adapters that read both, another question": [2.1, 2.5],
+        "the student's own, changed by adapters that read both, tokens shuffled": [1.9, 1.9],
+        "zeros": [90.0, 90.0],
+    }
+    figure = draw_caches(nats, "made")
+    axes = figure.axes[0]
+    names = [" ".join(text.get_text().split()) for text in axes.get_yticklabels()]
+    assert names == ["none", "own", "the student's own, changed by adapters that read both"]
+    drawn = {}
+    for bars in axes.containers:
+        points, _, (whiskers,) = bars
+        ends = [segment[:, 0].tolist() for segment in whiskers.get_segments()]
+        drawn[bars.get_label()] = list(zip(points.get_ydata(), points.get_xdata(), ends, strict=True))
+    assert drawn == {
+        "its tokens shuffled": [(2, 1.9, [1.9, 1.9])],
+        "another question's": [(1, 2.4, [2.4, 2.4]), (2, 2.3, pytest.approx([2.1, 2.5]))],
+        "the cache itself": [(0, 2.6, [2.6, 2.6]), (1, 1.8, [1.8, 1.8]), (2, 1.6, pytest.approx([1.5, 1.7]))],
+    }
+    assert_within(figure, [*figure.texts, *figure.legends[0].get_texts(), *axes.get_yticklabels(), axes.xaxis.label])
 
 
 def similarity(layers: int, value: float = 0.5) -> EvaluationReport:

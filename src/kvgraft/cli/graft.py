@@ -55,11 +55,11 @@ def graft(
     with resumable("graft", recipe, overrides, folder, options):
         if seeds is None:
             result = measure_graft(loaded, folder, resume=resume, overwrite=overwrite)
-            table, left = graft_table(result), "projector, graft.md, graft.json, fit.md"
+            table, left = graft_table(result), "projector, graft.md, graft.png, graft.json, fit.md"
         else:
             numbers = whole_numbers(" ".join(seeds))
             result = graft_over_seeds(loaded, numbers, folder, resume=resume, overwrite=overwrite)
-            table, left = graft_seeds_table(result), "graft.md, and a run for each seed"
+            table, left = graft_seeds_table(result), "graft.md, graft.png, and a run for each seed"
     if as_json:
         typer.echo(result.model_dump_json(indent=2))
         return

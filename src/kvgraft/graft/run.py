@@ -50,8 +50,8 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
     """Fit ``recipe``'s projector into ``folder`` and measure the answers of held-out questions from each cache.
 
     ``folder`` gets what :func:`kvgraft.fit.run.fit` leaves, a folder for each graft of ``graft.trained``,
-    ``graft.json`` and ``graft.md``. Resumed with other settings in ``recipe.graft``, what is fitted and trained there
-    already is kept and measured again.
+    ``graft.json``, ``graft.md`` and ``graft.png``. Resumed with other settings in ``recipe.graft``, what is fitted and
+    trained there already is kept and measured again.
 
     Raises:
         RecipeError: a direction or a layer map that leaves some student layer without a cache, or as ``fit``.
@@ -153,7 +153,7 @@ def trained_grafter(recipe: Recipe, data: FitData, kind: str, folder: Path) -> G
             recipe.fit.continuation,
             place,
             recipe.seed,
-            f"training: {_trained_name(recipe, kind)}",
+            f"training {kind}",
         )
     grafter.save_pretrained(place)
     shutil.rmtree(place / CHECKPOINTS_FOLDER, ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from pydantic import Field
 from rich.table import Table
 
@@ -195,6 +196,7 @@ def _save_heat_map(report: FitReport, scan: Scan, path: Path) -> None:
             axes.scatter(layers, [target] * len(layers), s=18, facecolors="none", edgecolors="white")
         axes.set_title(f"R2 of {kind} (rings: what each layer is best predicted from)", fontsize=9)
         axes.set_xlabel("layer that is read")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("layer that is predicted")
         axes.set_yticks(range(len(report.layers)), [str(layer.layer) for layer in report.layers], fontsize=6)
         figure.colorbar(picture, ax=axes)
@@ -208,12 +210,16 @@ def _save_layers(report: FitReport, path: Path) -> None:
     shown = [(title, field) for title, field in panels if report.mean_of(field) is not None]
     layers = [layer.layer for layer in report.layers]
     for axes, (title, field) in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
-        for prefix, label in (("", report.sharing), ("least_squares_", "least squares")):
+        for prefix, label in (("", f"projector ({report.sharing})"), ("least_squares_", "least squares")):
             axes.plot(layers, [getattr(layer, prefix + field) for layer in report.layers], marker=".", label=label)
         axes.set_title(title)
-        axes.set_xlabel("layer")
+        axes.set_xlabel("layer that is predicted")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
+    set_title(
+        figure, f"{report.teacher} and {report.student}, {report.direction}, {report.held_out_texts} held-out texts"
+    )
     figure.savefig(path, dpi=120)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from kvgraft.report.graft_picture import save_caches
 from kvgraft.report.results import Record
 
 _DRAWS = 2000
@@ -132,6 +133,14 @@ def graft_summary(report: GraftReport) -> str:
     )
 
 
+def graft_title(report: GraftReport) -> str:
+    """Who reads, who answers, and how many questions."""
+    return (
+        f"{report.name}: {report.teacher} reads the question, {report.student} goes on with the answer; "
+        f"{report.questions} held-out questions"
+    )
+
+
 def graft_table(report: GraftReport) -> Table:
     """For a terminal."""
     table = Table(title=f"{report.name}: {graft_summary(report)}", title_justify="left")
@@ -178,7 +187,7 @@ def first_token_rows(report: GraftReport) -> list[tuple[str, str, str, str]]:
 
 
 def write_graft(report: GraftReport, folder: Path) -> None:
-    """``graft.md``, and ``graft.json`` last: a run that has it is finished."""
+    """``graft.md`` and ``graft.png``, and ``graft.json`` last: a run that has it is finished."""
     lines = [graft_summary(report), "", *markdown_table(_HEADER, graft_rows(report))]
     lines += ["", "Nats against other caches, 95 % over questions:", ""]
     lines += markdown_table(("cache", "against", "nats"), comparison_rows(report))
@@ -194,6 +203,8 @@ def write_graft(report: GraftReport, folder: Path) -> None:
     lines += [f"- {name}: {count:,.0f} bytes a token" for name, count in report.bytes_per_token.items()]
     lines += [f"- {phase}: {seconds:,.0f} s" for phase, seconds in report.seconds.items()]
     (folder / "graft.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    nats = {cache: [loss] for cache, loss in report.nats.items()}
+    save_caches(nats, f"{graft_title(report)}, seed {report.seed}", folder / "graft.png")
     (folder / "graft.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 

@@ -9,7 +9,8 @@ from pydantic import model_validator
 from rich.table import Table
 
 from kvgraft.evaluate.statistics import PairedDifference, Spread, paired_difference, spread
-from kvgraft.report.graft import CONTROL, GraftReport, draw_sums, markdown_table
+from kvgraft.report.graft import CONTROL, GraftReport, draw_sums, graft_title, markdown_table
+from kvgraft.report.graft_picture import save_caches
 from kvgraft.report.results import Record
 
 _HEADER = ("cache at the question's tokens", "nats per answer token", "retention", "each seed", "transfer in nats")
@@ -124,19 +125,21 @@ def graft_seeds_table(seeds: GraftSeeds) -> Table:
 
 
 def write_graft_seeds(seeds: GraftSeeds, folder: Path) -> None:
-    """``graft.md`` of all seeds."""
+    """``graft.md`` and ``graft.png`` of all seeds."""
     lines = [_title(seeds), "", *markdown_table(_HEADER, graft_seeds_rows(seeds))]
     lines += ["", "Nats against other caches:", "", *markdown_table(_AGAINST, difference_rows(seeds))]
     (folder / "graft.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    nats = {cache: list(seeds.nats(cache).by_seed.values()) for cache in seeds.caches}
+    title = f"{graft_title(seeds.reports[0])}, seeds {_numbers(seeds)}: mean, lowest and highest"
+    save_caches(nats, title, folder / "graft.png")
 
 
 def _title(seeds: GraftSeeds) -> str:
-    first = seeds.reports[0]
-    numbers = ", ".join(str(report.seed) for report in seeds.reports)
-    return (
-        f"{first.name}: {first.teacher} reads the question, {first.student} goes on with the answer; "
-        f"{first.questions} held-out questions, seeds {numbers}; mean (standard deviation between seeds)."
-    )
+    return f"{graft_title(seeds.reports[0])}, seeds {_numbers(seeds)}; mean (standard deviation between seeds)."
+
+
+def _numbers(seeds: GraftSeeds) -> str:
+    return ", ".join(str(report.seed) for report in seeds.reports)
 
 
 def _spread_text(values: Spread) -> str:
