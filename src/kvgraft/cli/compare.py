@@ -81,4 +81,5 @@ def compare(
     if process_state().is_main_process:
         show(comparison, comparison_tables(comparison), as_json)
         if not as_json:
-            console.print(f"everything is in {matrix.folder}: comparison.md, curves.png, a run folder for each cell")
+            left = "comparison.md, curves.png, a run folder for each cell"
+            console.print(f"everything is in {matrix.folder}: {left}", soft_wrap=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvgraft.report.page.charts import heat_map_item
+from kvgraft.report.page.charts import arm_styles, heat_map_item
 from kvgraft.report.page.curves import arm_lines, settled_range, whole_range
 from kvgraft.report.page.data import Curve, HeatMapFigure
 
@@ -49,6 +49,13 @@ def test_settled_range_leaves_the_fall_of_the_beginning_out() -> None:
     assert settled_range(lines) == pytest.approx((0.9, 3.1))
     assert whole_range(lines)[1] > 100
     assert whole_range(arm_lines([curve("kv", 0, [0], [2.0])], 9)) == pytest.approx((1.9, 2.1))
+
+
+def test_an_arm_looks_the_same_on_every_page_and_no_two_alike() -> None:
+    pages = [arm_styles(arms) for arms in (["kv"], ["mismatched", "baseline", "kv"], ["logits", "wide", "kv"])]
+    assert len({page["kv"] for page in pages}) == 1
+    many = arm_styles([*(f"arm-{index}" for index in range(31)), "kv", "mismatched", "logits", "baseline"])
+    assert len({(style.colour, style.dash) for style in many.values()}) == len(many) == 35
 
 
 @pytest.mark.parametrize(("columns", "turned"), [(4, False), (30, True)])

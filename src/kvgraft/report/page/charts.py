@@ -37,6 +37,8 @@ _TONES = ("#7d848c", "#0f86c9", "#d9641a", "#12996f", "#a86fd1", "#c08a00", "#d2
 # Up to so many columns of a heat map have their names side by side.
 _COLUMNS_NAMED_ACROSS = 8
 _DASHES = ("solid", "dashed", "dotted", "dotdash")
+# The arms of a recipe have the tones that they have in curves.png, whichever of them a page shows.
+_OWN_TONES = {"kv": 0, "shared_objective": 1, "logits": 2, "mismatched": 4, "kv_logits": 5}
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,13 @@ class CurveChart:
 
 def arm_styles(arms: Sequence[str]) -> dict[str, ArmStyle]:
     """A colour and a dash for each arm, all different up to 36 arms; the baseline is grey."""
-    others = [arm for arm in arms if arm != "baseline"]
+    own = {arm: _OWN_TONES[arm] for arm in arms if arm in _OWN_TONES}
+    others = [arm for arm in arms if arm != "baseline" and arm not in own]
+    free = [index for index in range(len(arms)) if index not in own.values()]
     tones = _TONES[1:]
     styles = {
         arm: ArmStyle(arm, tones[index % len(tones)], _DASHES[index // len(tones) % len(_DASHES)])
-        for index, arm in enumerate(others)
+        for arm, index in [*own.items(), *zip(others, free, strict=False)]
     }
     return styles | {arm: ArmStyle(arm, _TONES[0], "solid") for arm in arms if arm == "baseline"}
 
