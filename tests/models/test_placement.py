@@ -95,6 +95,14 @@ def test_few_bits_give_nearly_the_same_kv(
     assert torch.equal(head_of(model).weight, head_of(plain).weight)
 
 
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_8bit_does_not_tell_every_cast(in_blocks_of_64: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = load_model(str(in_blocks_of_64), device="cpu", quantization="8bit")
+    capture(model, INPUT_IDS, MASK)
+    assert [record.getMessage() for record in caplog.records if "will be cast" in record.getMessage()] == []
+
+
 @pytest.mark.parametrize("quantization", ["8bit", "4bit", "torchao_8bit"])
 def test_a_package_that_is_missing_is_named(
     tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, quantization: placement.Quantization

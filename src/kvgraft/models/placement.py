@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ DeviceMap = Literal["auto"] | Mapping[str, int | str]
 # Bytes that one weight of a quantised layer takes.
 QUANTIZED_BYTES: dict[str, float] = {"8bit": 1, "4bit": 0.5, "torchao_8bit": 1}
 _PACKAGES = {"8bit": "bitsandbytes", "4bit": "bitsandbytes", "torchao_8bit": "torchao"}
+_BITSANDBYTES_LOGGER = "bitsandbytes.autograd._functions"
 
 
 def placement_options(
@@ -69,5 +71,11 @@ def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Bits
 
         return TorchAoConfig(Int8WeightOnlyConfig())
     if quantization == "8bit":
+        # A line for every linear layer of every batch, unless the dtype is float16; LLM.int8 is made of this cast.
+        logging.getLogger(_BITSANDBYTES_LOGGER).addFilter(_tells_no_cast)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _tells_no_cast(record: logging.LogRecord) -> bool:
+    return "inputs will be cast from" not in record.getMessage()
