@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvgraft.align.cka import pairwise_cka
 from kvgraft.distill.arms import build_arm
 from kvgraft.distill.dataset import Batches, DistillationDataset
 from kvgraft.errors import DataError
-from kvgraft.evaluate.cka import effective_rank, linear_cka
+from kvgraft.evaluate.cka import effective_rank
 from kvgraft.evaluate.similarity import layer_similarity
 from kvgraft.models.capture import capture
 from kvgraft.prepare import prepare
@@ -75,7 +76,7 @@ def test_similarity_equals_a_plain_computation(tiny_recipe: Callable[..., Recipe
         assert layer.projector_r2 == pytest.approx(r2(predicted[kind, at], aim[kind, at]), abs=1e-4)
         cosine = cosine_about(fit_aim[kind, at].mean(0), predicted[kind, at], aim[kind, at])
         assert layer.projector_cosine == pytest.approx(cosine, abs=1e-4)
-        assert layer.cka == pytest.approx(linear_cka(own[kind, at], target[kind, at]), abs=1e-6)
+        assert layer.cka == pytest.approx(float(pairwise_cka(own[kind], target[kind])[at, at]), abs=1e-6)
         rank = effective_rank(torch.cov(target[kind, at].T))
         assert layer.teacher_effective_rank == pytest.approx(float(rank), rel=1e-5)
         # The ridge is chosen inside: the map must be one of those that the same tokens give.

@@ -13,19 +13,11 @@ from torch import Tensor
 from kvgraft.errors import KVGraftError
 
 
-def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear CKA of ``x [tokens, x_dim]`` and ``y [tokens, y_dim]``, in [0, 1].
-
-    1 where one is the other rotated and scaled, 0 where no direction of one varies with any of the other. It is biased
-    upwards where tokens are not many more than dimensions.
-    """
-    cka = LinearCKA([(0, 0)], 1, 1, x.shape[-1], y.shape[-1])
-    cka.add(x[None], y[None])
-    return float(cka.similarity()[0])
-
-
 class LinearCKA:
     """Linear CKA of chosen pairs of layers from tokens that stream by.
+
+    In [0, 1]: 1 where one layer is the other rotated and scaled, 0 where no direction of one varies with any of the
+    other. It is biased upwards where tokens are not many more than dimensions.
 
     Holds means and centred products in float64, whatever the number of tokens: ``x_dim^2`` numbers for each layer of
     ``x``, ``y_dim^2`` for each of ``y``, ``x_dim * y_dim`` for each pair.
@@ -34,25 +26,15 @@ class LinearCKA:
         pairs: ``(layer of x, layer of y)`` of each pair that is compared, as indices of what :meth:`add` is given.
         x_layers, y_layers: layers of each side.
         x_dim, y_dim: width of a token on each side.
-        device: where the sums live, default the CPU (some accelerators lack float64).
     """
 
-    def __init__(
-        self,
-        pairs: Sequence[tuple[int, int]],
-        x_layers: int,
-        y_layers: int,
-        x_dim: int,
-        y_dim: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.device = torch.device(device)
+    def __init__(self, pairs: Sequence[tuple[int, int]], x_layers: int, y_layers: int, x_dim: int, y_dim: int) -> None:
         self.tokens = 0
-        self._x_index = torch.tensor([x for x, _ in pairs], device=self.device)
-        self._y_index = torch.tensor([y for _, y in pairs], device=self.device)
-        self._mean_x, self._mean_y = self._zeros(x_layers, x_dim), self._zeros(y_layers, y_dim)
-        self._products_xx, self._products_yy = self._zeros(x_layers, x_dim, x_dim), self._zeros(y_layers, y_dim, y_dim)
-        self._products_xy = self._zeros(len(pairs), x_dim, y_dim)
+        self._x_index = torch.tensor([x for x, _ in pairs])
+        self._y_index = torch.tensor([y for _, y in pairs])
+        self._mean_x, self._mean_y = _zeros(x_layers, x_dim), _zeros(y_layers, y_dim)
+        self._products_xx, self._products_yy = _zeros(x_layers, x_dim, x_dim), _zeros(y_layers, y_dim, y_dim)
+        self._products_xy = _zeros(len(pairs), x_dim, y_dim)
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -68,7 +50,8 @@ class LinearCKA:
         added = x.shape[1]
         if added == 0:
             return
-        x, y = x.to(self.device).double(), y.to(self.device).double()
+        # Some accelerators lack float64.
+        x, y = x.cpu().double(), y.cpu().double()
         mean_x, mean_y = x.mean(1), y.mean(1)
         centred_x, centred_y = x - mean_x[:, None], y - mean_y[:, None]
         shift_x, shift_y = mean_x - self._mean_x, mean_y - self._mean_y
@@ -104,9 +87,6 @@ class LinearCKA:
         if self.tokens == 0:
             raise KVGraftError("linear CKA has seen no token: call add() with at least one first")
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self.device)
-
 
 def effective_rank(covariance: Tensor) -> Tensor:
     """Exponential of the entropy of the spectrum of ``covariance [..., dim, dim]``, up to a factor: in [1, dim].
@@ -118,6 +98,10 @@ def effective_rank(covariance: Tensor) -> Tensor:
     spectrum = torch.linalg.eigvalsh(covariance).clamp_min(0)
     share = spectrum / spectrum.sum(-1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
     return torch.exp(-torch.special.xlogy(share, share).sum(-1))
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
 
 
 def _outer(one: Tensor, other: Tensor) -> Tensor:
