@@ -58,10 +58,6 @@ def test_the_calculator_agrees_with_every_annotation_of_the_word_problems() -> N
             assert gsm8k.solve_open_sum(f"<<{total}=") == rest[: rest.index(">>") + 2]
 
 
-def test_annotations_can_be_left_out_for_reading() -> None:
-    assert gsm8k.without_annotations("48/2 = <<48/2=24>>24 clips") == "48/2 = 24 clips"
-
-
 def test_only_texts_with_a_question_and_a_final_number_are_problems(caplog: pytest.LogCaptureFixture) -> None:
     good = Example("How many?\n2 and 2.\n#### 4", 10)
     found = problems_of([good, Example("How many?\nMany.", 10), Example("#### 4")], "here")

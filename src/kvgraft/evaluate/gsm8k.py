@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _FINAL_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FINAL_LINE = re.compile(r"#### (\-?[0-9\.\,]+)[^\n]*\n")
-_ANNOTATION = re.compile(r"<<[^<>]*>>")
 _OPEN_SUM = re.compile(r"<<([0-9*+\-/.(), ]+)=$")
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -108,11 +107,6 @@ def final_number(text: str) -> str | None:
     """The first number after ``#### ``, commas removed; None where there is none."""
     found = _FINAL_NUMBER.search(text)
     return found[1].strip().replace(",", "") if found else None
-
-
-def without_annotations(text: str) -> str:
-    """``text`` less its calculator annotations: ``48/2 = <<48/2=24>>24`` becomes ``48/2 = 24``."""
-    return _ANNOTATION.sub("", text)
 
 
 def solve_open_sum(text: str) -> str | None:
