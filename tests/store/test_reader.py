@@ -260,7 +260,7 @@ def test_changing_a_sample_does_not_change_the_store(tmp_path: Path) -> None:
     first.spans[:] = -1
     assert torch.equal(store.read(KEYS[0]).kv.keys, make_kv(0).keys)
     np.testing.assert_array_equal(store.read(KEYS[0]).spans, make_spans(0))
-    assert store.verify() == []
+    KVStore.open(tmp_path)
 
 
 def _all_tokens() -> torch.Tensor:
@@ -369,12 +369,11 @@ def test_no_store_and_an_unfinished_store_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_flipped_byte_is_found_by_checksum_and_a_short_file_always(tmp_path: Path) -> None:
-    store = fill(tmp_path, list(range(7)))
+    fill(tmp_path, list(range(7)))
     name = shard_names(tmp_path)[2]
     content = bytearray((tmp_path / name).read_bytes())
     content[-1] ^= 64
     (tmp_path / name).write_bytes(content)
-    assert store.verify() == [name]
     with pytest.raises(StoreError, match=f"shard {name} .* another checksum"):
         KVStore.open(tmp_path)
     assert len(KVStore.open(tmp_path, verify=False)) == 7

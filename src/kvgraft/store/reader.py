@@ -231,10 +231,6 @@ class KVStore:
             total = total.merge(Moments(count, shard.get_tensor("mean"), shard.get_tensor("m2")))
         return KVStatistics.from_moments(total, index)
 
-    def verify(self) -> list[str]:
-        """Names of the shards that are missing or whose size or checksum is not what the manifest says."""
-        return [name for name, shard in self.manifest.shards.items() if damage(self.folder, name, shard)]
-
     def _entry(self, key: str) -> SampleEntry:
         entry = self.manifest.samples.get(key)
         if entry is None:
