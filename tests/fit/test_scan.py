@@ -39,7 +39,6 @@ def test_finds_the_layer_that_predicts_and_the_layers_that_add() -> None:
     assert scan.keys_r2[0, 2] > 0.95
     assert scan.keys_r2[0, [0, 1, 3]].max() < 0.3
     assert 0.4 < scan.values_r2[1, 3] < 0.7
-    assert scan.chosen_r2[1, 1] > 0.95
 
 
 def test_never_chooses_more_layers_than_there_are() -> None:
@@ -57,7 +56,7 @@ def test_never_chooses_more_layers_than_there_are() -> None:
 )
 def test_the_suggested_map_is_one_that_a_recipe_takes(direction: str, layer_map: list, suggested: list) -> None:
     r2 = torch.tensor([[0.1, 0.9, 0.2], [0.1, 0.9, 0.2], [0.3, 0.8, 0.4]])[-len(layer_map) :]
-    scan = Scan(r2, r2, [[1]] * len(layer_map), r2.max(1, keepdim=True).values)
+    scan = Scan(r2, r2, [[1]] * len(layer_map))
     found = scan.suggested_layers(layer_map, direction)
     assert found == suggested
     assert map_layers(found, 3, 4) == suggested

@@ -28,13 +28,11 @@ class Scan:
         values_r2: the same of the target's values.
         chosen: for each target layer the source layers that predict most together, best first; a layer is added for
             what it adds to those before it.
-        chosen_r2: ``[target layers, number chosen]``, R2 with so many of them, keys and values averaged.
     """
 
     keys_r2: Tensor
     values_r2: Tensor
     chosen: list[list[int]]
-    chosen_r2: Tensor
 
     @property
     def best(self) -> list[int]:
@@ -81,23 +79,18 @@ def scan_rows(fitting: KVRows, measuring: KVRows, sources: int = 1) -> Scan:
     num_targets, num_sources = fitting.target.shape[1], fitting.source.shape[1]
     r2 = torch.zeros(2, num_targets, num_sources)
     chosen: list[list[int]] = []
-    chosen_r2: list[list[float]] = []
     with progress_bar("which layers predict which", num_targets, "layers") as advance:
         for target in range(num_targets):
             taken: list[int] = []
-            gains: list[float] = []
             for _ in range(min(sources, num_sources)):
                 left = [layer for layer in range(num_sources) if layer not in taken]
                 found = torch.stack([_r2(fitted, measured, [*taken, layer], target) for layer in left])
                 if not taken:
                     r2[:, target] = found.T
-                best = int(found.mean(1).argmax())
-                taken.append(left[best])
-                gains.append(float(found[best].mean()))
+                taken.append(left[int(found.mean(1).argmax())])
             chosen.append(taken)
-            chosen_r2.append(gains)
             advance(1)
-    return Scan(r2[0], r2[1], chosen, torch.tensor(chosen_r2))
+    return Scan(r2[0], r2[1], chosen)
 
 
 class _Features:

@@ -221,9 +221,9 @@ class KVDimensionProjector(nn.Module):
         """
         return self._project("student_to_teacher", teacher, keys, values)
 
-    def count_parameters(self, trainable_only: bool = False) -> int:
-        """Numbers in all adapters, or in those that take gradients."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+    def count_parameters(self) -> int:
+        """Numbers in all adapters."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def compute_in(self, dtype: torch.dtype) -> KVDimensionProjector:
         """Cast the adapters to ``dtype``, and give this projector back. For projecting: training wants float32.

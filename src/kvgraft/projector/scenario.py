@@ -85,13 +85,14 @@ class AblationData:
         return (self.x, self.y), (self.held_out_x, self.held_out_y)
 
 
-def synthetic(seed: int = 0, width_divisor: int = DEFAULT_WIDTH_DIVISOR, tokens: int = TOKENS) -> AblationData:
+def synthetic(seed: int = 0, width_divisor: int = DEFAULT_WIDTH_DIVISOR) -> AblationData:
     """The guide's scenario: input of its statistics, random targets of mean 0 and variance 1, one layer (SPEC R4).
+
+    As many tokens as are fitted are held out, and cannot be predicted.
 
     Args:
         seed: draws input and target.
         width_divisor: 5120 and 1536 are divided by this; 1 is the guide's own size.
-        tokens: to fit; as many others are held out, and cannot be predicted.
     """
     if not 1 <= width_divisor <= STUDENT_WIDTH:
         raise ProjectorError(f"width_divisor must be a whole number from 1 to {STUDENT_WIDTH}; got {width_divisor!r}")
@@ -99,9 +100,9 @@ def synthetic(seed: int = 0, width_divisor: int = DEFAULT_WIDTH_DIVISOR, tokens:
     generator = torch.Generator().manual_seed(seed)
 
     def draw() -> tuple[Tensor, Tensor]:
-        x = torch.randn(1, 1, tokens, in_dim, generator=generator) * INPUT_STD + INPUT_MEAN
-        return x, torch.randn(1, 1, tokens, out_dim, generator=generator)
+        x = torch.randn(1, 1, TOKENS, in_dim, generator=generator) * INPUT_STD + INPUT_MEAN
+        return x, torch.randn(1, 1, TOKENS, out_dim, generator=generator)
 
     (x, y), (held_out_x, held_out_y) = draw(), draw()
-    source = f"the guide's synthetic scenario: random targets, {in_dim} to {out_dim}, {tokens} tokens"
+    source = f"the guide's synthetic scenario: random targets, {in_dim} to {out_dim}, {TOKENS} tokens"
     return AblationData(x, y, held_out_x, held_out_y, source, synthetic=True)

@@ -91,9 +91,9 @@ class GraftReport(Record):
         low, high = np.percentile(self._drawn(name) - self._drawn(other), [2.5, 97.5])
         return self.nats[name] - self.nats[other], float(low), float(high)
 
-    def retention_by_length(self, name: str, parts: int = 3) -> list[tuple[int, int, float]]:
-        """Fewest and most question tokens, and the retention, of ``parts`` groups of questions by their length."""
-        groups = np.array_split(np.argsort(self.question_tokens, kind="stable"), parts)
+    def retention_by_length(self, name: str) -> list[tuple[int, int, float]]:
+        """Fewest and most question tokens, and the retention, of short, middling and long questions."""
+        groups = np.array_split(np.argsort(self.question_tokens, kind="stable"), _LENGTH_PARTS)
         lengths = np.array(self.question_tokens)
         found = []
         for group in groups:
@@ -168,7 +168,7 @@ def length_rows(report: GraftReport) -> list[tuple[str, ...]]:
     if len(report.question_tokens) < _LENGTH_PARTS:
         return []
     return [
-        (name, *(f"{retention:.3f}" for _, _, retention in report.retention_by_length(name, _LENGTH_PARTS)))
+        (name, *(f"{retention:.3f}" for _, _, retention in report.retention_by_length(name)))
         for name in report.parameters
     ]
 
@@ -193,7 +193,7 @@ def write_graft(report: GraftReport, folder: Path) -> None:
     lines += markdown_table(("cache", "against", "nats"), comparison_rows(report))
     by_length = length_rows(report)
     if by_length:
-        spans = report.retention_by_length("own", _LENGTH_PARTS)
+        spans = report.retention_by_length("own")
         lines += ["", "Retention by the question's tokens:", ""]
         lines += markdown_table(("cache", *(f"{low} to {high}" for low, high, _ in spans)), by_length)
     if report.first_token is not None:
