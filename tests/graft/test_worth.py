@@ -48,7 +48,7 @@ def test_nothing_of_the_answer_is_in_the_cache(fit_recipe: Callable[..., Recipe]
     )
     items = Questions(data.held_out, data.held_out_examples)
     for item, example, text in zip(items, data.held_out_examples, data.held_out.texts, strict=True):
-        spans = data.held_out.teacher.store.read_tokens(text.sample_key).spans
+        spans = data.held_out.teacher.store.read_spans(text.sample_key)
         students, teachers = data.held_out.teacher.alignment(text).pairs()
         used = [
             t for s, t in zip(students, teachers, strict=True) if s < item.pair.mask.shape[1] and item.pair.mask[0, s]

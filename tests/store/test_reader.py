@@ -201,7 +201,7 @@ def test_the_system_is_asked_for_the_layers_that_are_read_alone(
     assert content[: len(beginning)] == beginning
     assert len(beginning) == store.manifest.shards["kv-00000.safetensors"].head_bytes + 1
     assert content[-len(end) :] == end
-    assert end.startswith(store.read_tokens(KEYS[0]).spans.astype("int32").tobytes())
+    assert end.startswith(store.read_spans(KEYS[0]).astype("int32").tobytes())
     for key in KEYS:
         store.read(key)
         asked.clear()
@@ -242,14 +242,12 @@ def test_no_shard_is_kept_open(tmp_path: Path) -> None:
     assert process.num_fds() == before
 
 
-def test_tokens_are_read_without_the_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_are_read_without_the_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = fill(tmp_path, [0, 1, 2])
     touched: list[str] = []
     real = KVStore._slice
     monkeypatch.setattr(KVStore, "_slice", lambda self, entry, name: touched.append(name) or real(self, entry, name))
-    tokens = store.read_tokens(KEYS[2])
-    np.testing.assert_array_equal(tokens.spans, make_spans(2))
-    assert (tokens.text_bytes, tokens.truncated_bytes) == (len(TEXTS[2]), 2)
+    np.testing.assert_array_equal(store.read_spans(KEYS[2]), make_spans(2))
     assert touched == ["spans"]
 
 

@@ -79,7 +79,7 @@ class TeacherSource:
         """Teacher tokens for each student token of ``example``."""
         key = example.sample_key
         if key not in self._alignments:
-            self._alignments[key] = align_tokens(example.spans, self.store.read_tokens(key).spans, self.policy)
+            self._alignments[key] = align_tokens(example.spans, self.store.read_spans(key), self.policy)
         return self._alignments[key]
 
     def aligned(self, example: EncodedExample | EncodedText) -> KV:
@@ -100,7 +100,7 @@ class TeacherSource:
         if self.likelihoods is None:
             return None
         key = example.sample_key
-        return move_log_likelihood(self.likelihoods.read(key), self.store.read_tokens(key).spans, example.spans)
+        return move_log_likelihood(self.likelihoods.read(key), self.store.read_spans(key), example.spans)
 
     def counts(self, examples: Sequence[EncodedExample | EncodedText]) -> AlignmentCounts:
         """Coverage and reasons for dropped tokens over all texts."""

@@ -73,7 +73,7 @@ class Questions(Dataset[Question]):
     def __getitem__(self, place: int) -> Question:
         index, tokens, end, prompt_bytes = self._places[place]
         text, teacher = self.pairs.texts[index], self.pairs.teacher
-        ends = teacher.store.read_tokens(text.sample_key).spans[:, 1]
+        ends = teacher.store.read_spans(text.sample_key)[:, 1]
         last = teacher.alignment(text).ranges[:tokens, 1].clip(1) - 1
         within = torch.from_numpy(ends[last] <= prompt_bytes)[None]
         answer = torch.tensor([list(text.input_ids)[tokens:end]])

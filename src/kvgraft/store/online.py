@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from kvgraft.data.batching import length_buckets
-from kvgraft.data.spans import EncodedText
+from kvgraft.data.spans import EncodedText, Spans
 from kvgraft.errors import StoreError
 from kvgraft.kv import KV
 from kvgraft.store.fill import kv_of_texts
 from kvgraft.store.fill_kv import counted_tokens
 from kvgraft.store.format import StoreIdentity, short_key
 from kvgraft.store.moments import Moments
-from kvgraft.store.reader import KVStatistics, StoredSample, StoredTokens
+from kvgraft.store.reader import KVStatistics, StoredSample
 
 
 @dataclass
@@ -74,10 +74,9 @@ class OnlineKV:
             kv if as_stored else kv.to(torch.float32), text.spans, text.truncated_bytes, text.text_bytes
         )
 
-    def read_tokens(self, key: str) -> StoredTokens:
+    def read_spans(self, key: str) -> Spans:
         """The token spans of one text; the teacher is not run."""
-        text = self._text(key)
-        return StoredTokens(text.spans, text.text_bytes, text.truncated_bytes)
+        return self._text(key).spans
 
     def statistics(self, layers: Sequence[int] | None = None) -> KVStatistics:
         """Mean and variance of each channel over the calibration texts, by the tokens that count in a store's."""

@@ -31,15 +31,6 @@ from kvgraft.store.open_shards import OpenShard, OpenShards, open_shard
 
 
 @dataclass(frozen=True)
-class StoredTokens:
-    """How the teacher split one text: ``spans`` ``[tokens, 2]`` int32 of bytes in a text of ``text_bytes``."""
-
-    spans: np.ndarray
-    text_bytes: int
-    truncated_bytes: int
-
-
-@dataclass(frozen=True)
 class StoredSample:
     """One text's KV (batch 1, no padding, positions from 0) with its token spans ``[tokens, 2]`` int32."""
 
@@ -205,14 +196,13 @@ class KVStore:
         for key in keys:
             self._ask_ahead(self._entry(key), index)
 
-    def read_tokens(self, key: str) -> StoredTokens:
-        """The token spans of one sample, without its KV.
+    def read_spans(self, key: str) -> np.ndarray:
+        """The token spans ``[tokens, 2]`` int32 of one sample, without its KV.
 
         Raises:
             StoreError: the store has no such sample.
         """
-        entry = self._entry(key)
-        return StoredTokens(self._spans(entry), entry.text_bytes, entry.truncated_bytes)
+        return self._spans(self._entry(key))
 
     def statistics(self, layers: Sequence[int] | None = None) -> KVStatistics:
         """Mean and variance of each channel over the tokens that count, from what the shards keep of it.
