@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvgraft.distill.fusion import TeacherFusion
+from kvgraft.distill.fusion import FusedLoss, TeacherFusion, count_answered
+from kvgraft.distill.losses import mean_error
 from kvgraft.errors import KVGraftError
 
 BATCH, TOKENS = 2, 6
@@ -23,6 +24,15 @@ def made_up() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     errors = {name: torch.rand(int(mask.sum()), generator=generator) for name, mask in masks.items()}
     likelihoods = {name: -5 * torch.rand(BATCH, TOKENS, generator=generator) for name in NAMES}
     return errors, masks, likelihoods
+
+
+def fuse(fusion: TeacherFusion, errors, masks, log_likelihoods=None, num_tokens=None) -> FusedLoss:
+    """The errors ``[true entries of its mask]`` of all teachers as one loss."""
+    weights = fusion.token_weights(masks, log_likelihoods)
+    if num_tokens is None:
+        num_tokens = count_answered({name: masks[name] for name in fusion.teachers})
+    losses = {name: mean_error(weights[name][masks[name]] * errors[name], num_tokens) for name in fusion.teachers}
+    return fusion.combined(losses, weights, num_tokens)
 
 
 def reference(weight_of) -> tuple[float, float]:
@@ -43,7 +53,7 @@ def reference(weight_of) -> tuple[float, float]:
 
 def test_mean_shares_each_token_among_the_teachers_that_answer() -> None:
     errors, masks, _ = made_up()
-    fused = TeacherFusion(NAMES)(errors, masks)
+    fused = fuse(TeacherFusion(NAMES), errors, masks)
     expected, _ = reference(lambda name, b, t, answering: 1 / len(answering))
     assert float(fused.loss) == pytest.approx(expected, rel=1e-5)
     assert sum(float(share) for share in fused.shares.values()) == pytest.approx(1, rel=1e-5)
@@ -53,7 +63,7 @@ def test_mean_shares_each_token_among_the_teachers_that_answer() -> None:
 def test_fixed_weights_are_renormalised_where_a_teacher_is_missing() -> None:
     errors, masks, _ = made_up()
     weights = {"a": 0.5, "b": 0.2, "c": 0.3}
-    fused = TeacherFusion(NAMES, "weights", weights)(errors, masks)
+    fused = fuse(TeacherFusion(NAMES, "weights", weights), errors, masks)
     expected, summed = reference(lambda name, b, t, answering: weights[name] / sum(weights[n] for n in answering))
     assert float(fused.loss) == pytest.approx(expected, rel=1e-5)
     assert summed == pytest.approx(1)
@@ -66,7 +76,7 @@ def test_confidence_weighs_by_the_probability_of_the_text() -> None:
     likelihoods["c"][0, 0] = float("nan")  # of a teacher that does not answer: no matter
     masks["c"][0, 0] = False
     errors = {name: torch.rand(int(mask.sum())) for name, mask in masks.items()}
-    fused = TeacherFusion(NAMES, "confidence")(errors, masks, likelihoods)
+    fused = fuse(TeacherFusion(NAMES, "confidence"), errors, masks, likelihoods)
     total, count = 0.0, 0
     for b in range(BATCH):
         for t in range(TOKENS):
@@ -85,12 +95,12 @@ def test_learned_weights_start_as_the_mean_and_settle_at_one_over_each_error() -
     masks = {"easy": torch.ones(1, 4).bool(), "hard": torch.ones(1, 4).bool()}
     errors = {"easy": torch.full((4,), 0.2), "hard": torch.full((4,), 2.0)}
     fusion = TeacherFusion(["easy", "hard"], "learned")
-    first = fusion(errors, masks)
+    first = fuse(fusion, errors, masks)
     assert first.loss.item() == pytest.approx(1.1)
     optimizer = torch.optim.Adam(fusion.parameters(), lr=0.05)
     for _ in range(400):
         optimizer.zero_grad()
-        fused = fusion(errors, masks)
+        fused = fuse(fusion, errors, masks)
         (fused.loss + fused.penalty).backward()
         optimizer.step()
     # Neither is ignored: half of each teacher's 1 / error, since two share every token.
@@ -104,17 +114,17 @@ def test_parts_of_a_batch_add_up_and_one_teacher_is_itself(combine: str) -> None
     fusion = TeacherFusion(NAMES, combine, {"a": 0.5, "b": 0.2, "c": 0.3})
     if fusion.log_errors is not None:
         fusion.log_errors.data = torch.tensor([0.3, -0.2, 0.1])
-    whole = fusion(errors, masks, likelihoods)
+    whole = fuse(fusion, errors, masks, likelihoods)
     count = sum(mask for mask in masks.values()).bool().sum()
     parts = []
     for row in range(BATCH):
         before = {name: int(masks[name][:row].sum()) for name in NAMES}
         own = {name: errors[name][before[name] :][: int(masks[name][row].sum())] for name in NAMES}
         rows = ({name: side[name][row : row + 1] for name in NAMES} for side in (masks, likelihoods))
-        parts.append(fusion(own, *rows, num_tokens=count))
+        parts.append(fuse(fusion, own, *rows, num_tokens=count))
     for field in ("loss", "penalty"):
         torch.testing.assert_close(sum(getattr(part, field) for part in parts), getattr(whole, field))
-    alone = TeacherFusion(["a"], combine, {"a": 1.0})(errors, masks, likelihoods)
+    alone = fuse(TeacherFusion(["a"], combine, {"a": 1.0}), errors, masks, likelihoods)
     torch.testing.assert_close(alone.loss, errors["a"].mean())
 
 
@@ -123,7 +133,7 @@ def test_nobody_answering_is_zero_with_zero_gradient() -> None:
     errors = dict.fromkeys(NAMES, torch.zeros(0, requires_grad=True))
     for combine in ("mean", "learned", "confidence"):
         fusion = TeacherFusion(NAMES, combine)
-        fused = fusion(errors, masks, dict.fromkeys(NAMES, torch.full((1, 3), float("nan"))))
+        fused = fuse(fusion, errors, masks, dict.fromkeys(NAMES, torch.full((1, 3), float("nan"))))
         (fused.loss + fused.penalty).backward()
         assert float(fused.loss) == float(fused.penalty) == 0
         assert all(float(parameter.grad.abs().max()) == 0 for parameter in fusion.parameters())
@@ -137,4 +147,4 @@ def test_what_cannot_be_combined_is_named() -> None:
     errors, masks, likelihoods = made_up()
     del likelihoods["b"]
     with pytest.raises(KVGraftError, match=r"\['b'\] bring no token likelihoods; run `kvgraft cache`.*leaves"):
-        TeacherFusion(NAMES, "confidence")(errors, masks, likelihoods)
+        fuse(TeacherFusion(NAMES, "confidence"), errors, masks, likelihoods)

@@ -61,31 +61,15 @@ class TeacherFusion(nn.Module):
                 raise KVGraftError(f"weights of teachers must not be negative and not all zero; got {weights}")
         self.log_errors = nn.Parameter(torch.zeros(len(self.teachers))) if combine == "learned" else None
 
-    def forward(
-        self,
-        errors: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        log_likelihoods: Mapping[str, Tensor] | None = None,
-        num_tokens: Tensor | int | None = None,
-    ) -> FusedLoss:
-        """The errors of all teachers as one loss.
-
-        Args:
-            errors: for each teacher ``[true entries of its mask]``.
-            masks: for each teacher ``[batch, tokens]`` bool, the tokens that it answers for.
-            log_likelihoods: for each teacher ``[batch, tokens]``, needed for ``confidence``; NaN where unknown.
-            num_tokens: what to divide by; default the number of tokens that any teacher answers for.
-        """
-        weights = self.token_weights(masks, log_likelihoods)
-        if num_tokens is None:
-            num_tokens = count_answered({name: masks[name] for name in self.teachers})
-        losses = {name: mean_error(weights[name][masks[name]] * errors[name], num_tokens) for name in self.teachers}
-        return self.combined(losses, weights, num_tokens)
-
     def token_weights(
         self, masks: Mapping[str, Tensor], log_likelihoods: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """For each teacher what each token's error weighs, ``[batch, tokens]``, before anything learned."""
+        """For each teacher what each token's error weighs, ``[batch, tokens]``, before anything learned.
+
+        Args:
+            masks: for each teacher ``[batch, tokens]`` bool, the tokens that it answers for.
+            log_likelihoods: for each teacher ``[batch, tokens]``, needed for ``confidence``; NaN where unknown.
+        """
         answered = torch.stack([masks[name] for name in self.teachers])
         return dict(zip(self.teachers, self._token_weights(answered, log_likelihoods), strict=True))
 
