@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from kvgraft.align.predictions import shared_vocabulary, vocabulary_size
+from kvgraft.align.predictions import share_vocabulary, vocabulary_size
 from kvgraft.data.chat import template_fingerprint
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText
@@ -48,7 +48,7 @@ def reads_one_vocabulary(
     Raises:
         RecipeError: they do not, and the logit loss needs it.
     """
-    shared = shared_vocabulary(own, theirs) is not None
+    shared = share_vocabulary(own, theirs)
     if not shared and recipe.logit_loss.form not in ("sorted_probability", "chunk_likelihood"):
         own_ids, their_ids = own.get_vocab(), theirs.get_vocab()
         same = sum(their_ids.get(token) == index for token, index in own_ids.items())

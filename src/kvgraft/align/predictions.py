@@ -40,14 +40,13 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int | None:
-    """Number of token ids where both tokenizers give every token the same id, and None where they do not.
+def share_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
+    """Whether both tokenizers give every token the same id.
 
     The sizes of the models' embedding matrices are not looked at: a matrix that is larger is padded, not another
     vocabulary.
     """
-    one = student.get_vocab()
-    return vocabulary_size(student) if one == teacher.get_vocab() else None
+    return bool(student.get_vocab() == teacher.get_vocab())
 
 
 def same_tokens(student_ids: Sequence[int], teacher_ids: Sequence[int]) -> PredictionPairs:
