@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from kvgraft.kv import KV
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.projector.settings import Direction
-
-Pair = tuple[Tensor, Tensor]
+from kvgraft.projector.sources import Pair
 
 
 @dataclass(frozen=True)
