@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ast
 import logging
-import operator
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -20,6 +19,7 @@ from scipy.stats import binomtest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvgraft.data.datasets import Example
+from kvgraft.data.word_problems import OPERATORS
 from kvgraft.errors import DataError
 from kvgraft.evaluate.generation import Generation, generate_greedy
 
@@ -28,12 +28,6 @@ logger = logging.getLogger(__name__)
 _FINAL_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FINAL_LINE = re.compile(r"#### (\-?[0-9\.\,]+)[^\n]*\n")
 _OPEN_SUM = re.compile(r"<<([0-9*+\-/.(), ]+)=$")
-_OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
 
 
 @dataclass(frozen=True)
@@ -223,6 +217,6 @@ def _value(node: ast.expr) -> Fraction:
         return Fraction(str(node.value))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_value(node.operand)
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_value(node.left), _value(node.right))
     raise ValueError(f"not a sum: {ast.unparse(node)}")
