@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import mean
 
 from kvgraft.projector.ablation import (
     DOUBLE,
@@ -33,7 +34,6 @@ from kvgraft.projector.verdicts import (
     faster,
     loss_field,
     losses,
-    mean_of,
     of_seeds,
     ratio,
     speed_up,
@@ -93,7 +93,7 @@ def _layer_norm(ablation: Ablation) -> list[Judgement]:
     left = [ratio(a.final_loss, b.final_loss) for a, b in pairs]
     held_out = [ratio(a.held_out_loss, b.held_out_loss) for a, b in pairs]
     measured = f"final training loss {losses(with_norm)} with, {losses(without)} without"
-    reach = f"{1 - mean_of(left):.0%} lower in training, {1 - mean_of(held_out):.0%} on held-out tokens"
+    reach = f"{1 - mean(left):.0%} lower in training, {1 - mean(held_out):.0%} on held-out tokens"
     return [
         Judgement(
             claim="LayerNorm takes 99 % of the loss away",
@@ -105,7 +105,7 @@ def _layer_norm(ablation: Ablation) -> list[Judgement]:
         Judgement(
             claim="without LayerNorm the loss is 10 times as high (the log template)",
             guide="10x",
-            measured=times(1 / value if value else float("inf") for value in left),
+            measured=times([1 / value if value else float("inf") for value in left]),
             verdict=verdict_of(max(left) <= TOLERANCE / 10),
             why=f"reproduced where it is at least {10 / TOLERANCE:.1f}x in every seed",
         ),
@@ -198,7 +198,7 @@ def _benchmark_row(ablation: Ablation, row: BenchmarkRow) -> list[Judgement]:
     obstacle = _not_the_guides(ablation)
     final, relative = value_of(result.measure("final_loss")), ablation.relative_time(result)
     reached = [float("inf") if run.steps is None else run.steps for run in result.runs]
-    converged = min(reached) >= STEPS if row.steps is None else within(mean_of(reached), row.steps)
+    converged = min(reached) >= STEPS if row.steps is None else within(mean(reached), row.steps)
     tolerance = f"reproduced within a factor of {TOLERANCE}"
     return [
         Judgement(
@@ -303,7 +303,7 @@ def _migration(ablation: Ablation) -> list[Judgement]:
         Judgement(
             claim="upgrading takes 80 to 95 % of the loss away",
             guide="80-95 %",
-            measured=f"{1 - mean_of(left):.0%} of the {words(field)}",
+            measured=f"{1 - mean(left):.0%} of the {words(field)}",
             verdict=verdict_of(max(left) <= 0.2),
             why="reproduced where at least 80 % goes in every seed, Linear at 1e-4 against MLP 1.0 at 1e-3",
         ),

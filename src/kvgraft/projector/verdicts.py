@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel
@@ -95,14 +95,9 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else float("inf")
 
 
-def mean_of(values: Sequence[float]) -> float:
-    """Mean that takes infinity."""
-    return sum(values) / len(values)
-
-
-def times(values: Iterable[float]) -> str:
+def times(values: Sequence[float]) -> str:
     """Lowest and highest factor, for a sentence."""
-    low, high = (f"{pick(found):.1f}x" for found in [list(values)] for pick in (min, max))
+    low, high = (f"{pick(values):.1f}x" for pick in (min, max))
     return low if low == high else f"{low} to {high}"
 
 
