@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from kvgraft.errors import ProjectorError
 from kvgraft.kv import real_tokens
+from kvgraft.projector.settings import whole_number
 
 MlpRatio = float | Literal["linear"]
 InitMethod = Literal["xavier", "kaiming", "normal", "least_squares", "identity"]
@@ -280,13 +281,12 @@ def _require_settings(
     init_method: object,
     num_layers: int,
     activation: object,
-    num_trunks: object,
+    num_trunks: int,
 ) -> None:
     sizes = {"in_dim": in_dim, "out_dim": out_dim, "num_layers": num_layers, "num_trunks": num_trunks}
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ProjectorError(f"{name} must be a whole number of at least 1; got {size!r}")
-    if isinstance(num_trunks, int) and num_trunks > num_layers:
+        whole_number(name, size)
+    if num_trunks > num_layers:
         raise ProjectorError(f"num_trunks {num_trunks} is more than num_layers {num_layers}; share among at most those")
     if mlp_ratio != "linear" and not (isinstance(mlp_ratio, int | float) and _is_number(mlp_ratio) and mlp_ratio > 0):
         raise ProjectorError(f"mlp_ratio must be a number over 0 or 'linear'; got {mlp_ratio!r}")

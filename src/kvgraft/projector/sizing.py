@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from kvgraft.errors import ProjectorError
 from kvgraft.projector.adapters import InitMethod, hidden_width
-from kvgraft.projector.settings import Direction
+from kvgraft.projector.settings import Direction, whole_number
 
 BILLION = 10**9
 FLOAT32_BYTES = 4
@@ -203,7 +203,5 @@ def _teacher_kv_bytes(
 
 def _require_positive(**sizes: object) -> None:
     for name, size in sizes.items():
-        if size is None:
-            continue
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ProjectorError(f"{name} must be a whole number of at least 1; got {size!r}")
+        if size is not None:
+            whole_number(name, size)
