@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvgraft.data.batching import IGNORED
 from kvgraft.distill.fused import can_fuse, fused_kv_loss
 from kvgraft.distill.fusion import TeacherFusion, count_answered
 from kvgraft.distill.logit_part import LogitPart
@@ -219,7 +220,7 @@ class DistillationModel(nn.Module):
         packing: Packing | None,
     ) -> Tensor:
         # The batch may be all ignored labels; dividing by at least one keeps its loss at zero instead of NaN.
-        count = (labels[:, 1:] != -100).sum() if num_items is None else torch.as_tensor(num_items)
+        count = (labels[:, 1:] != IGNORED).sum() if num_items is None else torch.as_tensor(num_items)
         read = (
             {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
             if packing is None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvgraft.data.batching import IGNORED
 from kvgraft.evaluate.cka import effective_rank
 from kvgraft.kv import KV, real_tokens
 from kvgraft.models.evaluation_mode import evaluation_mode
@@ -105,7 +106,7 @@ def held_out_quality(model: DistillationModel, batches: Iterable[dict[str, Any]]
         similarity: dict[str, _SimilaritySums] = {}
         logit_sums: dict[str, tuple[float, int]] = {}
         for batch in batches:
-            labelled = int((batch["labels"][:, 1:] != -100).sum())
+            labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
             with record_hidden(model.student) as hidden:
                 ce_loss, student_kv = model.student_pass(batch["input_ids"], batch["attention_mask"], batch["labels"])
             loss_sum, tokens = loss_sum + float(ce_loss) * labelled, tokens + labelled
