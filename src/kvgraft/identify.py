@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
-from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.geometry import context_of, kv_geometry
 from kvgraft.processes import process_state
 from kvgraft.recipe import TeacherRecipe
 
@@ -38,7 +38,7 @@ class IdentifiedModel:
     @property
     def context(self) -> int | None:
         """Most tokens that the model reads, where its config says."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return context_of(self.config)
 
 
 def identify(model: TeacherRecipe, tokenizer: PreTrainedTokenizerBase | None = None) -> IdentifiedModel:

@@ -24,7 +24,7 @@ from kvgraft.identify import identify
 from kvgraft.kv import KVGeometry
 from kvgraft.memory import PeakMemory
 from kvgraft.models import loading
-from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.geometry import context_of, kv_geometry
 from kvgraft.models.lora import add_lora
 from kvgraft.models.placement import QUANTIZED_BYTES
 from kvgraft.prepare import (
@@ -304,7 +304,7 @@ def _model_plan(name: str, config: PretrainedConfig, dtype: str) -> ModelPlan:
         head_dim=geometry.head_dim,
         kv_dim=geometry.kv_dim,
         hidden_size=text.hidden_size,
-        context=getattr(text, "max_position_embeddings", None),
+        context=context_of(config),
         vocab_size=text.vocab_size,
         weight_bytes=round(parameters * _BYTES[dtype]),
     )

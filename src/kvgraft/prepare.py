@@ -25,7 +25,7 @@ from kvgraft.identify import IdentifiedModel, identify
 from kvgraft.models import loading
 from kvgraft.models.cut import chosen_layers, cut_config, cut_model, origin_layers
 from kvgraft.models.embeddings import EmbeddingStart, start_embeddings
-from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.geometry import context_of, kv_geometry
 from kvgraft.models.lora import add_lora
 from kvgraft.models.packing import require_exact_packing
 from kvgraft.models.students import new_student, student_config
@@ -229,7 +229,7 @@ def _kept_layers(student: StudentRecipe, whole: PretrainedConfig) -> list[int]:
 
 def teacher_max_length(recipe: Recipe, config: PretrainedConfig) -> int:
     """Teacher tokens after which a text is cut: its context, or twice the student's length if that is less."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(config)
     longest = _TEACHER_LENGTH_FACTOR * recipe.data.max_length
     return longest if context is None else min(longest, context)
 
@@ -334,7 +334,7 @@ def find_layer_evidence(recipe: Recipe, model: IdentifiedModel, texts: Texts, di
 
 def student_context_problem(recipe: Recipe, config: PretrainedConfig) -> str | None:
     """What to tell where the student of ``config`` would read texts beyond its context; None where it would not."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(config)
     if context is None or recipe.data.max_length <= context:
         return None
     return (

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from kvgraft.errors import DataError
+from kvgraft.models.geometry import context_of
 from kvgraft.progress import progress_bar
 
 # Given the text that one prompt's answer has so far, what it must go on with; None leaves that to the model.
@@ -64,7 +65,7 @@ def generate_greedy(
     Raises:
         DataError: no prompt leaves room for an answer.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     budget = max_new_tokens or (256 if context is None else min(256, context // 2))
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))

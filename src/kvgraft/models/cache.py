@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kvgraft.errors import GraftError
 from kvgraft.kv import KV
 from kvgraft.models.capture import are_counted, takes_positions
-from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.geometry import context_of, kv_geometry
 from kvgraft.models.rope import rotate
 from kvgraft.models.rotary import rotations_at
 
@@ -161,8 +161,8 @@ class GraftedCache(DynamicCache):
 
 def context_length(model: PreTrainedModel) -> int:
     """Positions that ``model`` has: ``max_position_embeddings``, or without bound where its config names none."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) else 2**62
+    context = context_of(model.config)
+    return 2**62 if context is None else context
 
 
 def require_cache_support(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""Layers, key/value heads and head width of a model, from its config alone."""
+"""Layers, key/value heads, head width and context of a model, from its config alone."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def kv_geometry(config: PretrainedConfig) -> KVGeometry:
             "it stores no keys and values that we know; use a transformer with an attention in every layer"
         )
     return KVGeometry(layers, kv_heads, head_dim)
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    """Most tokens that a model reads, where its config says."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context if isinstance(context, int) else None
 
 
 def _same_in_all_layers(text: PretrainedConfig, name: str) -> int | None:
