@@ -13,7 +13,6 @@ from pathlib import Path
 
 from kvgraft.data.batching import EncodedExample
 from kvgraft.distill.arms import (
-    CHECKPOINTS_FOLDER,
     ArmData,
     evaluations,
     gradient_shares,
@@ -22,6 +21,7 @@ from kvgraft.distill.arms import (
     seconds_at_evaluations,
     train_arm,
 )
+from kvgraft.distill.checkpoints import CHECKPOINTS_FOLDER
 from kvgraft.errors import RecipeError
 from kvgraft.memory import peak_memory
 from kvgraft.models.geometry import kv_geometry
@@ -35,14 +35,23 @@ from kvgraft.report.environment import describe_environment
 from kvgraft.report.layers import layers_markdown, save_layer_maps
 from kvgraft.report.log import write_experiment_log
 from kvgraft.report.plots import save_curves
-from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
+from kvgraft.report.results import (
+    LOG_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RESULT_FILE,
+    ArmResult,
+    Evaluation,
+    RunResult,
+    TeacherResult,
+)
 from kvgraft.report.run_folder import holds_a_fit
 from kvgraft.report.tables import markdown
 from kvgraft.store.atomic_file import write_text_atomically
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE, RESULT_FILE, ARM_FILE, INPUTS_FILE = "recipe.yaml", "result.json", "arm.json", "inputs.json"
+ARM_FILE, INPUTS_FILE = "arm.json", "inputs.json"
 _VERSIONS = ("kvgraft", "torch", "transformers", "accelerate")
 
 
@@ -100,11 +109,11 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool =
 def write_report(recipe: Recipe, result: RunResult, folder: Path) -> None:
     """Log, tables and picture of a run."""
     (folder / "results.md").write_text(markdown(result) + layers_markdown(result), encoding="utf-8")
-    write_experiment_log(folder / "experiment.yaml", recipe, result)
+    write_experiment_log(folder / LOG_FILE, recipe, result)
     save_curves([result], folder / "curves.png")
     save_layer_maps(result, folder)
-    lines = [(folder / arm.arm / "metrics.jsonl").read_text(encoding="utf-8") for arm in result.arms]
-    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    lines = [(folder / arm.arm / METRICS_FILE).read_text(encoding="utf-8") for arm in result.arms]
+    (folder / METRICS_FILE).write_text("".join(lines), encoding="utf-8")
     # Written last: a run with this file is finished.
     result.write(folder / RESULT_FILE)
 

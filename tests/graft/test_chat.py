@@ -12,7 +12,7 @@ from kvgraft.errors import GraftError, RecipeError
 from kvgraft.fit.run import fit
 from kvgraft.graft.chat import open_conversation, text_files
 from kvgraft.recipe import Recipe, StudentRecipe
-from kvgraft.run import RECIPE_FILE
+from kvgraft.report.results import RECIPE_FILE
 
 
 @pytest.fixture

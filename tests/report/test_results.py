@@ -12,9 +12,9 @@ from kvgraft.errors import RecipeError, ResultError
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.environment import describe_environment
 from kvgraft.report.log import append_metrics, experiment_log, read_metrics, write_experiment_log
-from kvgraft.report.notes import LOG_FILE, NOTES_FILE, add_note, noticed
+from kvgraft.report.notes import NOTES_FILE, add_note, noticed
 from kvgraft.report.plots import save_curves
-from kvgraft.report.results import ArmResult, Evaluation, RunResult, TeacherResult
+from kvgraft.report.results import LOG_FILE, ArmResult, Evaluation, RunResult, TeacherResult
 from kvgraft.report.tables import arm_rows, cost_rows, markdown
 
 

@@ -13,8 +13,8 @@ from kvgraft.plan import require_workable
 from kvgraft.processes import process_state
 from kvgraft.recipe import load_recipe
 from kvgraft.report.comparison import write_comparison
-from kvgraft.report.results import RunResult
-from kvgraft.run import INPUTS_FILE, RECIPE_FILE, RESULT_FILE, run
+from kvgraft.report.results import RECIPE_FILE, RESULT_FILE, RunResult
+from kvgraft.run import INPUTS_FILE, run
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from kvgraft.data.batch_plan import plan_batches
 from kvgraft.data.batching import EncodedExample
 from kvgraft.distill.build import build_distillation
 from kvgraft.distill.callbacks import EvaluateLastCallback, InterruptCallback, MetricsCallback, ProgressCallback
-from kvgraft.distill.checkpoints import last_checkpoint, saving_into, train_from
+from kvgraft.distill.checkpoints import CHECKPOINTS_FOLDER, last_checkpoint, saving_into, train_from
 from kvgraft.distill.dataset import DistillationCollator, DistillationDataset, PlannedBatches, TeacherSource
 from kvgraft.distill.logit_part import LogitPart
 from kvgraft.distill.logit_sources import LogitSource
@@ -29,9 +29,9 @@ from kvgraft.progress import progress_bar
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Arm, Recipe
 from kvgraft.report.log import read_metrics
+from kvgraft.report.results import METRICS_FILE
 
 STUDENT_FOLDER = "student"
-CHECKPOINTS_FOLDER = "checkpoints"
 SHARE_MEASUREMENTS = 10
 _WITHOUT_KV: tuple[Arm, ...] = ("baseline", "logits")
 _WITH_LOGITS: tuple[Arm, ...] = ("logits", "kv_logits")
@@ -125,7 +125,7 @@ def train_arm(recipe: Recipe, arm: Arm, data: ArmData, folder: Path, callbacks: 
             callbacks=[
                 *tracker_callbacks(recipe.training.report_to, folder),
                 ProgressCallback(advance),
-                MetricsCallback(folder / "metrics.jsonl", arm),
+                MetricsCallback(folder / METRICS_FILE, arm),
                 EvaluateLastCallback(),
                 interrupt,
                 *callbacks,
@@ -228,7 +228,7 @@ def _batch_pieces(recipe: Recipe) -> int:
 def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
     """Held-out metrics by step, from an arm's log; after a resume the later record of a step counts."""
     by_step = {}
-    for record in read_metrics(folder / "metrics.jsonl"):
+    for record in read_metrics(folder / METRICS_FILE):
         if "eval_loss" in record:
             metrics = {name.removeprefix("eval_"): value for name, value in record.items() if name.startswith("eval_")}
             by_step[int(record["step"])] = metrics
@@ -237,7 +237,7 @@ def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
 
 def seconds_at_evaluations(folder: Path) -> dict[int, float]:
     """Wall time of an arm's training up to each evaluated step, from its log."""
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(folder / METRICS_FILE)
     return {
         int(record["step"]): record["seconds"] for record in records if "eval_loss" in record and "seconds" in record
     }
@@ -284,7 +284,7 @@ def non_finite_steps(folder: Path) -> int:
 def _training_records(folder: Path) -> list[dict[str, Any]]:
     """What an arm's log says of training, once for each step; after a resume the later record of a step counts."""
     by_step: dict[int, dict[str, Any]] = {}
-    for record in read_metrics(folder / "metrics.jsonl"):
+    for record in read_metrics(folder / METRICS_FILE):
         if "loss" in record:
             # What was measured before the checkpoint may be in the earlier record alone.
             by_step.setdefault(int(record["step"]), {}).update(record)

@@ -16,6 +16,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from kvgraft.errors import ResultError
 
+CHECKPOINTS_FOLDER = "checkpoints"
+
 
 def last_checkpoint(folder: Path) -> tuple[str | None, int]:
     """The last checkpoint in ``folder`` that was written to its end, and its step; None and 0 where there is none."""

@@ -23,9 +23,9 @@ from kvgraft.prepare import load_examples_of, prepare
 from kvgraft.processes import process_state
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.evaluation import EVALUATION_FOLDER, ArmEvaluation, EvaluationReport, write_evaluation
-from kvgraft.report.results import RunResult
+from kvgraft.report.results import RECIPE_FILE, RESULT_FILE, RunResult
 from kvgraft.report.run_folder import holds_a_fit
-from kvgraft.run import RECIPE_FILE, RESULT_FILE, arm_data
+from kvgraft.run import arm_data
 
 logger = logging.getLogger(__name__)
 

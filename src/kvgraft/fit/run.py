@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvgraft.distill.checkpoints import CHECKPOINTS_FOLDER
 from kvgraft.errors import RecipeError
 from kvgraft.fit.closed_form import ClosedForm, fit_closed_form
 from kvgraft.fit.data import FitData, PairDataset, prepare_fit, require_all_layers
 from kvgraft.fit.measure import Fit, measure_fits
 from kvgraft.fit.scan import Scan, scan_layers
-from kvgraft.fit.train import CHECKPOINTS_FOLDER, RegressionModel, key_metric_from, train_projector
+from kvgraft.fit.train import RegressionModel, key_metric_from, train_projector
 from kvgraft.graft.grafter import Grafter
 from kvgraft.graft.objectives import train_on_continuations
 from kvgraft.graft.questions import Questions

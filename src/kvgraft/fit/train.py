@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerControl, TrainingArguments
 
 from kvgraft.distill.callbacks import InterruptCallback, MetricsCallback, ProgressCallback
-from kvgraft.distill.checkpoints import CheckpointingTrainer, last_checkpoint, train_from
+from kvgraft.distill.checkpoints import CHECKPOINTS_FOLDER, CheckpointingTrainer, last_checkpoint, train_from
 from kvgraft.distill.trainer import PROJECTOR_FOLDER
 from kvgraft.errors import TrainingInterruptedError
 from kvgraft.fit.data import KVRows, PairDataset, TokenBatches
@@ -23,8 +23,8 @@ from kvgraft.progress import progress_bar
 from kvgraft.projector.layerwise import layerwise_loss
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import ContinuationRecipe, FitRecipe
+from kvgraft.report.results import METRICS_FILE
 
-METRICS_FILE, CHECKPOINTS_FOLDER = "metrics.jsonl", "checkpoints"
 _WARMUP_SHARE = 0.1
 
 

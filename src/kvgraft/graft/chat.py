@@ -29,7 +29,7 @@ from kvgraft.prepare import existing_tokenizer
 from kvgraft.prepare_kv import store_kv
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe, load_recipe
-from kvgraft.run import RECIPE_FILE
+from kvgraft.report.results import RECIPE_FILE
 
 _SUFFIXES = (".txt", ".md")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from kvgraft.distill.checkpoints import CHECKPOINTS_FOLDER
 from kvgraft.errors import GraftError, RecipeError
 from kvgraft.fit.data import FitData, prepare_fit, require_all_layers
 from kvgraft.fit.run import (
@@ -19,7 +20,6 @@ from kvgraft.fit.run import (
     fit,
     inputs_of,
 )
-from kvgraft.fit.train import CHECKPOINTS_FOLDER
 from kvgraft.graft.first_token import first_token
 from kvgraft.graft.grafter import SETTINGS_FILE, Fusion, Grafter
 from kvgraft.graft.joint import joint_grafter
@@ -31,7 +31,8 @@ from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.projector.saving import read_config
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.graft import CONTROL, FirstToken, GraftReport, write_graft
-from kvgraft.run import RECIPE_FILE, require_same_inputs
+from kvgraft.report.results import RECIPE_FILE
+from kvgraft.run import require_same_inputs
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import yaml
 
 from kvgraft.errors import RecipeError
-from kvgraft.report.results import ArmResult, RunResult
+from kvgraft.report.results import LOG_FILE, RECIPE_FILE, ArmResult, RunResult
 
 NOTES_FILE = "notes.txt"
-LOG_FILE = "experiment.yaml"
 # Below these a reader should look closer.
 _SMALL_SHARE = 0.01
 _COLLAPSED = 0.5
@@ -83,8 +82,8 @@ def add_note(folder: Path, text: str) -> Path:
     Raises:
         RecipeError: ``folder`` is no run, or the note is empty.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise RecipeError(f"{folder} is no run folder: it has no recipe.yaml; name one that `kvgraft train` wrote")
+    if not (folder / RECIPE_FILE).is_file():
+        raise RecipeError(f"{folder} is no run folder: it has no {RECIPE_FILE}; name one that `kvgraft train` wrote")
     line = " ".join(text.split())
     if not line:
         raise RecipeError('the note is empty; write what should be remembered: kvgraft note RUN "..."')

@@ -14,6 +14,7 @@ from kvgraft.memory import PeakMemory
 from kvgraft.report.environment import Environment
 from kvgraft.store.atomic_file import write_text_atomically
 
+RECIPE_FILE, RESULT_FILE, METRICS_FILE, LOG_FILE = "recipe.yaml", "result.json", "metrics.jsonl", "experiment.yaml"
 FORMAT_VERSION = 1
 CONVERGENCE_RULE = "first evaluated step at which 95 % of the loss's whole fall was done"
 

@@ -11,9 +11,7 @@ from typing import Any
 from kvgraft.errors import ReportError
 from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.log import read_metrics
-from kvgraft.report.results import RunResult
-
-RECIPE_FILE, RESULT_FILE, METRICS_FILE, LOG_FILE = "recipe.yaml", "result.json", "metrics.jsonl", "experiment.yaml"
+from kvgraft.report.results import LOG_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE, RunResult
 
 
 @dataclass(frozen=True)

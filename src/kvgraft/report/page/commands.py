@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from kvgraft.report.run_folder import RECIPE_FILE, RunFolder
+from kvgraft.report.results import RECIPE_FILE
+from kvgraft.report.run_folder import RunFolder
 
 
 def report_command(folders: Iterable[Path]) -> str:

@@ -27,7 +27,8 @@ from kvgraft.report.page.metrics import main_curves, other_curves, share_curves
 from kvgraft.report.page.seeds import SeedMeasurements
 from kvgraft.report.page.setting import setting_table
 from kvgraft.report.page.teachers import alignment_counts, layer_maps, strips
-from kvgraft.report.run_folder import RECIPE_FILE, RESULT_FILE, RunFolder, read_run_folder
+from kvgraft.report.results import RECIPE_FILE, RESULT_FILE
+from kvgraft.report.run_folder import RunFolder, read_run_folder
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from kvgraft.report.comparison import COMPARISON_FILE
 from kvgraft.report.page.comparison import page_of_comparison
 from kvgraft.report.page.data import PageData
 from kvgraft.report.page.runs import page_of_runs
-from kvgraft.report.run_folder import RECIPE_FILE, RESULT_FILE
+from kvgraft.report.results import RECIPE_FILE, RESULT_FILE
 
 PAGE_FILE = "report.html"
 

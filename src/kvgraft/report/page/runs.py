@@ -21,7 +21,8 @@ from kvgraft.report.page.metrics import main_curves, other_curves, share_curves
 from kvgraft.report.page.seeds import SeedMeasurements, measurements_of
 from kvgraft.report.page.setting import setting_table
 from kvgraft.report.page.teachers import alignment_counts, layer_maps, strips
-from kvgraft.report.run_folder import LOG_FILE, METRICS_FILE, RECIPE_FILE, RunFolder, read_seeds
+from kvgraft.report.results import LOG_FILE, METRICS_FILE, RECIPE_FILE
+from kvgraft.report.run_folder import RunFolder, read_seeds
 from kvgraft.report.tables import size_text
 
 logger = logging.getLogger(__name__)
