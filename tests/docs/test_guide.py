@@ -24,7 +24,7 @@ def test_distilling_a_model_runs_as_printed(
     )
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    # Nine runs, whose like tests/compare trains, and a calibration in processes of its own, as in tests/test_forecast.py.
+    # Of nine runs tests/compare trains the like; a calibration in processes of its own is in tests/test_forecast.py.
     shorter = {"compare": ["--print-commands"], "plan": ["--no-calibration"]}
     for words in commands:
         done = CliRunner().invoke(app, [*words, *shorter.get(words[0], [])])

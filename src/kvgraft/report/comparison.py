@@ -11,8 +11,9 @@ from rich.table import Table
 
 from kvgraft.compare.comparison import ArmComparison, Comparison
 from kvgraft.compare.verdicts import VerdictKind, p_value_text
-from kvgraft.evaluate.statistics import PairedDifference, Reach, Spread
+from kvgraft.evaluate.statistics import PairedDifference, Reach
 from kvgraft.report.plots import save_arm_curves
+from kvgraft.report.tables import markdown_table, spread_text
 
 COMPARISON_FILE = "comparison.json"
 Column = tuple[str, Callable[[ArmComparison], str]]
@@ -79,7 +80,7 @@ def comparison_markdown(comparison: Comparison) -> str:
 def _headline_columns(comparison: Comparison) -> list[Column]:
     target = f"{comparison.against}'s final loss"
     return [
-        ("held-out loss, end", lambda arm: _spread(arm.statistics.final)),
+        ("held-out loss, end", lambda arm: spread_text(arm.statistics.final)),
         (f"against {comparison.against}, paired", lambda arm: _difference(arm.statistics.difference)),
         ("95 % interval", lambda arm: _interval(arm.statistics.difference)),
         ("effect size", lambda arm: _effect_size(arm.statistics.difference)),
@@ -92,7 +93,7 @@ def _detail_columns(comparison: Comparison) -> list[Column]:
     return [
         ("loss of each seed", lambda arm: _each(arm.statistics.final.by_seed, ".3f")),
         ("difference of each seed", lambda arm: _each_difference(arm.statistics.difference)),
-        ("lowest on the way", lambda arm: _spread(arm.statistics.lowest)),
+        ("lowest on the way", lambda arm: spread_text(arm.statistics.lowest)),
         (f"seconds to {comparison.against}'s final loss", lambda arm: _reach(arm.statistics.seconds_to_target)),
         ("steps", lambda arm: str(arm.runs[0].result.steps)),
         ("seconds in all", lambda arm: f"{mean(run.result.training_seconds for run in arm.runs):,.0f}"),
@@ -103,11 +104,8 @@ def _detail_columns(comparison: Comparison) -> list[Column]:
 
 
 def _table(arms: Sequence[ArmComparison], columns: Sequence[Column]) -> list[str]:
-    return [
-        "| arm | " + " | ".join(label for label, _ in columns) + " |",
-        "| --- |" + " ---: |" * len(columns),
-        *("| " + " | ".join([arm.name, *(cell(arm) for _, cell in columns)]) + " |" for arm in arms),
-    ]
+    rows = [[arm.name, *(cell(arm) for _, cell in columns)] for arm in arms]
+    return markdown_table(["arm", *(label for label, _ in columns)], rows)
 
 
 def _title(comparison: Comparison) -> str:
@@ -129,10 +127,6 @@ def _legend(comparison: Comparison) -> str:
         "evaluation at the target; their interval begins at the evaluation before. All of it is about this text and "
         "these held-out texts: seeds say nothing of others."
     )
-
-
-def _spread(found: Spread) -> str:
-    return f"{found.mean:.3f}" + ("" if found.deviation is None else f" ({found.deviation:.3f})")
 
 
 def _difference(found: PairedDifference | None) -> str:

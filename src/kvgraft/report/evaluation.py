@@ -20,6 +20,7 @@ from kvgraft.evaluate.gsm8k import AnswerSample, ProblemScore
 from kvgraft.evaluate.similarity import KINDS, LayerSimilarity
 from kvgraft.report.plots import set_title
 from kvgraft.report.results import Record
+from kvgraft.report.tables import number_text
 
 EVALUATION_FOLDER = "evaluation"
 SIMILARITY_PICTURE, SAMPLES_FILE = "similarity.png", "samples.jsonl"
@@ -123,7 +124,7 @@ def evaluation_tables(report: EvaluationReport) -> list[Table]:
     tables = []
     if any(arm.quality for arm in report.arms):
         names = dict.fromkeys(name for arm in report.arms for name in arm.quality or {})
-        rows = {name: [_number((arm.quality or {}).get(name)) for arm in report.arms] for name in names}
+        rows = {name: [number_text((arm.quality or {}).get(name)) for arm in report.arms] for name in names}
         tables.append(_table(report, f"{report.held_out_texts} held-out texts", rows))
     for teacher in dict.fromkeys(teacher for arm in report.arms for teacher in arm.similarity):
         rows = {
@@ -138,7 +139,7 @@ def evaluation_tables(report: EvaluationReport) -> list[Table]:
     metrics = dict.fromkeys((task, name) for arm in report.arms for task in arm.tasks for name in arm.tasks[task])
     if metrics:
         rows = {
-            f"{task}: {name}": [_number(arm.tasks.get(task, {}).get(name)) for arm in report.arms]
+            f"{task}: {name}": [number_text(arm.tasks.get(task, {}).get(name)) for arm in report.arms]
             for task, name in metrics
         }
         tables.append(_table(report, "lm-eval", rows))
@@ -243,7 +244,3 @@ def _asked_how(report: EvaluationReport) -> str:
 def _mean_of(layers: Sequence[LayerSimilarity], kind: str, field: str) -> str:
     values = [getattr(layer, field) for layer in layers if layer.kind == kind]
     return "-" if not values or None in values else f"{mean(values):.3f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from kvgraft.report.plots import set_title
 from kvgraft.report.results import Record
-from kvgraft.report.tables import dropped_text
+from kvgraft.report.tables import dropped_text, number_text
 
 if TYPE_CHECKING:
     from kvgraft.fit.scan import Scan
@@ -100,8 +100,8 @@ _COLUMNS: list[tuple[str, Callable[[LayerFit], str]]] = [
     ("least squares", lambda layer: f"{layer.least_squares_keys_r2:.3f}"),
     ("values R2", lambda layer: f"{layer.values_r2:.3f}"),
     ("least squares", lambda layer: f"{layer.least_squares_values_r2:.3f}"),
-    ("attention cosine", lambda layer: _number(layer.attention_cosine)),
-    ("least squares", lambda layer: _number(layer.least_squares_attention_cosine)),
+    ("attention cosine", lambda layer: number_text(layer.attention_cosine)),
+    ("least squares", lambda layer: number_text(layer.least_squares_attention_cosine)),
 ]
 
 
@@ -116,7 +116,7 @@ def fit_rows(report: FitReport) -> list[list[str]]:
         "attention_cosine",
         "least_squares_attention_cosine",
     )
-    return [*rows, ["mean", "", *(_number(report.mean_of(field)) for field in fields)]]
+    return [*rows, ["mean", "", *(number_text(report.mean_of(field)) for field in fields)]]
 
 
 def fit_table(report: FitReport) -> Table:
@@ -221,7 +221,3 @@ def _save_layers(report: FitReport, path: Path) -> None:
         figure, f"{report.teacher} and {report.student}, {report.direction}, {report.held_out_texts} held-out texts"
     )
     figure.savefig(path, dpi=120)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

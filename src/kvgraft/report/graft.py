@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kvgraft.report.graft_picture import save_caches
 from kvgraft.report.results import Record
+from kvgraft.report.tables import markdown_table
 
 _DRAWS = 2000
 _LENGTH_PARTS = 3
@@ -206,8 +207,3 @@ def write_graft(report: GraftReport, folder: Path) -> None:
     nats = {cache: [loss] for cache, loss in report.nats.items()}
     save_caches(nats, f"{graft_title(report)}, seed {report.seed}", folder / "graft.png")
     (folder / "graft.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table in Markdown, all columns but the first to the right."""
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]

@@ -9,9 +9,10 @@ from pydantic import model_validator
 from rich.table import Table
 
 from kvgraft.evaluate.statistics import PairedDifference, Spread, paired_difference, spread
-from kvgraft.report.graft import CONTROL, GraftReport, draw_sums, graft_title, markdown_table
+from kvgraft.report.graft import CONTROL, GraftReport, draw_sums, graft_title
 from kvgraft.report.graft_picture import save_caches
 from kvgraft.report.results import Record
+from kvgraft.report.tables import markdown_table
 
 _HEADER = ("cache at the question's tokens", "nats per answer token", "retention", "each seed", "transfer in nats")
 _AGAINST = ("cache", "against", "nats", "each seed", "95 % over seeds", "95 % over questions")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from rich.table import Table
 
+from kvgraft.evaluate.statistics import Spread
 from kvgraft.migration import Migration
 from kvgraft.plan import Forecast, Plan
 from kvgraft.report.results import ArmResult, RunResult
@@ -111,20 +112,24 @@ def arm_rows(result: RunResult) -> list[Row]:
         _row(result, "held-out loss after", lambda arm: f"{arm.last['loss']:.3f}"),
         _row(result, "held-out perplexity before", lambda arm: f"{arm.first['perplexity']:,.1f}"),
         _row(result, "held-out perplexity after", lambda arm: f"{arm.last['perplexity']:,.1f}"),
-        _row(result, "held-out bits per byte after", lambda arm: _metric(arm.last, "bits_per_byte")),
+        _row(result, "held-out bits per byte after", lambda arm: number_text(arm.last.get("bits_per_byte"))),
     ]
     if baseline is not None:
         bar = baseline.last["loss"]
         rows.append(_row(result, "loss against the baseline", lambda arm: f"{arm.last['loss'] - bar:+.3f}"))
         rows.append(_row(result, "steps to the baseline's final loss", lambda arm: _steps(arm, bar)))
     rows += [
-        _row(result, "KV loss at the start (held out)", lambda arm: _metric(arm.first, "kv_loss")),
-        _row(result, "KV loss at the end (held out)", lambda arm: _metric(arm.last, "kv_loss")),
-        _row(result, "KV loss reduction", lambda arm: _percent(arm.kv_reduction())),
+        _row(result, "KV loss at the start (held out)", lambda arm: number_text(arm.first.get("kv_loss"))),
+        _row(result, "KV loss at the end (held out)", lambda arm: number_text(arm.last.get("kv_loss"))),
+        _row(result, "KV loss reduction", lambda arm: number_text(arm.kv_reduction(), ".1%")),
     ]
     if any("logit_loss" in arm.last for arm in result.arms):
-        rows.append(_row(result, "logit loss at the start (held out)", lambda arm: _metric(arm.first, "logit_loss")))
-        rows.append(_row(result, "logit loss at the end (held out)", lambda arm: _metric(arm.last, "logit_loss")))
+        rows.append(
+            _row(result, "logit loss at the start (held out)", lambda arm: number_text(arm.first.get("logit_loss")))
+        )
+        rows.append(
+            _row(result, "logit loss at the end (held out)", lambda arm: number_text(arm.last.get("logit_loss")))
+        )
     for part, label in (("ce", "cross-entropy's"), ("kv", "KV loss's"), ("logit", "logit loss's")):
         if part == "logit" and not any(part in arm.gradient_shares for arm in result.arms):
             continue
@@ -136,7 +141,7 @@ def arm_rows(result: RunResult) -> list[Row]:
             "student KV effective rank, before / after",
             lambda arm: _before_after(arm, "student_kv_effective_rank"),
         ),
-        _row(result, "real tokens of those processed", lambda arm: _percent(arm.real_token_share)),
+        _row(result, "real tokens of those processed", lambda arm: number_text(arm.real_token_share, ".1%")),
         _row(result, "training time", lambda arm: f"{arm.training_seconds:,.0f} s"),
     ]
     return rows
@@ -157,7 +162,7 @@ def cost_rows(result: RunResult) -> list[tuple[str, str]]:
         speed = f"{teacher.tokens_per_second:,.0f}" if teacher.tokens_per_second else idle
         rows += [
             (f"{teacher.name}: student tokens aligned", f"{teacher.alignment_coverage:.2%}"),
-            (f"{teacher.name}: teacher tokens to each", _number(teacher.alignment_mean_span)),
+            (f"{teacher.name}: teacher tokens to each", number_text(teacher.alignment_mean_span, ".2f")),
             (f"{teacher.name}: student tokens without one", dropped_text(teacher.alignment_dropped)),
             (f"{teacher.name}: texts cut", f"{teacher.truncated_texts:,}"),
             (f"{teacher.name}: tokens per second", speed),
@@ -177,6 +182,22 @@ def dropped_text(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count) or "none"
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, all columns but the first to the right."""
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
+
+
+def number_text(value: float | None, form: str = ".3f") -> str:
+    """A number as ``form`` has it; a dash where there is none."""
+    return "-" if value is None else f"{value:{form}}"
+
+
+def spread_text(found: Spread, form: str = ".3f") -> str:
+    """The mean, and the standard deviation in brackets where there are several values."""
+    deviation = "" if found.deviation is None else f" ({found.deviation:{form.lstrip('+')}})"
+    return f"{found.mean:{form}}{deviation}"
+
+
 def size_text(count: int) -> str:
     """Bytes in MB or GB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
@@ -191,20 +212,8 @@ def _steps(arm: ArmResult, loss: float) -> str:
     return f"not in {arm.steps}" if steps is None else f"{steps} ({steps / arm.steps:.0%})"
 
 
-def _metric(metrics: dict[str, float], name: str) -> str:
-    return f"{metrics[name]:.3f}" if name in metrics else "-"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
 def _share(arm: ArmResult, part: str) -> str:
-    return _percent(arm.gradient_shares.get(part))
+    return number_text(arm.gradient_shares.get(part), ".1%")
 
 
 def _before_after(arm: ArmResult, name: str) -> str:

@@ -11,7 +11,7 @@ from kvgraft.report.evaluation import EVALUATION_FOLDER, read_evaluation
 from kvgraft.report.page.commands import evaluate_command
 from kvgraft.report.page.data import Phrase, TableFigure, Words
 from kvgraft.report.page.evaluation import problems_command
-from kvgraft.report.page.measures import spread_text
+from kvgraft.report.page.measures import values_text
 from kvgraft.report.run_folder import RunFolder
 
 # How many answers were written together changes nothing in them.
@@ -74,7 +74,7 @@ def _table(title: Phrase, measured: Iterable[_Measured], form: str) -> TableFigu
     for arm in dict.fromkeys(arm for arm, _ in found):
         own = [found[arm, seed] for seed in seeds if (arm, seed) in found]
         cells = [found[arm, seed].text if (arm, seed) in found else "-" for seed in seeds]
-        rows.append([arm, *cells, spread_text([one.value for one in own], form)])
+        rows.append([arm, *cells, values_text([one.value for one in own], form)])
     return TableFigure(
         title=title,
         note=Phrase("Of the runs that were evaluated; mean, and in brackets the standard deviation between seeds."),

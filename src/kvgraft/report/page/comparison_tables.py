@@ -6,8 +6,9 @@ from statistics import mean
 
 from kvgraft.compare.comparison import ArmComparison, Comparison
 from kvgraft.compare.verdicts import VerdictKind, p_value_text
-from kvgraft.evaluate.statistics import PairedDifference, Reach, Spread
+from kvgraft.evaluate.statistics import PairedDifference, Reach
 from kvgraft.report.page.data import Phrase, TableFigure, Words
+from kvgraft.report.tables import spread_text
 
 VERDICTS: dict[VerdictKind, Phrase] = {
     "reference": Phrase("what the others are compared with"),
@@ -61,7 +62,7 @@ def seed_table(comparison: Comparison, command: str) -> TableFigure:
         [
             arm.name,
             *(f"{arm.statistics.final.by_seed[seed]:.3f}" for seed in comparison.seeds),
-            _spread(arm.statistics.lowest),
+            spread_text(arm.statistics.lowest),
         ]
         for arm in comparison.arms
     ]
@@ -91,7 +92,7 @@ def _comparison_row(arm: ArmComparison) -> list[Words]:
     return [
         arm.name,
         VERDICTS[arm.verdict.kind],
-        _spread(found.final),
+        spread_text(found.final),
         "-" if found.difference is None else f"{found.difference.mean:+.3f}",
         _interval(found.difference),
         "-"
@@ -101,10 +102,6 @@ def _comparison_row(arm: ArmComparison) -> list[Words]:
         _reach(found.steps_to_target),
         _reach(found.seconds_to_target),
     ]
-
-
-def _spread(found: Spread) -> str:
-    return f"{found.mean:.3f}" + ("" if found.deviation is None else f" ({found.deviation:.3f})")
 
 
 def _interval(found: PairedDifference | None) -> Words:

@@ -9,6 +9,7 @@ from kvgraft.evaluate.statistics import spread
 from kvgraft.report.page.data import Phrase, TableFigure, Words
 from kvgraft.report.page.seeds import SeedMeasurements
 from kvgraft.report.results import ArmResult
+from kvgraft.report.tables import spread_text
 
 Value = Callable[[ArmResult, ArmResult | None], float | None]
 
@@ -104,13 +105,9 @@ def values_of(results: Sequence[SeedMeasurements], arm: str, value: Value) -> li
     return [number for number in values if number is not None]
 
 
-def spread_text(values: Sequence[float], form: str) -> str:
-    """The mean, and the standard deviation in brackets where there are several values."""
-    if not values:
-        return "-"
-    found = spread(dict(enumerate(values)))
-    deviation = "" if found.deviation is None else f" ({found.deviation:{form.lstrip('+')}})"
-    return f"{found.mean:{form}}{deviation}"
+def values_text(values: Sequence[float], form: str) -> str:
+    """:func:`kvgraft.report.tables.spread_text` of ``values``; a dash where there are none."""
+    return spread_text(spread(dict(enumerate(values))), form) if values else "-"
 
 
 def _columns(results: Sequence[SeedMeasurements], measures: Sequence[Measure]) -> tuple[list[Words], list[list[Words]]]:
@@ -124,7 +121,7 @@ def _columns(results: Sequence[SeedMeasurements], measures: Sequence[Measure]) -
         name: Words = arm
         if seeds < len(results):
             name = Phrase("{arm} ({some} of {all} seeds)", {"arm": arm, "some": str(seeds), "all": str(len(results))})
-        rows.append([name, *(spread_text(values[index], measure.form) for measure, values in shown)])
+        rows.append([name, *(values_text(values[index], measure.form) for measure, values in shown)])
     return [Phrase("arm"), *(measure.title for measure, _ in shown)], rows
 
 

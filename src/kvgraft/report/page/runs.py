@@ -14,8 +14,8 @@ from kvgraft.report.page.measures import (
     detail_table,
     difference_to_baseline,
     headline_table,
-    spread_text,
     values_of,
+    values_text,
 )
 from kvgraft.report.page.metrics import main_curves, other_curves, share_curves
 from kvgraft.report.page.seeds import SeedMeasurements, measurements_of
@@ -107,12 +107,12 @@ def _tiles(measured: Sequence[SeedMeasurements]) -> list[Tile]:
     tiles = []
     for arm in [arm for _, arm in against] or arm_names(measured):
         losses = values_of(measured, arm, lambda found, baseline: found.last["loss"])
-        end = Phrase("held-out loss {loss}", {"loss": spread_text(losses, ".3f")})
+        end = Phrase("held-out loss {loss}", {"loss": values_text(losses, ".3f")})
         if differences[arm]:
             label = Phrase("{arm} against the baseline", {"arm": arm})
-            tiles.append(Tile(label, spread_text(differences[arm], "+.3f"), end))
+            tiles.append(Tile(label, values_text(differences[arm], "+.3f"), end))
         else:
-            tiles.append(Tile(arm, spread_text(losses, ".3f"), Phrase("held-out loss after")))
+            tiles.append(Tile(arm, values_text(losses, ".3f"), Phrase("held-out loss after")))
     return tiles[:_TILES]
 
 
