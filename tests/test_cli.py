@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import kvgraft
 from kvgraft.cli import app, main
+from kvgraft.progress import progress_bar
 from kvgraft.recipe import Recipe
 
 runner = CliRunner()
@@ -164,16 +165,23 @@ def test_cache_then_cache_again(recipe_file: Path) -> None:
 
 
 def test_evaluate(recipe_file: Path, tmp_path: Path) -> None:
-    runner.invoke(app, ["train", str(recipe_file), "--output", str(tmp_path / "run")])
-    result = runner.invoke(app, ["evaluate", str(tmp_path / "run"), "--json", "--max-new-tokens", "4"])
+    run = tmp_path / "run [kv] :key:"
+    runner.invoke(app, ["train", str(recipe_file), "--output", str(run)])
+    result = runner.invoke(app, ["evaluate", str(run), "--json", "--max-new-tokens", "4"])
     assert result.exit_code == 0, result.output
     assert [arm["arm"] for arm in json.loads(result.stdout)["arms"]] == ["baseline", "kv"]
-    shown = runner.invoke(app, ["evaluate", str(tmp_path / "run"), "--only", "quality"])
+    shown = runner.invoke(app, ["evaluate", str(run), "--only", "quality"])
     assert "bits_per_byte" in shown.output
-    assert "everything is in" in shown.output
-    noted = runner.invoke(app, ["note", str(tmp_path / "run"), "worth another look"])
+    assert f"everything is in {run}" in shown.output
+    noted = runner.invoke(app, ["note", str(run), "worth another look"])
     assert noted.exit_code == 0, noted.output
-    assert "- worth another look" in (tmp_path / "run" / "experiment.yaml").read_text()
+    assert "- worth another look" in (run / "experiment.yaml").read_text()
+
+
+def test_progress_shows_a_name_with_brackets_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("capturing KV of 7B [/q4]", 1, "tokens") as advance:
+        advance(1)
+    assert "7B [/q4]" in capsys.readouterr().err
 
 
 def test_errors_come_without_a_traceback(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def progress_bar(description: str, total: int, unit: str, done: int = 0) -> Iter
     """
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         _SpeedColumn(),

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 
-from rich.console import Console
 from rich.logging import RichHandler
 
 # isort: off
@@ -29,14 +28,14 @@ from kvgraft.cli import (  # noqa: F401
 )
 
 # isort: on
-from kvgraft.cli.shared import app
+from kvgraft.cli.shared import app, error_console
 
 
 def main() -> None:
     """Entry point of ``kvgraft``: errors meant for users are printed without a traceback."""
     from kvgraft.errors import KVGraftError
 
-    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    handler = RichHandler(console=error_console, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("kvgraft").setLevel(logging.INFO)
     # Bars and warnings of transformers would cut through ours; what matters of them comes back as an error. Set before
@@ -49,7 +48,7 @@ def main() -> None:
     try:
         app()
     except KVGraftError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        error_console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         sys.exit(1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -58,5 +57,5 @@ def main() -> None:
             raise
         else:
             message = f"error: {error.filename}: {error.strerror}; give a place that can be read and written"
-        Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+        error_console.print(message, style="red", highlight=False, soft_wrap=True)
         sys.exit(1)

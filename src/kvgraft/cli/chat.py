@@ -42,7 +42,7 @@ def chat(
     questions = iter(question) if question else _typed()
     for asked in questions:
         for piece in conversation.ask(asked, max_new_tokens):
-            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            console.print(piece, end="", highlight=False, soft_wrap=True)
         console.print()
 
 

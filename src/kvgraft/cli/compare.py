@@ -76,7 +76,7 @@ def compare(
     try:
         comparison = run_comparison(matrix, train=train, overwrite=overwrite)
     except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
-        console.print(f"{stopped or 'stopped'}; go on with: {matrix.command}", markup=False, soft_wrap=True)
+        console.print(f"{stopped or 'stopped'}; go on with: {matrix.command}", soft_wrap=True)
         raise typer.Exit(130) from stopped
     if process_state().is_main_process:
         show(comparison, comparison_tables(comparison), as_json)

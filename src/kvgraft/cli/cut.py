@@ -57,7 +57,6 @@ def cut(
     console.print(
         f"{config.num_hidden_layers} of {config.origin_num_layers} layers of {model} ({config.origin_layers}), "
         f"{channels}{student.num_parameters():,} parameters: {output}",
-        markup=False,
         soft_wrap=True,
     )
 

@@ -54,5 +54,5 @@ def plan(
         console.print("not calibrated: there is less memory free here than the weights alone take", style="yellow")
     if made.problems:
         for problem in () if as_json else made.problems:
-            console.print(f"cannot work: {problem}", style="red", markup=False)
+            console.print(f"cannot work: {problem}", style="red")
         raise typer.Exit(1)

@@ -29,4 +29,4 @@ def report(
 
     path = output or default_place(folders)
     write_page(page_of_folders(folders), path)
-    console.print(f"the report is in {path}; open it in a browser", soft_wrap=True, markup=False)
+    console.print(f"the report is in {path}; open it in a browser", soft_wrap=True)

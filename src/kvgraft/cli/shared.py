@@ -22,7 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+# Names and answers may have [brackets] and :colons:, which are neither markup nor emoji here.
+console = Console(markup=False, emoji=False)
+error_console = Console(stderr=True, markup=False, emoji=False)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/quickstart.yaml.")]
 Overrides = Annotated[
@@ -103,6 +105,6 @@ def resumable(
     except (KeyboardInterrupt, TrainingInterruptedError) as stopped:
         changes = [word for change in overrides or [] for word in ("--set", change)]
         start, end = shlex.join(["kvgraft", command, str(recipe), *changes]), shlex.join(["--output", str(folder)])
-        console.print(f"{stopped or 'stopped'}", markup=False, soft_wrap=True)
-        console.print(f"go on with: {start}{options} {end} --resume", markup=False, soft_wrap=True)
+        console.print(f"{stopped or 'stopped'}", soft_wrap=True)
+        console.print(f"go on with: {start}{options} {end} --resume", soft_wrap=True)
         raise typer.Exit(130) from stopped
