@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -144,5 +144,7 @@ def _known_fields(location: tuple[str | int, ...]) -> str:
             continue
         annotation = section.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
+        # Python 3.10 takes list[...] for a class, of which issubclass then knows nothing.
+        classes = (c for c in candidates if isinstance(c, type) and get_origin(c) is None)
+        section = next((c for c in classes if issubclass(c, BaseModel)), section)
     return f"; known here: {', '.join(section.model_fields)}"
