@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvgraft.distill.losses import KVScale, kv_regression_loss
+from kvgraft.distill.losses import FORMS, KVScale, LossForm, kv_regression_loss
 from kvgraft.distill.objectives import OBJECTIVES, projector_direction
 from kvgraft.kv import KV
 from kvgraft.projector.projector import KVDimensionProjector
@@ -68,6 +68,24 @@ def test_the_default_does_not_collapse() -> None:
     variance, loss = train("student_to_teacher")
     assert variance > 0.5
     assert loss < 0.7  # and it does learn what 6 numbers can tell of 12
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_alternating_has_the_gradients_of_shared(form: LossForm) -> None:
+    torch.manual_seed(0)
+    student = kv_of(*torch.randn(2, LAYERS, TOKENS, STUDENT))
+    teacher = kv_of(*torch.randn(2, LAYERS, TOKENS, TEACHER))
+    scale = KVScale.from_tokens(student, student.mask)
+    student.keys.requires_grad_()
+    projector = KVDimensionProjector({"t": {"d_model": TEACHER, "num_layers": LAYERS}}, STUDENT, dropout=0.0)
+    gradients = []
+    for objective in ("shared", "alternating"):
+        comparisons = OBJECTIVES[objective](projector, "t", student, teacher)
+        losses = [kv_regression_loss(c.predicted, c.target, teacher.mask, scale=scale, form=form) for c in comparisons]
+        moved = [student.keys, *projector.parameters()]
+        gradients.append(torch.autograd.grad(torch.stack(losses).sum(), moved, allow_unused=True))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -42,7 +42,10 @@ def shared(projector: KVDimensionProjector, teacher: str, student_kv: KV, teache
 
 
 def alternating(projector: KVDimensionProjector, teacher: str, student_kv: KV, teacher_kv: KV) -> list[Comparison]:
-    """The guide's objective with each side fitted to the other's detached output."""
+    """The guide's objective with each side fitted to the other's detached output.
+
+    The gradients, and with them what is trained, are those of :func:`shared`; only the loss that is told is twice it.
+    """
     projected, own = projector.project_teacher_kv(teacher, teacher_kv), student_kv.flatten()
     return [Comparison(own, _detach(projected)), Comparison(projected, _detach(own))]
 
