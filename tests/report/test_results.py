@@ -192,6 +192,12 @@ def test_what_a_run_noticed() -> None:
     assert not any("were cut" in note for note in notes)
 
 
+def test_a_teacher_that_stops_before_its_context_is_not_said_to_be_at_it() -> None:
+    teacher = RESULT.teachers[0].model_copy(update={"truncated_texts": 15})
+    (note,) = (note for note in noticed(RESULT.model_copy(update={"teachers": [teacher]})) if "15 texts" in note)
+    assert "twice data.max_length" in note
+
+
 def test_notes_of_people_stay_when_the_log_is_written_again(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is no run folder"):
         add_note(tmp_path, "hello")

@@ -45,7 +45,11 @@ def _truncation(result: RunResult) -> Iterator[str]:
         )
     for teacher in result.teachers:
         if teacher.truncated_texts:
-            yield f"{teacher.name}: {teacher.truncated_texts:,} texts were cut at the teacher's maximum length"
+            # Where it stops is in `teacher_max_length` of prepare; a student that stops sooner has lost nothing by it.
+            yield (
+                f"{teacher.name}: {teacher.truncated_texts:,} texts were read only in part, as far as the teacher's "
+                "context and twice data.max_length reach"
+            )
 
 
 def _signs(arm: ArmResult) -> Iterator[str]:

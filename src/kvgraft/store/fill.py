@@ -36,7 +36,7 @@ _Opened = TypeVar("_Opened", covariant=True)
 class FillReport:
     """What filling cost: tokens and seconds of the teacher's pass, both zero when everything was there.
 
-    ``truncated_texts`` counts the texts of the whole store that were longer than the teacher may read.
+    ``truncated_texts`` counts the texts of the whole store that the teacher read only in part.
     """
 
     tokens: int
