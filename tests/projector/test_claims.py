@@ -150,6 +150,11 @@ def test_stability_needs_seeds() -> None:
     assert verdict(activations(calm[:2], wild[:2], wild[:2]), "most stable") == "not comparable"
 
 
+def test_one_seed_has_no_deviation() -> None:
+    (claim,) = (claim for claim in judge(activations(*[losses(1.0)] * 3)) if "most stable" in claim.claim)
+    assert claim.measured.endswith("unknown of one seed")
+
+
 @pytest.mark.parametrize(("kaiming", "expected"), [(0.1, "reproduced"), (0.3, "not reproduced")])
 def test_kaiming_is_faster(kaiming: float, expected: str) -> None:
     measured = ablation({STANDARD: losses(0.2), KAIMING: losses(kaiming)})

@@ -122,6 +122,7 @@ def _activations(ablation: Ablation) -> list[Judgement]:
     gelu_slower, relu_slower = faster(silu, gelu), faster(silu, relu)
     deviations = {result.name: deviation_of(result.measure("final_loss")) for result in (silu, relu, gelu)}
     spread = ", ".join(f"{name} {deviation:.2g}" for name, deviation in deviations.items())
+    spread = spread if len(ablation.seeds) > 1 else "unknown of one seed"
     several = len(ablation.seeds) > 2
     return [
         Judgement(
