@@ -13,6 +13,7 @@ from kvgraft.data.spans import EncodedText
 from kvgraft.errors import RecipeError
 from kvgraft.identify import IdentifiedModel
 from kvgraft.recipe import Recipe
+from kvgraft.recipe.sections import ACROSS_VOCABULARIES
 from kvgraft.store.fill import store_folder
 from kvgraft.store.fill_logits import LogitStoreToFill
 from kvgraft.store.format import text_fingerprint
@@ -49,7 +50,7 @@ def reads_one_vocabulary(
         RecipeError: they do not, and the logit loss needs it.
     """
     shared = share_vocabulary(own, theirs)
-    if not shared and recipe.logit_loss.form not in ("sorted_probability", "chunk_likelihood"):
+    if not shared and recipe.logit_loss.form not in ACROSS_VOCABULARIES:
         own_ids, their_ids = own.get_vocab(), theirs.get_vocab()
         same = sum(their_ids.get(token) == index for token, index in own_ids.items())
         raise RecipeError(

@@ -21,10 +21,11 @@ def test_every_arm_of_a_recipe_is_known() -> None:
 
 
 def test_controls_come_unless_told_otherwise() -> None:
-    assert names("kv", "linear") == ["baseline", "mismatched", "kv", "linear"]
-    assert names("kv", "baseline") == ["mismatched", "kv", "baseline"]
+    assert names("kv", "linear") == ["baseline", "mismatched", "logits", "kv", "linear"]
+    assert names("kv", "baseline") == ["mismatched", "logits", "kv", "baseline"]
+    assert names("kv", "logits") == ["baseline", "mismatched", "kv", "logits"]
     assert names("kv", "baseline", controls=False) == ["kv", "baseline"]
-    # Nothing here takes knowledge from the teacher, so nothing needs the other control.
+    # Nothing here takes knowledge from the teacher, so nothing needs the other controls.
     assert names("long:baseline training.steps=900") == ["baseline", "long"]
 
 

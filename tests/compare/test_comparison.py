@@ -142,7 +142,8 @@ def test_steps_and_seconds_to_the_baselines_final_loss() -> None:
 def matrix(tmp_path: Path) -> Matrix:
     path = tmp_path / "made.yaml"
     path.write_text(RECIPE, encoding="utf-8")
-    return plan_matrix(path, arms=["kv", "own:projector.dropout=0.3"], seeds=[0, 1, 2], folder=tmp_path / "out")
+    arms = ["baseline", "mismatched", "kv", "own:projector.dropout=0.3"]
+    return plan_matrix(path, arms=arms, seeds=[0, 1, 2], folder=tmp_path / "out", controls=False)
 
 
 FINALS = {"baseline": BASELINE, "kv": [3.77, 3.74, 3.73], "mismatched": [4.62, 4.67, 4.58], "own": [3.8, 3.9, 3.7]}
@@ -206,7 +207,7 @@ def test_tables_say_it(matrix: Matrix) -> None:
 def test_a_comparison_of_one_seed_says_that_there_is_no_interval(tmp_path: Path) -> None:
     path = tmp_path / "made.yaml"
     path.write_text(RECIPE, encoding="utf-8")
-    matrix = plan_matrix(path, arms=["kv"], seeds=[0])
+    matrix = plan_matrix(path, arms=["baseline", "mismatched", "kv"], seeds=[0], controls=False)
     text = comparison_markdown(build_comparison(matrix, results_of(matrix)))
     (row,) = (line for line in text.splitlines() if line.startswith("| kv |") and "not tested" in line)
     assert row.startswith("| kv | 3.770 | -0.410 | none | - | - | 200 |")

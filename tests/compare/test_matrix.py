@@ -8,7 +8,7 @@ import pytest
 
 from kvgraft.compare.matrix import plan_matrix
 from kvgraft.errors import RecipeError
-from kvgraft.recipe import load_recipe
+from kvgraft.recipe import Recipe, load_recipe
 
 RECIPE = """
 name: made
@@ -27,12 +27,13 @@ def recipe(tmp_path: Path) -> Path:
 def test_every_arm_with_every_seed_in_a_folder_of_its_own(recipe: Path) -> None:
     matrix = plan_matrix(recipe, arms=["kv", "linear"], seeds=[3, 4])
     assert [(cell.arm.name, cell.seed) for cell in matrix.cells] == [
-        (arm, seed) for seed in (3, 4) for arm in ("baseline", "mismatched", "kv", "linear")
+        (arm, seed) for seed in (3, 4) for arm in ("logits", "baseline", "mismatched", "kv", "linear")
     ]
-    assert len({cell.folder for cell in matrix.cells}) == 8
+    assert len({cell.folder for cell in matrix.cells}) == 10
     assert matrix.cells[-1].folder == Path("runs/made-comparison/linear/seed-4")
     assert {cell.recipe.store.path for cell in matrix.cells} == {Path("stores")}
-    assert matrix.notes == ()
+    (note,) = matrix.notes
+    assert note.startswith("logits: student and teachers have different vocabularies")
 
 
 def test_arms_that_learn_from_stored_logits_run_first(recipe: Path) -> None:
@@ -76,20 +77,39 @@ def test_the_command_of_the_whole(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_the_recipes_own_arms_by_default(recipe: Path) -> None:
-    assert [arm.name for arm in plan_matrix(recipe).arms] == ["mismatched", "baseline", "kv"]
+    assert [arm.name for arm in plan_matrix(recipe).arms] == ["mismatched", "logits", "baseline", "kv"]
 
 
 def test_what_is_the_same_under_this_recipe_runs_once(recipe: Path) -> None:
     matrix = plan_matrix(recipe, arms=["elastic_1.0", "kv", "per_layer"])
-    assert [arm.name for arm in matrix.arms] == ["baseline", "mismatched", "elastic_1.0"]
+    assert [arm.name for arm in matrix.arms] == ["baseline", "mismatched", "logits", "elastic_1.0"]
     assert matrix.notes[0] == "kv is left out: under this recipe it is what elastic_1.0 is"
     kept = plan_matrix(recipe, arms=["elastic_1.0", "kv"], against="kv")
-    assert [arm.name for arm in kept.arms] == ["baseline", "mismatched", "kv"]
+    assert [arm.name for arm in kept.arms] == ["baseline", "mismatched", "logits", "kv"]
+
+
+def test_the_control_by_logits_takes_the_models_vocabularies(
+    tiny_fields: dict, tiny_teacher: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+
+    def changes(student: Path, arms: list[str], **parts: object) -> tuple[str, ...]:
+        path.write_text(Recipe.model_validate({**tiny_fields, "student": {"model": str(student)}, **parts}).to_yaml())
+        (logits,) = (arm for arm in plan_matrix(path, arms=arms).arms if arm.name == "logits")
+        return logits.overrides
+
+    chunks = "logit_loss.form=chunk_likelihood"
+    assert changes(tiny_teacher, ["kv"]) == ()
+    assert changes(tiny_student, ["kv"])[0] == chunks
+    assert changes(tiny_student, ["kv"], kv_loss={"gradient_share": 0.8})[-1] == "kv_loss.gradient_share=null"
+    assert changes(tiny_student, ["kv"], logit_loss={"form": "sorted_probability"}) == ()
+    # One that is asked for is as the recipe says.
+    assert changes(tiny_student, ["kv", "logits"]) == ()
 
 
 def test_what_the_baseline_could_change_too_is_said(recipe: Path) -> None:
     arms = ["fast:training.learning_rate=1e-3", "sharp:training.projector_learning_rate=1e-2"]
-    (note,) = plan_matrix(recipe, arms=arms).notes
+    _, note = plan_matrix(recipe, arms=arms).notes
     assert note.startswith("fast changes training.learning_rate, which cross-entropy alone could change too")
 
 

@@ -126,6 +126,6 @@ def test_a_comparison_can_tell_what_they_are_worth(tiny_recipe: Callable[..., Re
     path.write_text(tiny_recipe().to_yaml())
     arms = [f"{name}:{arm} student.embeddings_from={TEACHER}" for name, arm in (("own", "baseline"), ("both", "kv"))]
     matrix = plan_matrix(path, arms=["kv", *arms], seeds=[0], folder=tmp_path)
-    assert [arm.name for arm in matrix.arms] == ["baseline", "mismatched", "kv", "own", "both"]
+    assert [arm.name for arm in matrix.arms] == ["baseline", "mismatched", "logits", "kv", "own", "both"]
     # Cross-entropy alone could start from them too, and here does.
-    assert [note.split()[0] for note in matrix.notes] == ["both"]
+    assert [note.split()[0] for note in matrix.notes] == ["logits:", "both"]

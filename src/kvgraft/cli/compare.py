@@ -30,7 +30,7 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="Folder; default runs/NAME-comparison.")] = None,
     against: Annotated[str, typer.Option(metavar="ARM", help="What the arms are compared with.")] = BASELINE,
     controls: Annotated[
-        bool, typer.Option("--controls/--no-controls", help="Add cross-entropy alone and KV of another text.")
+        bool, typer.Option("--controls/--no-controls", help="Add cross-entropy alone, KV of another text and logits.")
     ] = True,
     print_commands: Annotated[
         bool, typer.Option("--print-commands", help="Run nothing: print one command for each run, for a job array.")

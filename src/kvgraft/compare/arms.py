@@ -14,6 +14,8 @@ from kvgraft.recipe.sections import Arm
 BASELINE: Final = "baseline"
 # KV of another text. What an arm gains that this one gains too is not the teacher's knowledge of the text.
 MISMATCHED: Final = "mismatched"
+# What the teacher can teach without its KV.
+LOGITS: Final = "logits"
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 # Each arm is trained with a seed of the comparison's, into a folder of its own.
 _SET_BY_THE_COMPARISON = ("arms", "seed", "name")
@@ -46,7 +48,7 @@ KNOWN_ARMS = {
         ComparisonArm("kv", "with the teacher's KV, as the recipe says"),
         ComparisonArm(MISMATCHED, "control: KV of another text", MISMATCHED, control=None),
         ComparisonArm("shared_objective", "the guide's objective, both sides trained on one loss", "shared_objective"),
-        ComparisonArm("logits", "with the teacher's logits instead of its KV", "logits", control=None),
+        ComparisonArm(LOGITS, "with the teacher's logits instead of its KV", LOGITS, control=None),
         ComparisonArm("kv_logits", "with the teacher's KV and its logits", "kv_logits"),
         ComparisonArm("linear", "linear adapters", overrides=("projector.mlp_ratio=linear",)),
         ComparisonArm("elastic_0.5", "Elastic Bottleneck of ratio 0.5", overrides=("projector.mlp_ratio=0.5",)),
@@ -86,6 +88,8 @@ def choose_arms(specifications: Sequence[str], *, controls: bool = True) -> list
         repeated = sorted({arm.name for arm in arms if sum(arm.name == other.name for other in arms) > 1})
         raise RecipeError(f"two arms are named {', '.join(repeated)}; give each its own name")
     needed = {BASELINE, *(arm.control for arm in arms)} if controls else set()
+    if MISMATCHED in needed:
+        needed.add(LOGITS)
     return [arm for name, arm in KNOWN_ARMS.items() if name in needed - named] + arms
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvgraft.compare.arms import BASELINE, ComparisonArm, choose_arms
+from kvgraft.compare.arms import BASELINE, LOGITS, ComparisonArm, choose_arms
 from kvgraft.errors import RecipeError
 from kvgraft.recipe import Recipe, load_recipe
+from kvgraft.recipe.sections import ACROSS_VOCABULARIES
 
 # What a loss is measured on; another makes another scale.
 _SAME_FOR_ALL = ("data", "student.model", "student.revision", "student.tokenizer", "student.vocab_size")
@@ -78,7 +79,8 @@ def plan_matrix(
         RecipeError: an arm or a recipe that cannot be run as written, or arms whose losses do not compare.
     """
     base = load_recipe(recipe, list(overrides))
-    chosen = choose_arms(arms or base.arms, controls=controls)
+    named = arms or base.arms
+    chosen = choose_arms(named, controls=controls)
     folder = folder or Path("runs") / f"{base.name}-comparison"
     _require_distinct(seeds)
     if against not in {arm.name for arm in chosen}:
@@ -87,6 +89,9 @@ def plan_matrix(
             "them; add it to --arms, or name one of them with --against"
         )
     kept, notes = _without_repeats(chosen, recipe, overrides, against)
+    if LOGITS not in named:
+        kept, of_logits = _with_usable_logits(kept, base)
+        notes += of_logits
     for arm in kept:
         notes += _notes_on(arm, base, load_recipe(recipe, [*overrides, *arm.overrides]))
     for note in notes:
@@ -101,6 +106,36 @@ def plan_matrix(
         cells=tuple(sorted(cells, key=lambda cell: (seeds.index(cell.seed), not cell.recipe.stores_log_probs))),
         notes=tuple(notes),
         command=_command(recipe, overrides, arms, seeds, folder, against, controls),
+    )
+
+
+def _with_usable_logits(arms: Sequence[ComparisonArm], recipe: Recipe) -> tuple[list[ComparisonArm], list[str]]:
+    """``arms``, the control by logits in a form that the vocabularies of student and teachers allow; a note if so."""
+    if LOGITS not in {arm.name for arm in arms} or _logits_can_be_compared(recipe):
+        return list(arms), []
+    # As in recipes/gsm8k.yaml.
+    changes = ["logit_loss.form=chunk_likelihood", "logit_loss.temperature=100", "logit_loss.gradient_share=0.3"]
+    if recipe.kv_loss.gradient_share is not None:
+        # Of a part that this arm has not; both shares might leave nothing to cross-entropy.
+        changes.append("kv_loss.gradient_share=null")
+    note = (
+        f"{LOGITS}: student and teachers have different vocabularies; this control compares the likelihoods of chunks "
+        f"of text ({', '.join(changes)})"
+    )
+    return [replace(arm, overrides=tuple(changes)) if arm.name == LOGITS else arm for arm in arms], [note]
+
+
+def _logits_can_be_compared(recipe: Recipe) -> bool:
+    if recipe.logit_loss.form in ACROSS_VOCABULARIES:
+        return True
+    # Imported here, since a mistake in the recipe is told without waiting for them.
+    from kvgraft.align.predictions import share_vocabulary
+    from kvgraft.models.loading import load_tokenizer
+    from kvgraft.prepare import existing_tokenizer
+
+    own = existing_tokenizer(recipe)
+    return own is not None and all(
+        share_vocabulary(own, load_tokenizer(teacher.model, teacher.revision)) for teacher in recipe.teachers
     )
 
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Objective = Literal["student_to_teacher", "teacher_to_student", "alternating", "shared", "relational"]
 Arm = Literal["baseline", "kv", "mismatched", "shared_objective", "logits", "kv_logits"]
 LogitForm = Literal["forward_kl", "reverse_kl", "jsd", "sorted_probability", "chunk_likelihood"]
+# Of these, those that compare models of different vocabularies too.
+ACROSS_VOCABULARIES: tuple[LogitForm, ...] = ("sorted_probability", "chunk_likelihood")
 Schedule = Literal["constant", "linear_decay"]
 Combination = Literal["mean", "weights", "learned", "confidence"]
 TokenPolicy = Literal["cover", "causal", "mean"]

@@ -18,7 +18,8 @@ def make_comparison(folder: Path, seeds: tuple[int, ...] = (0, 1), arms: tuple[s
     folder.mkdir(parents=True)
     recipe = folder / "made.yaml"
     recipe.write_text(Recipe.model_validate(RECIPE).to_yaml(), encoding="utf-8")
-    matrix = plan_matrix(recipe, arms=arms, seeds=seeds, folder=folder)
+    controls = [name for name in ("baseline", "mismatched") if name not in arms]
+    matrix = plan_matrix(recipe, arms=[*controls, *arms], seeds=seeds, folder=folder, controls=False)
     results = {}
     names = [arm.name for arm in matrix.arms]
     for cell in matrix.cells:
