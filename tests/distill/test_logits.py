@@ -219,6 +219,18 @@ def test_sorted_probabilities_are_compared_with_zeros_for_what_is_missing(vocabu
     )
 
 
+def test_sorted_top_probabilities_beyond_the_students_vocabulary_count() -> None:
+    s = sides(vocabulary=60)
+    log_probs, ids = s.teacher.logits(slice(None)).log_softmax(-1).sort(-1, descending=True)
+    target = TopTarget(ids[:, :50], log_probs[:, :50], log_probs[:, 50:].logsumexp(-1))
+    # The student's tokens are all compared, so that nothing is lost by the rest.
+    require_equal(
+        lambda: sorted_probability_loss(s.hidden, s.head, target),
+        lambda: sorted_probability_loss(s.hidden, s.head, s.teacher),
+        s.leaves,
+    )
+
+
 def test_sorted_top_probabilities_and_the_rest() -> None:
     s = sides(vocabulary=50)
     log_probs, ids = s.teacher.logits(slice(None)).log_softmax(-1).topk(5, -1)

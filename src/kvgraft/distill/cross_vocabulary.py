@@ -44,7 +44,9 @@ def sorted_probability_loss(
             found, order = probabilities.sort(-1, descending=True)
         else:
             width = min(target.log_probs.shape[-1], head.vocabulary)
-            expected = torch.cat([target.log_probs[rows, :width], target.rest[rows, None]], -1).float().exp()
+            expected = torch.cat([target.log_probs[rows], target.rest[rows, None]], -1).float().exp()
+            # What the student has no token for is part of the teacher's rest.
+            expected = torch.cat([expected[:, :width], expected[:, width:].sum(-1, keepdim=True)], -1)
             found, order = probabilities.topk(width, -1)
             found = torch.cat([found, 1 - found.sum(-1, keepdim=True)], -1)
         surplus = expected.shape[-1] - found.shape[-1]
