@@ -1,5 +1,6 @@
 """The bottleneck's backward pass by hand against autograd."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -85,3 +86,23 @@ def test_what_came_in_is_left_as_it_was() -> None:
     by_hand(adapter, x, arriving, dropout, set(dict(adapter.named_parameters())))
     for tensor, copy in zip((x, arriving, dropout), before, strict=True):
         assert torch.equal(tensor, copy)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiles_in_bfloat16_to_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    adapter = ElasticBottleneck(8, 16, dropout=0.0, num_layers=2, skip=True)
+    parameters = {name: parameter.detach() for name, parameter in adapter.named_parameters()}
+
+    def gradients(x: Tensor, arriving: Tensor) -> list[Tensor]:
+        found = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        by_hand = BottleneckByHand(adapter, parameters, found)
+        output = by_hand.forward(x)
+        by_hand.backward((output.float() * arriving).to(output.dtype), True)
+        return list(found.values())
+
+    x, arriving = torch.randn(2, 37, 8), torch.randn(2, 37, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, compiled = gradients(x, arriving), torch.compile(gradients)(x, arriving)
+    for one, other in zip(plain, compiled, strict=True):
+        assert (one - other).norm() <= 5e-2 * one.norm()

@@ -102,7 +102,8 @@ class BottleneckByHand:
         elif weight is not None:
             _add_product(weight, gradient.transpose(1, 2), rows)
         if bias is not None:
-            bias.add_(gradient.sum(-2))
+            # Not summed in autocast's dtype, of which a compiled sum that is rounded twice is no valid C++.
+            bias.add_(gradient.sum(-2, dtype=bias.dtype))
 
     def _normalise(self) -> Tensor:
         if "norm.weight" not in self.parameters:
