@@ -127,6 +127,22 @@ def test_recipes_of_the_repository_are_valid(path: Path) -> None:
     assert load_recipe(path).name == path.stem
 
 
+def test_a_preset_stands_for_its_settings(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+
+    def settings(projector: str, *overrides: str) -> tuple[object, float, str]:
+        found = load_recipe(path, [f"projector={projector}", *overrides]).projector
+        return found.mlp_ratio, found.dropout, found.init_method
+
+    assert settings("{preset: enhanced}") == (2.0, 0.15, "xavier")
+    assert settings("{preset: enhanced, dropout: 0.0}") == (2.0, 0.0, "xavier")
+    written = "{mlp_ratio: 4.0, init_method: least_squares}"
+    assert settings(written, "projector.preset=fast") == (0.5, 0.1, "xavier")
+    assert settings(written, "projector.preset=fast", "projector.mlp_ratio=3") == (3.0, 0.1, "xavier")
+    with pytest.raises(RecipeError, match="preset is one of fast, standard, enhanced; got 'quick'"):
+        settings("{preset: quick}")
+
+
 def test_a_list_is_changed_by_number(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("teachers: [{name: a, model: b}]\n")
     with pytest.raises(RecipeError, match=r"teachers is a list of 1; name one by number, as teachers\.0\.name"):

@@ -9,9 +9,9 @@ from pydantic import BaseModel
 
 from kvgraft.kv import KVGeometry
 from kvgraft.models.known import KnownModel, known_models
+from kvgraft.projector.presets import PRESETS
 from kvgraft.projector.sizing import (
     FLOAT32_BYTES,
-    PRESETS,
     TRAINING_COPIES,
     SizingAdvice,
     adapter_parameters,

@@ -3,8 +3,9 @@ import torch
 
 from kvgraft.errors import ProjectorError
 from kvgraft.projector.adapters import ElasticBottleneck
+from kvgraft.projector.presets import PRESETS
 from kvgraft.projector.projector import KVDimensionProjector
-from kvgraft.projector.sizing import PRESETS, adapter_parameters, advise, auto_mlp_ratio
+from kvgraft.projector.sizing import adapter_parameters, advise, auto_mlp_ratio
 
 B = 10**9
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kvgraft.errors import ProjectorError
-from kvgraft.projector.adapters import InitMethod, hidden_width
+from kvgraft.projector.adapters import hidden_width
+from kvgraft.projector.presets import PRESETS
 from kvgraft.projector.settings import Direction, whole_number
 
 BILLION = 10**9
@@ -16,28 +17,11 @@ TRAINING_COPIES = 4
 
 
 @dataclass(frozen=True)
-class Preset:
-    """One of the guide's three schemes."""
-
-    mlp_ratio: float
-    dropout: float
-    init_method: InitMethod
-    suits: str
-
-
-PRESETS: dict[str, Preset] = {
-    "fast": Preset(0.5, 0.1, "xavier", "teachers under 14B"),
-    "standard": Preset(1.0, 0.1, "xavier", "teachers of 14B to 30B"),
-    "enhanced": Preset(2.0, 0.15, "xavier", "teachers of 30B to 70B"),
-}
-
-
-@dataclass(frozen=True)
 class SizingAdvice:
     """What to set, why, and what it takes.
 
     Attributes:
-        preset: name in :data:`PRESETS` whose ``mlp_ratio`` is advised.
+        preset: name in :data:`kvgraft.projector.presets.PRESETS` whose ``mlp_ratio`` is advised.
         mlp_ratio, dropout: the settings.
         reasons: one sentence for each decision.
         adapter_parameters: numbers in one adapter, one map of keys or of values (all its layers where per layer).

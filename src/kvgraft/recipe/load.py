@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kvgraft.errors import RecipeError
+from kvgraft.projector.presets import PRESETS
 from kvgraft.recipe.recipe import Recipe
 
 
@@ -34,7 +36,9 @@ class _RecipeLoader(yaml.SafeLoader):
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read ``path`` and apply ``overrides`` of the form ``a.b=value`` (lists by index: ``teachers.0.model=...``).
 
-    ``path`` is a recipe, or the ``experiment.yaml`` of a run, which is then repeated.
+    ``path`` is a recipe, or the ``experiment.yaml`` of a run, which is then repeated. ``projector.preset`` stands for
+    its settings (:data:`kvgraft.projector.presets.PRESETS`): those beside it in the file win over it, and as an
+    override it wins over the file.
 
     Raises RecipeError naming the file, the line where it can be told, the field, and what would be right.
     """
@@ -54,8 +58,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     inside = _place_of_recipe(content, path)
     for part in inside:
         content = content[part]
+    _write_out_preset(content, wins=False)
     for override in overrides or []:
         _apply_override(content, override)
+        _write_out_preset(content, wins=override.startswith("projector.preset="))
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -73,6 +79,18 @@ def _place_of_recipe(content: dict[str, Any], path: Path) -> tuple[str, ...]:
             "the same run"
         )
     return ("environment", "recipe")
+
+
+def _write_out_preset(content: dict[str, Any], *, wins: bool) -> None:
+    """Settings in place of a ``projector.preset``; those that stand beside it give way where it ``wins``."""
+    projector = content.get("projector")
+    if not isinstance(projector, dict) or "preset" not in projector:
+        return
+    name = projector.pop("preset")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise RecipeError(f"projector.preset is one of {', '.join(PRESETS)}; got {name!r}")
+    settings = asdict(PRESETS[name])
+    content["projector"] = projector | settings if wins else settings | projector
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

@@ -179,7 +179,8 @@ class ProjectorRecipe(Section):
     """The adapters between the two widths. ``mlp_ratio: linear`` is one linear map, without the bottleneck.
 
     ``init_method: identity`` starts from the KV as it is, for a student cut from its teacher; ``least_squares`` from
-    the best linear map.
+    the best linear map. In a file or an override, ``preset: fast``, ``standard`` or ``enhanced`` stands for the first
+    three fields as in the founding guide (docs/mlp-ratio.md).
     """
 
     mlp_ratio: Annotated[float, Field(gt=0)] | Literal["auto", "linear"] = 1.0
