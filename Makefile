@@ -34,7 +34,7 @@ demo: setup ## the main job on its embedded defaults, in a run folder of its own
 	$(BIN)/kvgraft train recipes/quickstart.yaml --output runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: models ## all tests, on two processes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 bench: models ## speed and size: tables, and benchmarks.json; give the machine nothing else to do
 	$(BIN)/python benchmarks/run.py --output benchmarks.json

@@ -3,6 +3,7 @@
 They check arithmetic and plumbing, not worth; what claims worth runs on real weights (tests/integration, benchmarks).
 """
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,12 @@ from kvgraft.data.word_problems import generate
 from kvgraft.recipe import Recipe, StudentRecipe
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    # accelerate collects garbage after every training; what is imported is none, and takes a third of a second.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
