@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils.logging import is_progress_bar_enabled
 from typer.testing import CliRunner
 
 import kvgraft
 from kvgraft.cli import app, main
+from kvgraft.cli.shared import hide_bars_of_transformers
 from kvgraft.progress import progress_bar
 from kvgraft.recipe import Recipe
 
@@ -35,7 +38,6 @@ def test_a_warning_of_the_hub_is_printed_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "argv", ["kvgraft", "--help"])
     # Set by main() too, for longer than this test.
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     printed = io.StringIO()
     hub = logging.getLogger("huggingface_hub")
     monkeypatch.setattr(hub, "propagate", True)
@@ -209,6 +211,18 @@ def test_help_and_a_mistake_in_a_recipe_do_not_wait_for_large_libraries() -> Non
         done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
         assert done.stdout.splitlines()[-1] == "[]"
         assert done.returncode == ("absent.yaml" in command)
+
+
+def test_what_the_hub_sends_keeps_its_bar() -> None:
+    try:
+        hide_bars_of_transformers()
+        assert not is_progress_bar_enabled()
+        assert not are_progress_bars_disabled()
+        disable_progress_bars()
+        hide_bars_of_transformers()
+        assert are_progress_bars_disabled()
+    finally:
+        enable_progress_bars()
 
 
 def test_the_package_names_what_it_offers() -> None:

@@ -38,10 +38,8 @@ def main() -> None:
     handler = RichHandler(console=error_console, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("kvgraft").setLevel(logging.INFO)
-    # Bars and warnings of transformers would cut through ours; what matters of them comes back as an error. Set before
-    # it is imported, which takes seconds that `--help` has no use for.
+    # Warnings of transformers would cut through our bars; what matters of them comes back as an error.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # These two print their warnings themselves; our handler would print each once more.
     for library in ("huggingface_hub", "datasets"):
         logging.getLogger(library).propagate = False

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvgraft.cli.shared import app, console
+from kvgraft.cli.shared import app, console, hide_bars_of_transformers
 
 
 @app.command()
@@ -38,6 +38,7 @@ def chat(
     """
     from kvgraft.graft.chat import open_conversation, text_files
 
+    hide_bars_of_transformers()
     conversation = open_conversation(run_folder, text_files(document), graft)
     questions = iter(question) if question else _typed()
     for asked in questions:

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from kvgraft.cli.shared import AsJson, Overrides, RecipePath, SeveralValues, app, console, show, whole_numbers
+from kvgraft.cli.shared import (
+    AsJson,
+    Overrides,
+    RecipePath,
+    SeveralValues,
+    app,
+    console,
+    hide_bars_of_transformers,
+    show,
+    whole_numbers,
+)
 from kvgraft.compare.arms import BASELINE, KNOWN_ARMS
 
 
@@ -73,6 +83,7 @@ def compare(
     from kvgraft.processes import process_state
     from kvgraft.report.comparison import comparison_tables
 
+    hide_bars_of_transformers()
     try:
         comparison = run_comparison(matrix, train=train, overwrite=overwrite)
     except (KeyboardInterrupt, TrainingInterruptedError) as stopped:

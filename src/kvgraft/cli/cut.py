@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvgraft.cli.shared import Overwrite, app, console
+from kvgraft.cli.shared import Overwrite, app, console, hide_bars_of_transformers
 
 
 @app.command()
@@ -40,6 +40,7 @@ def cut(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r} must be float32, bfloat16 or float16")
+    hide_bars_of_transformers()
     student = write_cut(
         model,
         output,

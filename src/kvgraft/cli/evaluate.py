@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvgraft.cli.shared import AsJson, app, console, show
+from kvgraft.cli.shared import AsJson, app, console, hide_bars_of_transformers, show
 
 
 @app.command()
@@ -45,6 +45,7 @@ def evaluate(
     from kvgraft.evaluate.run import evaluate as evaluate_run
     from kvgraft.report.evaluation import EVALUATION_FOLDER, evaluation_tables
 
+    hide_bars_of_transformers()
     settings = EvaluationSettings(
         only=only or (),
         data=data,

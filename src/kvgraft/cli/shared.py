@@ -67,7 +67,20 @@ def recipe_at(path: Path, overrides: list[str] | None) -> Recipe:
     """The recipe of a command, read before what takes seconds to import, so that a mistake in it is told at once."""
     from kvgraft.recipe import load_recipe
 
-    return load_recipe(path, overrides)
+    recipe = load_recipe(path, overrides)
+    hide_bars_of_transformers()
+    return recipe
+
+
+def hide_bars_of_transformers() -> None:
+    """Leave out the bars of loading and saving weights, which cut through ours. What the hub sends keeps its own."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    hub_has_bars = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if hub_has_bars:
+        enable_progress_bars()
 
 
 def require_recipe_for(overrides: list[str] | None, recipe: Path | None) -> None:
