@@ -66,9 +66,10 @@ def test_real_kv_carries_no_warning(measured: Ablation, tmp_path: Path) -> None:
 
 
 def test_tables_print(measured: Ablation) -> None:
-    console = Console(width=200)
+    console = Console(width=200, markup=False)  # as that of the commands
     with console.capture() as captured:
         console.print(*ablation_tables(ablation_report(measured, judge(measured))), sep="\n")
     text = captured.get()
     for shown in ("width (80 to 24", "layer_norm (80 to 24", "what the guide claims", "6.09", "not comparable"):
         assert shown in text
+    assert "[/]" not in text

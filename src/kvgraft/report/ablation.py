@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from kvgraft.projector.ablation import CONVERGENCE_RULE, Ablation, ArmResult, Measure, measure_of
 from kvgraft.projector.scenario import SYNTHETIC_WARNING
@@ -65,8 +66,8 @@ def claims_table(claims: Sequence[Judgement]) -> Table:
     for column in CLAIM_COLUMNS:
         table.add_column(column)
     for claim in claims:
-        style = _VERDICT_STYLES[claim.verdict]
-        table.add_row(claim.claim, claim.guide, claim.measured, f"[{style}]{claim.verdict}[/]", claim.why)
+        verdict = Text(claim.verdict, style=_VERDICT_STYLES[claim.verdict])
+        table.add_row(claim.claim, claim.guide, claim.measured, verdict, claim.why)
     return table
 
 

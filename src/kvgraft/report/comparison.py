@@ -8,6 +8,7 @@ from statistics import mean
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from kvgraft.compare.comparison import ArmComparison, Comparison
 from kvgraft.compare.verdicts import VerdictKind, p_value_text
@@ -42,8 +43,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         table.add_column(label, justify="right", overflow="fold")
     table.add_column("verdict", overflow="fold")
     for arm in comparison.arms:
-        words = f"[{_STYLES.get(arm.verdict.kind, 'yellow')}]{arm.verdict.words}[/]"
-        table.add_row(arm.name, *(cell(arm) for _, cell in columns), words)
+        verdict = Text(arm.verdict.words, style=_STYLES.get(arm.verdict.kind, "yellow"))
+        table.add_row(arm.name, *(cell(arm) for _, cell in columns), verdict)
     table.caption = _legend(comparison)
     return [table]
 
