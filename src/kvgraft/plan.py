@@ -33,6 +33,7 @@ from kvgraft.prepare import (
     load_examples_of,
     load_student_config,
     student_context_problem,
+    student_vocabulary_problem,
     teacher_max_length,
 )
 from kvgraft.prepare_kv import not_stored
@@ -187,12 +188,8 @@ def _student_problems(
 ) -> list[str]:
     too_long = student_context_problem(recipe, config)
     problems = [] if too_long is None else [too_long]
-    vocab_size = config.get_text_config().vocab_size
-    if tokenizer is not None and len(tokenizer) > vocab_size:
-        problems.append(
-            f"the student's tokenizer has {len(tokenizer)} entries and its model only {vocab_size}; "
-            "name the tokenizer that belongs to the model"
-        )
+    too_many = None if tokenizer is None else student_vocabulary_problem(config, tokenizer)
+    problems += [] if too_many is None else [too_many]
     if train_texts < recipe.training.batch_size and recipe.training.tokens_per_batch is None:
         problems.append(
             f"training.batch_size {recipe.training.batch_size} is more than the {train_texts} training texts; lower it"

@@ -247,12 +247,9 @@ def existing_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
     # The revision is one of the model's repository.
     tokenizer = loading.load_tokenizer(student.tokenizer, student.revision if student.tokenizer == origin else None)
     if origin is not None:
-        embeddings = loading.load_config(origin, student.revision).get_text_config().vocab_size
-        if len(tokenizer) > embeddings:
-            raise RecipeError(
-                f"student.tokenizer {student.tokenizer} has {len(tokenizer):,} tokens and {origin} embeddings of "
-                f"{embeddings:,}; name one of at most as many tokens, or leave it out for the model's own"
-            )
+        too_many = student_vocabulary_problem(loading.load_config(origin, student.revision), tokenizer)
+        if too_many is not None:
+            raise RecipeError(too_many)
     return tokenizer
 
 
@@ -340,6 +337,17 @@ def student_context_problem(recipe: Recipe, config: PretrainedConfig) -> str | N
     return (
         f"data.max_length {recipe.data.max_length} is longer than the student's context {context}; "
         f"set it to at most {context}"
+    )
+
+
+def student_vocabulary_problem(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What to tell where ``tokenizer`` gives ids that the student of ``config`` has not; None where it does not."""
+    embeddings = config.get_text_config().vocab_size
+    if len(tokenizer) <= embeddings:
+        return None
+    return (
+        f"the student's tokenizer has {len(tokenizer):,} tokens and its model embeddings of {embeddings:,}; name one "
+        "of at most as many tokens in student.tokenizer, or leave that out for the model's own"
     )
 
 
