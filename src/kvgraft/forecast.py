@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from kvgraft.calibration import ArmCalibration, Calibration, TeacherCalibration, calibrate
-from kvgraft.distill.arms import SHARE_MEASUREMENTS
+from kvgraft.distill.arms import SHARE_MEASUREMENTS, WITHOUT_KV
 from kvgraft.memory import PeakMemory
 from kvgraft.plan import Forecast
 from kvgraft.recipe import Recipe, TrainingRecipe
@@ -43,7 +43,7 @@ def _peak_memory(calibration: Calibration) -> PeakMemory:
     # Training reads the stores through maps of their files; while they are made, what is captured goes to the disk at
     # once.
     mapped = sum(_more_bytes(teacher) for teacher in capture.teachers.values())
-    with_kv = any(arm not in ("baseline", "logits") for arm in training.arms)
+    with_kv = any(arm not in WITHOUT_KV for arm in training.arms)
     return capture.peak.at_least(_with_more(training.peak, mapped if with_kv else 0))
 
 

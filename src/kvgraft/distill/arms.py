@@ -28,13 +28,13 @@ from kvgraft.processes import on_cpu, process_state
 from kvgraft.progress import progress_bar
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Arm, Recipe
+from kvgraft.recipe.sections import LOGIT_ARMS
 from kvgraft.report.log import read_metrics
 from kvgraft.report.results import METRICS_FILE
 
 STUDENT_FOLDER = "student"
 SHARE_MEASUREMENTS = 10
-_WITHOUT_KV: tuple[Arm, ...] = ("baseline", "logits")
-_WITH_LOGITS: tuple[Arm, ...] = ("logits", "kv_logits")
+WITHOUT_KV: tuple[Arm, ...] = ("baseline", "logits")
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,17 @@ class ArmData:
         """Training text as ``arm`` sees it."""
         return DistillationDataset(
             self.train,
-            [] if arm in _WITHOUT_KV else self.train_sources,
+            [] if arm in WITHOUT_KV else self.train_sources,
             mismatch_seed=seed if arm == "mismatched" else None,
-            logit_sources=self.train_logit_sources if arm in _WITH_LOGITS else [],
+            logit_sources=self.train_logit_sources if arm in LOGIT_ARMS else [],
         )
 
     def held_out_set(self, arm: Arm) -> DistillationDataset:
         """Held-out text as ``arm`` sees it; its KV is always its own."""
         return DistillationDataset(
             self.held_out,
-            [] if arm in _WITHOUT_KV else self.held_out_sources,
-            logit_sources=self.held_out_logit_sources if arm in _WITH_LOGITS else [],
+            [] if arm in WITHOUT_KV else self.held_out_sources,
+            logit_sources=self.held_out_logit_sources if arm in LOGIT_ARMS else [],
         )
 
     @property
@@ -83,11 +83,11 @@ def build_arm(recipe: Recipe, arm: Arm, data: ArmData) -> DistillationModel:
         recipe,
         data.make_student(),
         recipe.kv_loss.model_copy(update={"objective": objective}),
-        {} if arm in _WITHOUT_KV else data.layer_maps,
+        {} if arm in WITHOUT_KV else data.layer_maps,
         data.teacher_configs,
         data.train_set(arm, recipe.seed),
         data.collator,
-        data.logits if arm in _WITH_LOGITS else None,
+        data.logits if arm in LOGIT_ARMS else None,
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kvgraft.align.evidence import EVIDENCE_METHODS
 from kvgraft.recipe.sections import (
+    LOGIT_ARMS,
     AlignmentRecipe,
     Arm,
     DataRecipe,
@@ -138,7 +139,7 @@ class Recipe(Section):
     @property
     def needs_log_probs(self) -> bool:
         """Whether an arm learns from what teachers say comes next."""
-        return bool({"logits", "kv_logits"} & set(self.arms))
+        return bool(set(LOGIT_ARMS) & set(self.arms))
 
     @property
     def stores_log_probs(self) -> bool:

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Objective = Literal["student_to_teacher", "teacher_to_student", "alternating", "shared", "relational"]
 Arm = Literal["baseline", "kv", "mismatched", "shared_objective", "logits", "kv_logits"]
+# Those that learn from what teachers say comes next.
+LOGIT_ARMS: tuple[Arm, ...] = ("logits", "kv_logits")
 LogitForm = Literal["forward_kl", "reverse_kl", "jsd", "sorted_probability", "chunk_likelihood"]
 # Of these, those that compare models of different vocabularies too.
 ACROSS_VOCABULARIES: tuple[LogitForm, ...] = ("sorted_probability", "chunk_likelihood")
