@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,6 +128,56 @@ def test_converted_gguf_is_taken_from_the_cache(
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / f"model-{digest}").symlink_to(tiny_teacher)
     assert loading.load_config(str(path)).num_hidden_layers == 4
+
+
+def test_a_gguf_is_read_once_and_its_weights_are_those_that_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVGRAFT_CACHE", str(tmp_path / "cache"))
+    written = write_gguf(tmp_path / "tiny.gguf")
+    reader, read = gguf.GGUFReader, []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path) or reader(path))
+    model = loading.load_model(str(tmp_path / "tiny.gguf"), dtype="float32", device="cpu")
+    assert len(read) == 1
+    for _ in range(2):
+        gguf.GGUFReader(tmp_path / "tiny.gguf")
+    assert len(read) == 3, "outside of a conversion nothing is kept"
+    assert torch.equal(model.model.embed_tokens.weight, torch.from_numpy(written["token_embd.weight"]))
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, torch.from_numpy(written["blk.1.ffn_down.weight"]))
+
+
+def write_gguf(path: Path) -> dict[str, np.ndarray]:
+    """A llama of two layers; its weights by their names in the file."""
+    writer = gguf.GGUFWriter(path, "llama")
+    tokens = ["<s>", "</s>", *"abcd", "ab", "cd"]
+    writer.add_name("tiny")
+    writer.add_block_count(2)
+    writer.add_context_length(16)
+    writer.add_embedding_length(4)
+    writer.add_feed_forward_length(8)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {"token_embd.weight": (len(tokens), 4), "output_norm.weight": (4,)}
+    for layer in range(2):
+        block = {"attn_norm": (4,), "ffn_norm": (4,), "ffn_gate": (8, 4), "ffn_up": (8, 4), "ffn_down": (4, 8)}
+        block |= {f"attn_{name}": (4, 4) for name in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+    generator = np.random.default_rng(0)
+    written = {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    for name, array in written.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return written
 
 
 def test_new_students_follow_their_seed_and_touch_no_other_random_state() -> None:

@@ -9,7 +9,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -218,8 +219,9 @@ def _convert_gguf(path: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(unfinished)
-        _dequantized(path).save_pretrained(unfinished)
+        with _gguf_read_once():
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(unfinished)
+            _dequantized(path).save_pretrained(unfinished)
         _move_into_place(unfinished, folder)
     except Exception as error:  # whatever a reader of foreign files makes of a damaged one
         raise ModelError(
@@ -229,6 +231,22 @@ def _convert_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Transformers reads a file three times, each a third of a minute where the vocabulary is large."""
+    try:
+        import gguf
+    except ImportError:  # transformers says so itself
+        yield
+        return
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = lru_cache(1)(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _converted_folder(path: Path) -> Path:
