@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from kvgraft.align.tokens import align_encoded
@@ -113,6 +114,53 @@ def test_loss_is_on_the_assistants_words_and_the_end_of_each_turn(
     assert len(cut.input_ids) == 30
     assert cut.truncated_bytes > 0
     assert covered(example, cut.spans) in covered(example, encoded.spans)
+
+
+# Writes a place for thoughts into the last answer alone, as Qwen's do.
+THINKING = CHATML.replace(
+    "{{ message.content }}", "{{ '<think></think>' if loop.last and message.role == 'assistant' }}{{ message.content }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "learnt"),
+    [
+        (CHATML, "3 + 4 = 7<|im_end|>  7 💡 äpples\n<|im_end|>\n"),
+        (THINKING, "3 + 4 = 7<|im_end|><think></think>  7 💡 äpples\n<|im_end|>\n"),
+        ("{{ bos_token }}" + CHATML, "3 + 4 = 7<|im_end|>  7 💡 äpples\n<|im_end|>\n"),
+        ("{{ bos_token }}" + CHATML.replace("message.content", "message.content | trim"),
+         "3 + 4 = 7<|im_end|>7 💡 äpples<|im_end|>\n"),
+        (None, " 3 + 4 = 7\n   7 💡 äpples\n"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_one_template_for_all_learns_every_answer_too(
+    tmp_path: Path, template: str | None, learnt: str, adds_bos: bool
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}) + "\n", encoding="utf-8")
+    tokenizer = tokenizer_of(template, 300, "<|im_start|>", "<|im_end|>")
+    if adds_bos:
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+        )
+    (example,) = load_examples(str(path), tokenizer=tokenizer)
+    encoded = encode_example(example, tokenizer, 512, "completion")
+    labels = [label for label in encoded.labels if label not in (IGNORED, tokenizer.eos_token_id)]
+    assert tokenizer.decode(labels) == learnt
+
+
+def test_an_answer_that_a_template_leaves_out_or_will_not_change_is_not_learnt(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}) + "\n", encoding="utf-8")
+    refuses = "{{ raise_exception('no') if '3 + 4' not in messages[1].content and messages | length == 4 }}"
+    last_alone = "{% for message in messages %}{{ message.content if loop.last }}{% endfor %}"
+    for template in (refuses + CHATML, last_alone):
+        tokenizer = tokenizer_of(template, 300, "<|im_start|>", "<|im_end|>")
+        (example,) = load_examples(str(path), tokenizer=tokenizer)
+        learnt = [label for label in encode_example(example, tokenizer, 512, "completion").labels if label != IGNORED]
+        assert "3 + 4 = 7" not in tokenizer.decode(learnt)
+        assert "7 💡 äpples" in tokenizer.decode(learnt)
 
 
 def test_a_tokenizer_without_a_template_is_refused(example: Example) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kvgraft.data.chat import encode_text
+from kvgraft.data.chat import earlier_answers, encode_text
 from kvgraft.data.datasets import Example
 from kvgraft.data.spans import EncodedText, Spans
 
@@ -60,7 +60,7 @@ def encode_example(
 ) -> EncodedExample:
     """``example`` in at most ``max_length`` tokens, its end-of-text among them.
 
-    The completion of a conversation that keeps its turns is every turn of the assistant, and the token that ends it.
+    The completion of a conversation is every turn of the assistant, and the token that ends it.
 
     Raises:
         DataError, AlignmentError: as :func:`kvgraft.data.spans.encode_with_spans`.
@@ -84,10 +84,18 @@ def encode_example(
             label if said else IGNORED for label, said in zip(labels, _said_by_assistant(example, spans), strict=True)
         ]
     elif loss_on == "completion":
-        prompt_bytes = len(example.text[: example.prompt_characters].encode())
-        in_prompt = spans[:, 0] < prompt_bytes
-        labels = [IGNORED if prompt else label for label, prompt in zip(labels, in_prompt, strict=True)]
+        completed = _in_completion(example, spans, tokenizer)
+        labels = [label if counts else IGNORED for label, counts in zip(labels, completed, strict=True)]
     return EncodedExample(input_ids, labels, spans, encoded.truncated_bytes, encoded.text_bytes, encoded.sample_key)
+
+
+def _in_completion(example: Example, spans: Spans, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
+    """bool ``[tokens]``: the tokens of the completion, and those of earlier answers, each with the one that ends it."""
+    completed: NDArray[np.bool_] = spans[:, 0] >= len(example.text[: example.prompt_characters].encode())
+    text = spans[:, 1] > spans[:, 0]
+    for first, last in earlier_answers(example, tokenizer):
+        completed |= text & (spans[:, 1] > first) & (spans[:, 0] <= last)
+    return completed
 
 
 def _said_by_assistant(example: Example, spans: Spans) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from kvgraft.data.datasets import Example, Turn
+from kvgraft.data.datasets import Example, Turn, as_lines, common_characters
 from kvgraft.data.spans import EncodedText, encode_with_spans, sample_key
 from kvgraft.errors import DataError
 
@@ -93,6 +93,35 @@ def render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[s
             "data.chat_template: student"
         )
     return rendered, places
+
+
+def earlier_answers(example: Example, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    """The bytes of ``example.text`` that turns of the assistant before the completion take, ``[answers, 2]``.
+
+    A turn is what changes in the text where it says something else. One that the template leaves out takes none, nor
+    does one in whose place it refuses anything else, as some do with the call of a tool.
+    """
+    from jinja2 import TemplateError
+
+    ranges = []
+    bos = tokenizer.bos_token
+    for number, message in enumerate(example.messages[:-1]):
+        if message["role"] != "assistant":
+            continue
+        changed = list(example.messages)
+        changed[number] = {"role": "assistant", "content": _MARK.format(number)}
+        try:
+            has_template = bool(tokenizer.chat_template)
+            other = str(tokenizer.apply_chat_template(changed, tokenize=False)) if has_template else as_lines(changed)
+        except (TemplateError, TypeError, ValueError, LookupError):
+            continue
+        if isinstance(bos, str) and not example.text.startswith(bos):
+            other = other.removeprefix(bos)
+        first = common_characters(example.text, other)
+        last = len(example.text) - common_characters(example.text[::-1], other[::-1])
+        if first < last:
+            ranges.append((first, last))
+    return _byte_ranges(example.text, ranges)
 
 
 def _byte_ranges(text: str, ranges: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -47,12 +47,13 @@ class Example:
     """One text; the completion starts at character ``prompt_characters`` (0: there is no prompt, all of it counts).
 
     ``turns`` is a conversation that each model reads in its own chat template; ``text`` is then its plain form, lines
-    of ``role: content``.
+    of ``role: content``. ``messages`` are what ``text`` was made of where it has answers before the completion.
     """
 
     text: str
     prompt_characters: int = 0
     turns: tuple[Turn, ...] = field(default=(), compare=False)
+    messages: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def contents(self) -> list[tuple[int, int]]:
@@ -294,9 +295,20 @@ def _from_messages(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase
         )
     if keep_turns:
         turns = [(role, content.strip()) for role, content in turns]
-    text = "\n".join(f"{role}: {content}" for role, content in turns[: last + 1])
-    kept = tuple(Turn(*turn) for turn in turns[: last + 1]) if keep_turns else ()
-    return Example(text, len(text) - len(f" {turns[last][1]}"), kept)
+    kept = [Turn(*turn) for turn in turns[: last + 1]]
+    lines = [turn._asdict() for turn in kept]
+    text = as_lines(lines)
+    prompt_characters = len(text) - len(f" {kept[last].content}")
+    return Example(text, prompt_characters, tuple(kept) if keep_turns else (), _with_several_answers(lines))
+
+
+def as_lines(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation without a chat template."""
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _with_several_answers(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(messages) if sum(message["role"] == "assistant" for message in messages) > 1 else ()
 
 
 def in_template(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -317,13 +329,18 @@ def _from_chat_template(where: str, messages: list[Any], tokenizer: PreTrainedTo
     except (TemplateError, TypeError, ValueError, LookupError) as error:  # a filter raises what Python does
         raise DataError(f"{where}: the tokenizer's chat template refuses these `messages`: {error}") from error
     # Some templates render a turn otherwise once another follows it: the prompt is what both have in common.
-    differences = (index for index, (one, other) in enumerate(zip(text, prompt, strict=False)) if one != other)
-    prompt_characters = next(differences, min(len(text), len(prompt)))
+    prompt_characters = common_characters(text, prompt)
     # The tokenizer adds its own BOS; one in the text as well would be a second.
     bos = tokenizer.bos_token
     if isinstance(bos, str) and bos and text.startswith(bos) and _adds_bos(tokenizer):
         text, prompt_characters = text.removeprefix(bos), max(0, prompt_characters - len(bos))
-    return Example(text, prompt_characters)
+    return Example(text, prompt_characters, messages=_with_several_answers(messages))
+
+
+def common_characters(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    differences = (index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    return next(differences, min(len(one), len(other)))
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

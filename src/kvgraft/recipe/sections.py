@@ -139,8 +139,7 @@ class DataRecipe(Section):
     ``held_out`` defaults to the held-out part of ``train``. ``seed`` draws the word problems. Lengths are in tokens of
     the student. ``chat_template`` says how ``messages`` are read: ``student``: both models read the text that the
     student's template makes (lines of ``role: content`` where it has none); ``own``: each model reads them in its own
-    template, and only what was said is aligned. ``loss_on: completion`` learns the last turn of the assistant with
-    ``student``, every one of its turns with ``own``.
+    template, and only what was said is aligned. ``loss_on: completion`` learns every turn of the assistant.
 
     ``streaming`` reads hub data no further than ``train_samples`` needs, without storing it. ``shuffle_buffer`` mixes
     the training texts: it reads so many rows ahead and takes one of them each time, by ``seed``.
