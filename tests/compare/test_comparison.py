@@ -202,10 +202,13 @@ def test_tables_say_it(matrix: Matrix) -> None:
     assert "ce 40%, kv 60%" in text
     assert comparison.command in text
     assert all(run.command in text for arm in comparison.arms for run in arm.runs)
-    console = Console(width=200, markup=False)  # as that of the commands
+    console = Console(width=80, markup=False)  # as that of the commands
     with console.capture() as captured:
         console.print(*comparison_tables(comparison))
     assert "better than baseline" in captured.get()
+    assert "-0.5" in captured.get()
+    rows = [line for line in captured.get().splitlines() if line.startswith(" mismatched ")]
+    assert len(rows) == 2, "no name is cut at the width of a plain terminal"
     assert "[/]" not in captured.get()
 
 

@@ -35,18 +35,21 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """The verdicts, with what they stand on."""
-    table = Table(title=_title(comparison), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("arm", overflow="fold")
+    """What the verdicts stand on, and the verdicts, whose words would leave the numbers no room beside them."""
+    numbers = Table(title=_title(comparison), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    verdicts = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = _headline_columns(comparison)
+    longest = max(len(arm.name) for arm in comparison.arms)
+    for table in (numbers, verdicts):
+        table.add_column("arm", overflow="fold", min_width=min(longest, 16))
     for label, _ in columns:
-        table.add_column(label, justify="right", overflow="fold")
-    table.add_column("verdict", overflow="fold")
+        numbers.add_column(label, justify="right", overflow="fold")
+    verdicts.add_column("verdict", overflow="fold")
     for arm in comparison.arms:
-        verdict = Text(arm.verdict.words, style=_STYLES.get(arm.verdict.kind, "yellow"))
-        table.add_row(arm.name, *(cell(arm) for _, cell in columns), verdict)
-    table.caption = _legend(comparison)
-    return [table]
+        numbers.add_row(arm.name, *(cell(arm) for _, cell in columns))
+        verdicts.add_row(arm.name, Text(arm.verdict.words, style=_STYLES.get(arm.verdict.kind, "yellow")))
+    numbers.caption = _legend(comparison)
+    return [numbers, verdicts]
 
 
 def comparison_markdown(comparison: Comparison) -> str:
