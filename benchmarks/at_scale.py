@@ -27,6 +27,7 @@ from kvgraft.store.format import stored_bytes_per_token
 from kvgraft.store.reader import KVStore
 
 HALF_BYTES = 2
+MEASURED_DTYPE = "float16"  # as growth.py writes it
 TERA, GIGA, MEGA = 1e12, 1e9, 1e6
 
 
@@ -163,10 +164,19 @@ def main(
 ) -> None:
     """Print both tables in Markdown."""
     models = known_models()
+    for name, option in ((teacher, "--teacher"), (student, "--student")):
+        if name not in models:
+            raise typer.BadParameter(f"no model {name!r}; there are {', '.join(models)}", param_hint=option)
     job = Job(models[teacher], models[student], tokens, epochs, context, mlp_ratio, dtype)
     write, read = (write_megabytes or 0) * MEGA, (read_megabytes or 0) * MEGA
     given = {"write": write_megabytes is not None, "read": read_megabytes is not None}
     if not all(given.values()):
+        # Other numbers take longer to code than float16 and are fewer bytes.
+        if dtype != MEASURED_DTYPE:
+            raise typer.BadParameter(
+                f"rates are measured in {MEASURED_DTYPE}; give --write-megabytes and --read-megabytes of {dtype}",
+                param_hint="--dtype",
+            )
         measured = measured_rates()
         write, read = write or measured[0], read or measured[1]
     rates = Rates(cards, card_teraflops * TERA, utilisation, write, read, drive_gigabytes * GIGA)

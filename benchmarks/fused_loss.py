@@ -64,9 +64,12 @@ class Sizes:
 
 
 class Step:
-    """Inputs and adapters of one size, and each way to make a loss and its gradients from them."""
+    """Inputs and adapters of one size, and each way to make a loss and its gradients from them.
 
-    def __init__(self, sizes: Sizes) -> None:
+    The modules that the plain way alone has are as large as the projector; ``with_plain=False`` leaves them out.
+    """
+
+    def __init__(self, sizes: Sizes, with_plain: bool = True) -> None:
         torch.manual_seed(0)
         self.sizes = sizes
         self.student, self.teacher = (self._kv(width) for width in (sizes.student_width, sizes.teacher_width))
@@ -81,7 +84,7 @@ class Step:
             direction="student_to_teacher",
         )
         self.projector.standardise_outputs(TEACHER, self.scale.mean, self.scale.deviation)
-        self.modules = nn.ModuleList(self._adapter() for _ in range(2 * sizes.layers))
+        self.modules = nn.ModuleList(self._adapter() for _ in range(2 * sizes.layers if with_plain else 0))
         self.ways: dict[str, Callable[[], Tensor]] = {
             "plain": self.plain,
             "stacked": self.stacked,
@@ -152,14 +155,19 @@ class Step:
         )
 
 
-def product_seconds(sizes: Sizes) -> float:
-    """Seconds of all matrix products alone, from those of one layer."""
+def product_seconds(sizes: Sizes, skip: bool = False) -> float:
+    """Seconds of all matrix products alone, from those of one layer; ``skip``: with a linear map beside the two."""
     rows, hidden = sizes.tokens, sizes.hidden
     x, y = torch.randn(rows, sizes.student_width), torch.randn(rows, sizes.teacher_width)
     up, down, z = torch.randn(hidden, x.shape[1]), torch.randn(y.shape[1], hidden), torch.randn(rows, hidden)
 
+    products = [(x, up.T), (z, down.T), (y, down), (y.T, z), (z, up), (z.T, x)]
+    if skip:
+        beside = torch.randn(y.shape[1], x.shape[1])
+        products += [(x, beside.T), (y, beside), (y.T, x)]
+
     def layer() -> None:
-        for left, right in ((x, up.T), (z, down.T), (y, down), (y.T, z), (z, up), (z.T, x)):
+        for left, right in products:
             left @ right
 
     return 2 * sizes.layers * min(processor_seconds(layer) for _ in range(5))

@@ -16,6 +16,7 @@ was before. Needs Linux.
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ class TeachersStep:
     """A step with several teachers of one size, one after the other, as training takes them."""
 
     def __init__(self, work: Work) -> None:
-        self.steps = [Step(work.sizes) for _ in range(work.teachers)]
+        self.steps = [Step(work.sizes, with_plain=False) for _ in range(work.teachers)]
 
     def run(self) -> None:
         """Losses and gradients."""
@@ -89,6 +90,8 @@ def held_bytes(work: Work) -> int:
     """Peak of everything that a step holds; in a process of its own."""
     # What the libraries take once is not the step's.
     TeachersStep(Work(replace(work.sizes, layers=1, tokens=TEXTS))).run()
+    # What the allocator keeps of it would be taken again without showing.
+    ctypes.CDLL(None).malloc_trim(0)
     before = psutil.Process().memory_info().rss
     TeachersStep(work).run()
     return peak_memory().host_bytes - before

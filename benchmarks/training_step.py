@@ -45,7 +45,7 @@ class Arm:
 
     def __init__(self, recipe: Recipe, data: ArmData, name: str, clock: Clock = time.thread_time) -> None:
         self.name, self.clip, self.clock = name, recipe.training.max_grad_norm, clock
-        built = "baseline" if name == "baseline" else "kv"
+        built = "kv" if name in (PLAIN, COMPILED) else name
         self.model: DistillationModel = build_arm(recipe, built, data).train()
         if name == COMPILED:
             self.model.loss = self.model.loss.model_copy(update={"compile": True})
@@ -131,7 +131,8 @@ def _product_seconds(model: DistillationModel, batch: dict[str, Any]) -> float:
         assert adapter.up is not None
         ratio = adapter.up.weight.shape[1] / adapter.in_dim
         tokens, layers = int(kv.mask.sum()), len(model.layer_maps[teacher])
-        seconds += product_seconds(Sizes(layers, tokens, adapter.in_dim, adapter.out_dim, ratio, 0.0))
+        sizes = Sizes(layers, tokens, adapter.in_dim, adapter.out_dim, ratio, 0.0)
+        seconds += product_seconds(sizes, skip=adapter.skip is not None)
     return seconds
 
 

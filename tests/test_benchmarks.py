@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from kvgraft.errors import RecipeError
+from kvgraft.prepare import prepare
 from kvgraft.recipe import Recipe
+from kvgraft.run import arm_data
 from tests.benchmark_scripts import load_benchmark
 
 
@@ -68,3 +72,41 @@ def test_matrix_products_are_those_of_the_work_forward_and_backward(layers: int)
     found = products.MatrixProducts(work)
     assert found.operations == 3 * 2 * layers * 5 * 4 * 6
     assert products.MatrixProducts(found).operations == found.operations
+
+
+def test_steps_that_are_timed_are_those_of_the_arms_they_are_named_after(tiny_recipe: Callable[..., Recipe]) -> None:
+    training_step = load_benchmark(Path("benchmarks/training_step.py"))
+    recipe = tiny_recipe(arms=["baseline", "logits", "kv", "kv_logits"], logit_loss={"form": "sorted_probability"})
+    data = arm_data(prepare(recipe))
+    names = ["baseline", "logits", "kv", "kv_logits", training_step.PLAIN, training_step.COMPILED]
+    models = [training_step.Arm(recipe, data, name).model for name in names]
+    assert [model.projector is not None for model in models] == [False, False, True, True, True, True]
+    assert [model.logits is not None for model in models] == [False, True, False, True, False, False]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_an_adapters_products_are_those_of_its_linear_map_too(skip: bool) -> None:
+    fused_loss = load_benchmark(Path("benchmarks/fused_loss.py"))
+    sizes = fused_loss.Sizes(layers=1, tokens=16, student_width=64, teacher_width=128, ratio=0.5, dropout=0.0)
+    with FlopCounterMode(display=False) as counter:
+        fused_loss.product_seconds(sizes, skip=skip)
+    # One of keys and values, in five rounds.
+    assert counter.get_total_flops() == 5 * (sizes.product_operations / 2 + skip * 3 * 2 * 16 * 64 * 128)
+
+
+def test_what_a_step_holds_is_not_counted_with_the_modules_of_another_way() -> None:
+    growth = load_benchmark(Path("benchmarks/growth.py"))
+    sizes = growth.MIDDLE.sizes
+    step = growth.TeachersStep(growth.Work(sizes)).steps[0]
+    assert not list(step.modules.parameters())
+    assert growth.in_own_process(growth.held_bytes, growth.Work(growth.replace(sizes, layers=32))) < 300e6
+
+
+def test_rates_of_a_float16_store_are_not_taken_for_those_of_fewer_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    at_scale = load_benchmark(Path("benchmarks/at_scale.py"))
+    with pytest.raises(typer.BadParameter, match="write-megabytes"):
+        at_scale.main(dtype="int8")
+    with pytest.raises(typer.BadParameter, match="Llama-3-70B"):
+        at_scale.main(teacher="Llama")
+    at_scale.main(dtype="int8", write_megabytes=100, read_megabytes=200)
+    assert "| a process writes | 100 MB/s | given |" in capsys.readouterr().out
