@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvgraft.errors import DataError
 from kvgraft.evaluate.harness import TASKS_FOLDER, own_tasks, require_tasks, task_scores
+from kvgraft.models.lora import add_lora, save_student
 
 TASK = "kvgraft_word_problems"
 needs_lm_eval = pytest.mark.skipif(
@@ -32,7 +33,10 @@ def test_missing_lm_eval_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_lm_eval
-def test_our_task_scores_what_a_plain_computation_scores(tiny_student: Path) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_our_task_scores_what_a_plain_computation_scores(tiny_student: Path, tmp_path: Path, lora: bool) -> None:
+    if lora:
+        tiny_student = _with_adapters(tiny_student, tmp_path / "adapters")
     scores = task_scores(tiny_student, [TASK], limit=8)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_student), AutoTokenizer.from_pretrained(tiny_student)
     right = 0
@@ -52,6 +56,17 @@ def test_unknown_tasks_are_named_with_what_is_near(monkeypatch: pytest.MonkeyPat
     require_tasks(["arc_easy", TASK])
     with pytest.raises(DataError, match=r"lm-eval knows no task 'arc_eazy'; near it are arc_easy"):
         require_tasks(["arc_easy", "arc_eazy"])
+
+
+def _with_adapters(base: Path, folder: Path) -> Path:
+    model = add_lora(AutoModelForCausalLM.from_pretrained(base), 2, 4, 0.0, "all-linear", seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(0))
+    save_student(model, folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
 
 
 def _problems() -> list[dict]:

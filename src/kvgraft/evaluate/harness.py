@@ -9,7 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from kvgraft.errors import DataError
+from kvgraft.models.lora import ADAPTER_WEIGHTS
 
 # Tasks that kvgraft brings along; lm-eval finds them beside its own.
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -61,7 +64,7 @@ def task_scores(
     try:
         found = simple_evaluate(
             model="hf",
-            model_args={"pretrained": str(student)},
+            model_args=_model_args(student, device),
             tasks=list(tasks),
             task_manager=_task_manager(include_defaults=not only_ours),
             limit=limit,
@@ -75,6 +78,15 @@ def task_scores(
             f"without a network take {', '.join(own_tasks())}"
         ) from error
     return {task: _numbers(scores) for task, scores in found["results"].items()}
+
+
+def _model_args(student: Path, device: str) -> dict[str, Any]:
+    if not (student / ADAPTER_WEIGHTS).is_file():
+        return {"pretrained": str(student)}
+    # lm-eval looks for config.json, which adapters do not have. Given the base and the adapters by name, it cuts the
+    # embeddings to the length of the tokenizer; a model that is loaded already it takes as it is.
+    model = AutoModelForCausalLM.from_pretrained(student, dtype="auto")
+    return {"pretrained": model.to(device).eval(), "tokenizer": AutoTokenizer.from_pretrained(student)}
 
 
 def _numbers(scores: dict[str, object]) -> dict[str, float]:
