@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,49 @@ def test_hub_data_set_without_a_network_is_a_data_error(tmp_path: Path) -> None:
     for line, name in zip(lines, ("nobody/nothing:", "nobody/nothing:main:", "openai/gsm8k:main:"), strict=True):
         assert line.startswith(f"cannot load data set {name}")
         assert line.endswith("without a network, one that is in the cache")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_whatever_fails_while_a_data_set_is_read_is_a_data_error(
+    monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"text": "one"}
+        raise ConnectionRefusedError("gone")
+
+    def load(*_: Any, streaming: bool, **__: Any) -> Iterator[dict[str, str]]:
+        if streaming:
+            return rows()
+        raise RuntimeError("While reading.") from ConnectionRefusedError("gone")
+
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train"])
+    monkeypatch.setattr("datasets.load_dataset", load)
+    told = "gone" if streaming else "While reading: gone"
+    with pytest.raises(DataError, match=rf"^cannot load data set owner/name: {told}\. Give "):
+        load_examples("owner/name", streaming=streaming)
+
+
+def test_a_missing_held_out_part_is_told_before_training_text_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train"])
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, split, **__: fetched.append(split) or [{"text": "one"}])
+    with pytest.raises(DataError, match="has no held_out part: it has train"):
+        load_train_and_held_out("owner/name")
+    assert not fetched
+
+
+def test_a_part_that_datasets_saved_is_read_as_a_file_is(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    texts = [f"text {number}" for number in range(40)]
+    Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"))
+    source = write_jsonl(tmp_path / "rows.jsonl", *({"text": text} for text in texts))
+    assert load_examples(str(tmp_path / "saved"), "held_out") == load_examples(source)
+    assert load_train_and_held_out(str(tmp_path / "saved")) == load_train_and_held_out(source)
+    for file in (tmp_path / "saved").glob("*.arrow"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"cannot load data set .*saved: "):
+        load_examples(str(tmp_path / "saved"))
 
 
 def test_one_file_is_split_by_the_hash_of_each_text(tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def load_examples(
     Args:
         source: ``word_problems`` (built in), a JSONL file (read whole, whatever ``split`` says), a folder with
             ``train.jsonl`` and ``test.jsonl`` (or another name in ``SPLIT_NAMES``) or with files that ``datasets``
-            reads, ``gsm8k``, or a hub data set as ``owner/name`` or ``owner/name:config``.
+            reads, one that ``Dataset.save_to_disk`` wrote (read whole too), ``gsm8k``, or a hub data set as
+            ``owner/name`` or ``owner/name:config``.
         split: which part; ``held_out`` is the first of ``SPLIT_NAMES["held_out"]`` that the source has.
         limit: keep the first so many (all by default; 4000 and 400 for ``word_problems``).
         seed: draws the word problems, and the order if ``shuffle``.
@@ -132,15 +133,16 @@ def load_train_and_held_out(
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out texts that share none.
 
-    Without ``held_out`` it is the held-out part of ``train``. A single JSONL file has no parts, so one text in ten,
-    chosen by its sha256, is held out: a text keeps its side when the file grows, and equal texts are on one side.
+    Without ``held_out`` it is the held-out part of ``train``. A single JSONL file, or what ``Dataset.save_to_disk``
+    wrote, has no parts, so one text in ten, chosen by its sha256, is held out: a text keeps its side when the file
+    grows, and equal texts are on one side.
 
     A training text that is held out too is left out of training, with a warning. ``shuffle_buffer`` mixes the training
     texts.
 
     Raises DataError if nothing is left to train on, or as ``load_examples`` does.
     """
-    if held_out is None and _is_file(train):
+    if held_out is None and (_is_file(train) or _is_saved_part(Path(train).expanduser())):
         _check_limit(train, train_limit)
         _check_limit(train, held_out_limit)
         sides: tuple[list[Example], list[Example]] = ([], [])
@@ -159,8 +161,9 @@ def load_train_and_held_out(
             )
         return sides
     ways: dict[str, Any] = {"tokenizer": tokenizer, "keep_turns": keep_turns, "streaming": streaming}
-    trained = load_examples(train, "train", train_limit, seed, **ways, shuffle_buffer=shuffle_buffer)
+    # Held-out text first: many data sets have no such part, which is told before all their training text is fetched.
     tested = load_examples(held_out or train, "held_out", held_out_limit, seed, **ways)
+    trained = load_examples(train, "train", train_limit, seed, **ways, shuffle_buffer=shuffle_buffer)
     tested_texts = {example.text for example in tested}
     kept = [example for example in trained if example.text not in tested_texts]
     if not kept:
@@ -194,6 +197,8 @@ def _rows(source: str, split: Split, streaming: bool) -> Iterator[Row]:
     path = Path(source).expanduser()
     if _is_file(source):
         return _read_jsonl(path)
+    if _is_saved_part(path):
+        return _read_saved_part(path)
     if path.is_dir():
         for name in SPLIT_NAMES[split]:
             if (path / f"{name}.jsonl").is_file():
@@ -218,6 +223,21 @@ def _is_file(source: str) -> bool:
             f"{path} is no JSONL file. Rename it train{path.suffix} (or test{path.suffix}) and give the folder it is in"
         )
     return path.is_file()
+
+
+def _is_saved_part(path: Path) -> bool:
+    """Whether ``path`` is what ``datasets.Dataset.save_to_disk`` wrote; a DatasetDict has a folder so for each part."""
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+
+
+def _read_saved_part(path: Path) -> Iterator[Row]:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except Exception as error:  # as where `datasets` reads other folders
+        raise _cannot_load(str(path), error) from error
+    return _numbered(str(path), _read_on(str(path), rows))
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -248,13 +268,28 @@ def _read_hub(source: str, split: Split, streaming: bool) -> Iterator[Row]:
                 f"{' or '.join(SPLIT_NAMES[split])}; name another source for it"
             )
         rows = datasets.load_dataset(name, config or None, split=part, streaming=streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"cannot load data set {source}: {error}. Give {KNOWN_SOURCES}; without a network, one that is in the cache"
-        ) from error
-    return _numbered(f"{source} ({part})", rows)
+    except DataError:
+        raise
+    except Exception as error:  # datasets, the hub, the network and readers of files raise whatever they like
+        raise _cannot_load(source, error) from error
+    return _numbered(f"{source} ({part})", _read_on(source, rows))
+
+
+def _read_on(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from rows
+    except Exception as error:  # what is streamed can fail in every row, as it can where it is loaded
+        raise _cannot_load(source, error) from error
+
+
+def _cannot_load(source: str, error: Exception) -> DataError:
+    # datasets says what it was doing, and leaves what went wrong to the cause.
+    told = [" ".join(str(one).split()).rstrip(".") for one in (error, error.__cause__) if one is not None]
+    reason = ": ".join(filter(None, told)) or type(error).__name__
+    return DataError(
+        f"cannot load data set {source}: {reason}. Give {KNOWN_SOURCES}; "
+        "a private or gated one after `hf auth login`; without a network, one that is in the cache"
+    )
 
 
 def _numbered(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
