@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -187,6 +188,16 @@ def test_folder_without_the_part_says_what_it_has(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", {"text": "x"})
     with pytest.raises(DataError, match=r"holds train\.jsonl but no held_out part; expected held_out\.jsonl or test\."):
         load_examples(str(tmp_path), "held_out")
+
+
+def test_blank_rows_of_a_corpus_are_passed_over_and_keep_their_numbers(tmp_path: Path) -> None:
+    texts = ["", "One.", None, "  \n", "Two."]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "corpus")
+    assert [example.text for example in load_examples(str(tmp_path / "corpus"))] == ["One.", "Two."]
+    numbered = datasets.Dataset.from_dict({"text": texts, "number": [1, 2, 3, 4, 5]})
+    numbered.select([1, 3]).save_to_disk(tmp_path / "numbered")
+    with pytest.raises(DataError, match="numbered, row 2: `text` is empty"):
+        load_examples(str(tmp_path / "numbered"))
 
 
 @pytest.mark.parametrize("source", ["{folder}", "~/tables"])

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from kvgraft.data import word_problems
+from kvgraft.data.sources import KNOWN_FORMS, KNOWN_SOURCES, Row, Split, has_parts, numbered, read_rows
 from kvgraft.errors import DataError
 
-Split = Literal["train", "held_out"]
-Row = tuple[str, Mapping[str, Any]]  # where the row stands (for errors), and its columns
-
-KNOWN_FORMS = "`messages`, `prompt` + `completion`, `question` + `answer`, or `text`"
-KNOWN_SOURCES = "word_problems, a JSONL file, a folder, or a hub data set as owner/name or owner/name:config"
-SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
-    "train": ("train",),
-    "held_out": ("held_out", "test", "validation", "valid", "eval", "dev"),
-}
 WORD_PROBLEM_COUNTS: dict[Split, int] = {"train": 4000, "held_out": 400}
-# Ends of names of files with a JSON object a line, and of those that `datasets` reads in a folder.
-_JSON_LINES = (".jsonl", ".json", ".txt")
-_OF_DATASETS = (".csv", ".tsv", ".parquet", ".arrow")
-HUB_ALIASES = {"gsm8k": "openai/gsm8k:main", "openai/gsm8k": "openai/gsm8k:main"}
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +68,10 @@ def load_examples(
 
     Args:
         source: ``word_problems`` (built in), a JSONL file (read whole, whatever ``split`` says), a folder with
-            ``train.jsonl`` and ``test.jsonl`` (or another name in ``SPLIT_NAMES``) or with files that ``datasets``
+            ``train.jsonl`` and ``test.jsonl`` (or another of its part's names) or with files that ``datasets``
             reads, one that ``Dataset.save_to_disk`` wrote (read whole too), ``gsm8k``, or a hub data set as
             ``owner/name`` or ``owner/name:config``.
-        split: which part; ``held_out`` is the first of ``SPLIT_NAMES["held_out"]`` that the source has.
+        split: which part; ``held_out`` is the first of its names in :mod:`kvgraft.data.sources` that the source has.
         limit: keep the first so many (all by default; 4000 and 400 for ``word_problems``).
         seed: draws the word problems, and the order if ``shuffle``.
         shuffle: take the texts in an order drawn from ``seed``, the same on every machine.
@@ -107,9 +93,9 @@ def load_examples(
     _check_limit(source, limit)
     if source == "word_problems":
         count = limit or WORD_PROBLEM_COUNTS[split]
-        rows: Iterable[Row] = _numbered(f"word_problems ({split})", word_problems.generate(split, count, seed))
+        rows: Iterable[Row] = numbered(f"word_problems ({split})", word_problems.generate(split, count, seed))
     else:
-        rows = _rows(source, split, streaming)
+        rows = read_rows(source, split, streaming)
     examples = _examples(rows, seed, tokenizer, keep_turns, shuffle_buffer)
     chosen = _shuffled(examples, seed)[:limit] if shuffle else list(islice(examples, limit))
     if not chosen:
@@ -142,12 +128,12 @@ def load_train_and_held_out(
 
     Raises DataError if nothing is left to train on, or as ``load_examples`` does.
     """
-    if held_out is None and (_is_file(train) or _is_saved_part(Path(train).expanduser())):
+    if held_out is None and not has_parts(train):
         _check_limit(train, train_limit)
         _check_limit(train, held_out_limit)
         sides: tuple[list[Example], list[Example]] = ([], [])
         limits = (train_limit, held_out_limit)
-        for example in _examples(_rows(train, "train", streaming), seed, tokenizer, keep_turns, shuffle_buffer):
+        for example in _examples(read_rows(train, "train", streaming), seed, tokenizer, keep_turns, shuffle_buffer):
             side = _digest(example.text) % 10 == 0
             if len(sides[side]) != limits[side]:
                 sides[side].append(example)
@@ -191,109 +177,6 @@ def _examples(
     if shuffle_buffer is not None:
         rows = _drawn_from_buffer(rows, shuffle_buffer, seed)
     return (_example(where, row, tokenizer, keep_turns) for where, row in rows)
-
-
-def _rows(source: str, split: Split, streaming: bool) -> Iterator[Row]:
-    path = Path(source).expanduser()
-    if _is_file(source):
-        return _read_jsonl(path)
-    if _is_saved_part(path):
-        return _read_saved_part(path)
-    if path.is_dir():
-        for name in SPLIT_NAMES[split]:
-            if (path / f"{name}.jsonl").is_file():
-                return _read_jsonl(path / f"{name}.jsonl")
-        found = sorted(file.name for file in path.glob("*.jsonl"))
-        if found:
-            raise DataError(
-                f"{path} holds {', '.join(found)} but no {split} part; expected "
-                f"{' or '.join(f'{name}.jsonl' for name in SPLIT_NAMES[split])}, or name the file itself"
-            )
-        source = str(path)  # `datasets` does not know ~
-    return _read_hub(HUB_ALIASES.get(source, source), split, streaming)
-
-
-def _is_file(source: str) -> bool:
-    path = Path(source).expanduser()
-    looks_local = path.suffix in (*_JSON_LINES, *_OF_DATASETS) or source.startswith((".", "/", "~"))
-    if looks_local and not path.exists():
-        raise DataError(f"no file or folder at {path} (looked in {Path.cwd()}); give {KNOWN_SOURCES}")
-    if path.is_file() and path.suffix in _OF_DATASETS:
-        raise DataError(
-            f"{path} is no JSONL file. Rename it train{path.suffix} (or test{path.suffix}) and give the folder it is in"
-        )
-    return path.is_file()
-
-
-def _is_saved_part(path: Path) -> bool:
-    """Whether ``path`` is what ``datasets.Dataset.save_to_disk`` wrote; a DatasetDict has a folder so for each part."""
-    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
-
-
-def _read_saved_part(path: Path) -> Iterator[Row]:
-    import datasets
-
-    try:
-        rows = datasets.load_from_disk(str(path))
-    except Exception as error:  # as where `datasets` reads other folders
-        raise _cannot_load(str(path), error) from error
-    return _numbered(str(path), _read_on(str(path), rows))
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # both bad JSON and bytes that are no UTF-8
-                raise DataError(f"{where}: not readable as JSON ({error}); expected one JSON object a line") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: holds a {type(row).__name__}; expected a JSON object with {KNOWN_FORMS}")
-            yield where, row
-
-
-def _read_hub(source: str, split: Split, streaming: bool) -> Iterator[Row]:
-    import datasets  # slow to import, and only needed here
-
-    name, _, config = source.partition(":")
-    try:
-        parts = datasets.get_dataset_split_names(name, config or None)
-        part = next((part for part in SPLIT_NAMES[split] if part in parts), None)
-        if part is None:
-            raise DataError(
-                f"data set {source} has no {split} part: it has {', '.join(parts)}, and {split} would be "
-                f"{' or '.join(SPLIT_NAMES[split])}; name another source for it"
-            )
-        rows = datasets.load_dataset(name, config or None, split=part, streaming=streaming)
-    except DataError:
-        raise
-    except Exception as error:  # datasets, the hub, the network and readers of files raise whatever they like
-        raise _cannot_load(source, error) from error
-    return _numbered(f"{source} ({part})", _read_on(source, rows))
-
-
-def _read_on(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    try:
-        yield from rows
-    except Exception as error:  # what is streamed can fail in every row, as it can where it is loaded
-        raise _cannot_load(source, error) from error
-
-
-def _cannot_load(source: str, error: Exception) -> DataError:
-    # datasets says what it was doing, and leaves what went wrong to the cause.
-    told = [" ".join(str(one).split()).rstrip(".") for one in (error, error.__cause__) if one is not None]
-    reason = ": ".join(filter(None, told)) or type(error).__name__
-    return DataError(
-        f"cannot load data set {source}: {reason}. Give {KNOWN_SOURCES}; "
-        "a private or gated one after `hf auth login`; without a network, one that is in the cache"
-    )
-
-
-def _numbered(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
-    return ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _example(

@@ -1,0 +1,144 @@
+"""Rows of JSONL files, folders, and data sets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from kvgraft.errors import DataError
+
+Split = Literal["train", "held_out"]
+Row = tuple[str, Mapping[str, Any]]  # where the row stands (for errors), and its columns
+
+KNOWN_FORMS = "`messages`, `prompt` + `completion`, `question` + `answer`, or `text`"
+KNOWN_SOURCES = "word_problems, a JSONL file, a folder, or a hub data set as owner/name or owner/name:config"
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "held_out": ("held_out", "test", "validation", "valid", "eval", "dev"),
+}
+# Ends of names of files with a JSON object a line, and of those that `datasets` reads in a folder.
+_JSON_LINES = (".jsonl", ".json", ".txt")
+_OF_DATASETS = (".csv", ".tsv", ".parquet", ".arrow")
+HUB_ALIASES = {"gsm8k": "openai/gsm8k:main", "openai/gsm8k": "openai/gsm8k:main"}
+
+
+def read_rows(source: str, split: Split, streaming: bool) -> Iterator[Row]:
+    """The rows of ``split`` of ``source``, in its own order; of one without parts all, whatever ``split`` says.
+
+    Raises DataError where there is no such source or part, and while its rows are read.
+    """
+    path = Path(source).expanduser()
+    if _is_file(source):
+        return _read_jsonl(path)
+    if _is_saved_part(path):
+        return _read_saved_part(path)
+    if path.is_dir():
+        for name in SPLIT_NAMES[split]:
+            if (path / f"{name}.jsonl").is_file():
+                return _read_jsonl(path / f"{name}.jsonl")
+        found = sorted(file.name for file in path.glob("*.jsonl"))
+        if found:
+            raise DataError(
+                f"{path} holds {', '.join(found)} but no {split} part; expected "
+                f"{' or '.join(f'{name}.jsonl' for name in SPLIT_NAMES[split])}, or name the file itself"
+            )
+        source = str(path)  # `datasets` does not know ~
+    return _read_hub(HUB_ALIASES.get(source, source), split, streaming)
+
+
+def has_parts(source: str) -> bool:
+    """Whether ``source`` may have a training and a held-out part; a file and a saved ``Dataset`` have none."""
+    return not (_is_file(source) or _is_saved_part(Path(source).expanduser()))
+
+
+def _is_file(source: str) -> bool:
+    path = Path(source).expanduser()
+    looks_local = path.suffix in (*_JSON_LINES, *_OF_DATASETS) or source.startswith((".", "/", "~"))
+    if looks_local and not path.exists():
+        raise DataError(f"no file or folder at {path} (looked in {Path.cwd()}); give {KNOWN_SOURCES}")
+    if path.is_file() and path.suffix in _OF_DATASETS:
+        raise DataError(
+            f"{path} is no JSONL file. Rename it train{path.suffix} (or test{path.suffix}) and give the folder it is in"
+        )
+    return path.is_file()
+
+
+def _is_saved_part(path: Path) -> bool:
+    """Whether ``path`` is what ``datasets.Dataset.save_to_disk`` wrote; a DatasetDict has a folder so for each part."""
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+
+
+def _read_saved_part(path: Path) -> Iterator[Row]:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except Exception as error:  # as where `datasets` reads other folders
+        raise _cannot_load(str(path), error) from error
+    return _filled(numbered(str(path), _read_on(str(path), rows)))
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # both bad JSON and bytes that are no UTF-8
+                raise DataError(f"{where}: not readable as JSON ({error}); expected one JSON object a line") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: holds a {type(row).__name__}; expected a JSON object with {KNOWN_FORMS}")
+            yield where, row
+
+
+def _read_hub(source: str, split: Split, streaming: bool) -> Iterator[Row]:
+    import datasets  # slow to import, and only needed here
+
+    name, _, config = source.partition(":")
+    try:
+        parts = datasets.get_dataset_split_names(name, config or None)
+        part = next((part for part in SPLIT_NAMES[split] if part in parts), None)
+        if part is None:
+            raise DataError(
+                f"data set {source} has no {split} part: it has {', '.join(parts)}, and {split} would be "
+                f"{' or '.join(SPLIT_NAMES[split])}; name another source for it"
+            )
+        rows = datasets.load_dataset(name, config or None, split=part, streaming=streaming)
+    except DataError:
+        raise
+    except Exception as error:  # datasets, the hub, the network and readers of files raise whatever they like
+        raise _cannot_load(source, error) from error
+    return _filled(numbered(f"{source} ({part})", _read_on(source, rows)))
+
+
+def _filled(rows: Iterable[Row]) -> Iterator[Row]:
+    """Those that hold anything: a text corpus has its blank lines as rows, as JSONL may have blank lines."""
+    for where, row in rows:
+        if any(value.strip() if isinstance(value, str) else value is not None for value in row.values()):
+            yield where, row
+
+
+def _read_on(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from rows
+    except Exception as error:  # what is streamed can fail in every row, as it can where it is loaded
+        raise _cannot_load(source, error) from error
+
+
+def _cannot_load(source: str, error: Exception) -> DataError:
+    # datasets says what it was doing, and leaves what went wrong to the cause.
+    told = [" ".join(str(one).split()).rstrip(".") for one in (error, error.__cause__) if one is not None]
+    reason = ": ".join(filter(None, told)) or type(error).__name__
+    return DataError(
+        f"cannot load data set {source}: {reason}. Give {KNOWN_SOURCES}; "
+        "a private or gated one after `hf auth login`; without a network, one that is in the cache"
+    )
+
+
+def numbered(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    """Rows with their place in ``source``."""
+    return ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
