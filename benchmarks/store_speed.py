@@ -58,7 +58,7 @@ def main(
     texts: Annotated[int, typer.Option(help="Texts of 200 tokens.")] = 32,
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 5,
     folder: Annotated[Path | None, typer.Option(help="Where to write; default the system's temporary folder.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="A dtype of the store; may be repeated.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="A dtype beside float16; may be repeated.")] = None,
     only: Annotated[
         Literal["rates", "parts", "caching", "together", "memory"] | None,
         typer.Option(help="One of what there is."),
@@ -86,7 +86,8 @@ def measure(
     dtypes: Sequence[str] = DTYPES,
     clock: Clock = time.perf_counter,
 ) -> dict[str, object]:
-    """Seconds and rates over the plain way, and ``table``; ``dtypes`` has float16 among them."""
+    """Seconds and rates over the plain way, and ``table``; float16 is measured with any ``dtypes``."""
+    dtypes = list(dict.fromkeys(["float16", *dtypes]))
     keys = [sample_key(str(index)) for index in range(texts)]
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randn(texts, 2, LAYERS, HEADS, TOKENS, HEAD_DIM, generator=generator)

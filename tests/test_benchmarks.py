@@ -110,3 +110,10 @@ def test_rates_of_a_float16_store_are_not_taken_for_those_of_fewer_bits(capsys: 
         at_scale.main(teacher="Llama")
     at_scale.main(dtype="int8", write_megabytes=100, read_megabytes=200)
     assert "| a process writes | 100 MB/s | given |" in capsys.readouterr().out
+
+
+def test_a_store_of_few_bits_is_measured_without_naming_float16() -> None:
+    store_speed = load_benchmark(Path("benchmarks/store_speed.py"))
+    found = store_speed.measure(texts=1, repeats=1, dtypes=["int8"])
+    assert found["write int8"] > 0
+    assert found["a quarter of the layers, warm, over all"] > 0
