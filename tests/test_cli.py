@@ -214,6 +214,7 @@ def test_help_and_a_mistake_in_a_recipe_do_not_wait_for_large_libraries() -> Non
 
 
 def test_what_the_hub_sends_keeps_its_bar() -> None:
+    enable_progress_bars()  # whatever a test before it has left
     try:
         hide_bars_of_transformers()
         assert not is_progress_bar_enabled()

@@ -150,6 +150,33 @@ def test_one_template_for_all_learns_every_answer_too(
     assert tokenizer.decode(labels) == learnt
 
 
+@pytest.mark.parametrize("keep_turns", [False, True])
+def test_of_a_conversation_given_as_prompt_and_completion_the_completion_alone_is_learnt(
+    tmp_path: Path, keep_turns: bool
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"prompt": CHAT[:-2], "completion": CHAT[-2:-1]}) + "\n", encoding="utf-8")
+    tokenizer = tokenizer_of(CHATML, 300, "<|im_start|>", "<|im_end|>")
+    (example,) = load_examples(str(path), tokenizer=tokenizer, keep_turns=keep_turns)
+    encoded = encode_example(example, tokenizer, 512, "completion")
+    assert "3 + 4 = 7" in tokenizer.decode(encoded.input_ids)
+    learnt = tokenizer.decode([label for label in encoded.labels if label != IGNORED])
+    assert learnt.strip().startswith("7 💡 äpples")
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": CHAT[:-1], "completion": []},
+    {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    {"prompt": "How many?", "completion": CHAT[-2:-1]},
+    {"prompt": CHAT[:-1], "completion": ["7"]},
+])  # fmt: skip
+def test_lists_that_are_not_a_prompt_and_one_answer_are_refused(tmp_path: Path, row: dict) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 1: where `completion` is a list it must hold one message"):
+        load_examples(str(path))
+
+
 def test_an_answer_that_a_template_leaves_out_or_will_not_change_is_not_learnt(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": CHAT}) + "\n", encoding="utf-8")

@@ -56,6 +56,7 @@ def chat_tokenizer(template: str | None = CHAT_TEMPLATE, adds_bos: bool = False)
         ({"question": "Why?", "answer": "So."}, "Why?\nSo.", "So."),
         ({"messages": CHAT}, "system: Be brief.\nuser: 2+2?\nassistant: 4", " 4"),
         ({"messages": CHAT[2:3]}, "assistant: 4", " 4"),
+        ({"prompt": CHAT[:2], "completion": CHAT[2:3]}, "system: Be brief.\nuser: 2+2?\nassistant: 4", " 4"),
         # The first form that a row has, other columns aside.
         ({"text": "no", "question": "Why?", "answer": "So."}, "Why?\nSo.", "So."),
         ({"text": "yes", "prompt": "no completion", "id": 3}, "yes", "yes"),

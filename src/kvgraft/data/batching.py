@@ -60,7 +60,8 @@ def encode_example(
 ) -> EncodedExample:
     """``example`` in at most ``max_length`` tokens, its end-of-text among them.
 
-    The completion of a conversation is every turn of the assistant, and the token that ends it.
+    The completion of a conversation is every turn of the assistant, and the token that ends it; of one that was given
+    as a prompt and a completion, the last.
 
     Raises:
         DataError, AlignmentError: as :func:`kvgraft.data.spans.encode_with_spans`.
@@ -99,11 +100,14 @@ def _in_completion(example: Example, spans: Spans, tokenizer: PreTrainedTokenize
 
 
 def _said_by_assistant(example: Example, spans: Spans) -> NDArray[np.bool_]:
-    """bool ``[tokens]``: the tokens of the assistant's turns, each with the token after it, which ends the turn."""
+    """bool ``[tokens]``: the tokens of the assistant's turns, each with the token after it, which ends the turn.
+
+    Of an example without ``messages`` only the completion.
+    """
     said = np.zeros(len(spans), dtype=bool)
     text = spans[:, 1] > spans[:, 0]
     for turn, (first, last) in zip(example.turns, example.contents, strict=True):
-        if turn.role == "assistant":
+        if turn.role == "assistant" and (example.messages or first >= example.prompt_characters):
             start, end = (len(example.text[:edge].encode()) for edge in (first, last))
             said |= text & (spans[:, 0] >= start) & (spans[:, 1] <= end)
     ends = np.flatnonzero(said[:-1] & ~text[1:]) + 1

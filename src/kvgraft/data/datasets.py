@@ -6,7 +6,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ class Example:
     """One text; the completion starts at character ``prompt_characters`` (0: there is no prompt, all of it counts).
 
     ``turns`` is a conversation that each model reads in its own chat template; ``text`` is then its plain form, lines
-    of ``role: content``. ``messages`` are what ``text`` was made of where it has answers before the completion.
+    of ``role: content``. ``messages`` are what ``text`` was made of where answers before the completion count too.
     """
 
     text: str
@@ -83,8 +83,8 @@ def load_examples(
         shuffle_buffer: read so many rows ahead, and take one of those by ``seed`` for each next text.
 
     Columns, the first form that a row has: ``messages`` (up to the last assistant turn, which is the completion),
-    ``prompt`` + ``completion`` (joined as they are), ``question`` + ``answer`` (joined by a line break), ``text``. Null
-    is as good as no column.
+    ``prompt`` + ``completion`` (joined as they are; or lists of messages, the completion one answer), ``question`` +
+    ``answer`` (joined by a line break), ``text``. Null is as good as no column.
 
     Raises DataError naming the file and line of a row that is unreadable, empty or in no such form.
     """
@@ -187,6 +187,8 @@ def _example(
     if "messages" in row:
         return _from_messages(where, row["messages"], tokenizer, keep_turns)
     if "prompt" in row and "completion" in row:
+        if isinstance(row["completion"], list):
+            return _from_prompt_messages(where, row["prompt"], row["completion"], tokenizer, keep_turns)
         prompt = _string(where, row, "prompt")
         return Example(prompt + _filled_string(where, row, "completion"), len(prompt))
     if "question" in row and "answer" in row:
@@ -218,6 +220,20 @@ def _from_messages(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase
     text = as_lines(lines)
     prompt_characters = len(text) - len(f" {kept[last].content}")
     return Example(text, prompt_characters, tuple(kept) if keep_turns else (), _with_several_answers(lines))
+
+
+def _from_prompt_messages(
+    where: str, prompt: Any, completion: list[Any], tokenizer: PreTrainedTokenizerBase | None, keep_turns: bool
+) -> Example:
+    """A conversation of which the last answer alone is to be learned, as TRL has it."""
+    roles = [message.get("role") if isinstance(message, Mapping) else None for message in completion]
+    if not isinstance(prompt, list) or roles != ["assistant"]:
+        raise DataError(
+            f"{where}: where `completion` is a list it must hold one message of the assistant, and `prompt` the list "
+            f"of those before; got prompt {str(prompt)[:60]!r} and completion {str(completion)[:60]!r}. To learn "
+            "several answers give all as `messages`"
+        )
+    return replace(_from_messages(where, [*prompt, *completion], tokenizer, keep_turns), messages=())
 
 
 def as_lines(messages: Sequence[Mapping[str, Any]]) -> str:
