@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kvgraft.data import word_problems
+from kvgraft.data import sources, word_problems
 from kvgraft.data.datasets import Example, load_examples, load_train_and_held_out
 from kvgraft.errors import DataError
 
@@ -303,6 +303,37 @@ def test_whatever_fails_while_a_data_set_is_read_is_a_data_error(
     told = "gone" if streaming else "While reading: gone"
     with pytest.raises(DataError, match=rf"^cannot load data set owner/name: {told}\. Give "):
         load_examples("owner/name", streaming=streaming)
+
+
+def test_what_was_streamed_is_not_fetched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[int] = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for number in range(4):
+            fetched.append(number)
+            yield {"text": f"text {number}"}
+        if is_cut_off:
+            raise ConnectionRefusedError("gone")
+
+    def read(limit: int | None) -> list[int]:
+        fetched.clear()
+        examples = load_examples("owner/name", limit=limit, streaming=True)
+        assert [example.text for example in examples] == [f"text {number}" for number in range(limit or 4)]
+        return fetched
+
+    monkeypatch.setattr(sources, "_streamed", {})
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train"])
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
+    is_cut_off = True
+    assert read(2) == [0, 1]
+    assert read(2) == []
+    assert read(3) == [0, 1, 2]
+    for _ in range(2):
+        with pytest.raises(DataError, match="gone"):
+            read(None)
+    is_cut_off = False
+    assert read(None) == [0, 1, 2, 3]
+    assert read(None) == []
 
 
 def test_a_missing_held_out_part_is_told_before_training_text_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +45,9 @@ def read_rows(source: str, split: Split, streaming: bool) -> Iterator[Row]:
                 f"{path} holds {', '.join(found)} but no {split} part; expected "
                 f"{' or '.join(f'{name}.jsonl' for name in SPLIT_NAMES[split])}, or name the file itself"
             )
-        source = str(path)  # `datasets` does not know ~
-    return _read_hub(HUB_ALIASES.get(source, source), split, streaming)
+        return _read_hub(str(path), split, streaming)  # `datasets` does not know ~
+    source = HUB_ALIASES.get(source, source)
+    return _streamed_once(source, split) if streaming else _read_hub(source, split, streaming=False)
 
 
 def has_parts(source: str) -> bool:
@@ -113,6 +115,23 @@ def _read_hub(source: str, split: Split, streaming: bool) -> Iterator[Row]:
     except Exception as error:  # datasets, the hub, the network and readers of files raise whatever they like
         raise _cannot_load(source, error) from error
     return _filled(numbered(f"{source} ({part})", _read_on(source, rows)))
+
+
+# A recipe is checked before it is run, and every seed and arm of a comparison reads its text anew. None ends a part.
+_streamed: dict[tuple[str, Split], list[Row | None]] = {}
+
+
+def _streamed_once(source: str, split: Split) -> Iterator[Row]:
+    """The rows that were fetched before, and only behind them those that the hub sends."""
+    kept = _streamed.setdefault((source, split), [])
+    for row in kept:
+        if row is None:
+            return
+        yield row
+    for row in islice(chain(_read_hub(source, split, streaming=True), [None]), len(kept), None):
+        kept.append(row)
+        if row is not None:
+            yield row
 
 
 def _filled(rows: Iterable[Row]) -> Iterator[Row]:
