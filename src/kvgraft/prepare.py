@@ -215,7 +215,9 @@ def make_student(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     student = recipe.student
     if student.model is not None:
         model = loading.load_model(student.model, student.revision, dtype=student.dtype, device="cpu")
-        return model if student.lora is None else add_lora(model, **student.lora.model_dump(), seed=recipe.seed)
+        if student.lora is None:
+            return model
+        return add_lora(model, **student.lora.model_dump(), seed=recipe.seed, revision=student.revision)
     if student.cut_from is not None:
         whole = loading.load_model(student.cut_from, student.revision, dtype=student.dtype, device="cpu")
         return cut_model(whole, _kept_layers(student, whole.config))

@@ -12,10 +12,10 @@ from kvgraft.distill.arms import build_arm
 from kvgraft.errors import ModelError
 from kvgraft.evaluate.run import EvaluationSettings, evaluate
 from kvgraft.models.capture import capture
-from kvgraft.models.loading import load_model, load_weights
-from kvgraft.models.lora import add_lora, save_student
+from kvgraft.models.loading import load_model, load_tokenizer, load_weights
+from kvgraft.models.lora import add_lora, base_revision, save_student
 from kvgraft.plan import make_plan
-from kvgraft.prepare import prepare
+from kvgraft.prepare import make_student, prepare
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.recipe import Recipe, StudentRecipe
 from kvgraft.run import arm_data, run
@@ -94,6 +94,25 @@ def test_a_run_trains_adapters_and_projector_and_nothing_else(
     own = plain.state_dict()
     base = {name.replace(".base_layer", ""): tensor for name, tensor in loaded.state_dict().items()}
     assert all(torch.equal(own[name], base[name]) for name in own)
+
+
+def test_adapters_are_put_on_the_revision_that_they_were_trained_on(
+    lora_recipe: Recipe, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = lora_recipe.student.model_copy(update={"revision": "v2"})
+    model = make_student(lora_recipe.model_copy(update={"student": student}), load_tokenizer(str(tiny_student)))
+    save_student(model, tmp_path)
+    assert base_revision(tmp_path) == "v2"
+    asked: list[str | None] = []
+
+    def load(*_: object, revision: str | None, **__: object) -> torch.nn.Module:
+        asked.append(revision)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    load_model(str(tmp_path))
+    load_model(str(tiny_student))
+    assert asked == ["v2", None]
 
 
 def test_gradient_reaches_only_adapters_and_projector(lora_recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvgraft.errors import ModelError
 from kvgraft.models.geometry import kv_geometry
-from kvgraft.models.lora import ADAPTER_WEIGHTS, load_adapters
+from kvgraft.models.lora import ADAPTER_WEIGHTS, base_revision, load_adapters
 from kvgraft.models.placement import DeviceMap, Quantization, placement_options
 from kvgraft.models.tensor_parallel import tensor_parallel_options
 from kvgraft.processes import process_state
@@ -129,6 +129,8 @@ def _load(
     load: Callable[..., _Loaded], name: str, revision: str | None, *, weights: bool = False, **options: Any
 ) -> _Loaded:
     source = _locate(name)
+    if revision is None and isinstance(source, Path):
+        revision = base_revision(source)
     if isinstance(source, Path) and source.suffix == ".gguf":
         if weights or _converted_folder(source).is_dir():
             source = _convert_gguf(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,7 +24,13 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def add_lora(
-    model: PreTrainedModel, rank: int, alpha: float, dropout: float, target_modules: Targets, seed: int
+    model: PreTrainedModel,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Targets,
+    seed: int,
+    revision: str | None = None,
 ) -> PeftModel:
     """``model`` with frozen weights and trainable adapters that change nothing yet, in evaluation mode.
 
@@ -34,6 +41,7 @@ def add_lora(
         dropout: share of the adapter's input dropped in training.
         target_modules: names of modules, as ``q_proj``, or ``all-linear`` for every linear one but the head.
         seed: draws the adapters' first weights; no other random state is touched.
+        revision: of the hub repository that ``model`` is from, to be saved with the adapters.
 
     Raises:
         ModelError: a target that the model does not have.
@@ -46,7 +54,7 @@ def add_lora(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, settings).eval()
+        return get_peft_model(model, settings, revision=revision).eval()
 
 
 def require_targets(model: nn.Module, target_modules: Targets) -> None:
@@ -90,6 +98,16 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
             f"the adapters in {folder} are not those of student.lora: missing {missing[:3]}, "
             f"not known {list(result.unexpected_keys)[:3]}; use the recipe that made them"
         )
+
+
+def base_revision(folder: Path) -> str | None:
+    """The revision of the model that the adapters in ``folder`` belong to, which transformers does not look for.
+
+    None where it is not told, or where ``folder`` holds no adapters.
+    """
+    config = folder / "adapter_config.json"
+    revision: str | None = json.loads(config.read_text(encoding="utf-8")).get("revision") if config.is_file() else None
+    return revision
 
 
 def _names(target: str, module: str) -> bool:
