@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,8 +256,5 @@ def test_the_command_shows_a_real_run(tiny_recipe: Callable[..., Recipe], tmp_pa
 def test_twenty_arms_five_seeds_and_a_thousand_steps(tmp_path: Path) -> None:
     arms = ("baseline", *(f"arm-{index}" for index in range(1, 20)))
     runs = [make_run(tmp_path / str(seed), seed, arms, tuple(range(1, 1001))) for seed in range(5)]
-    # Processor time: what else the machine does is not ours.
-    started = time.process_time()
     write_page(page_of_runs(runs, with_strips=False), tmp_path / "report.html")
-    assert time.process_time() - started < 10
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
