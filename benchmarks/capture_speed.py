@@ -9,6 +9,7 @@ rate is what the matrix products of capturing all layers take alone, over what c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -36,11 +37,16 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 192,
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 5,
     profile: Annotated[bool, typer.Option("--profile", help="What capturing all layers computes, instead.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="What torch.compile makes of the trunk, in minutes, instead.")
+    ] = False,
 ) -> None:
     """Print the ratios in Markdown."""
-    if profile:
+    if profile or compiled:
         for name in model or MODELS:
-            typer.echo(profile_of(name, batch, tokens))
+            typer.echo(
+                profile_of(name, batch, tokens) if profile else compiled_over_trunk(name, batch, tokens, repeats)
+            )
         return
     typer.echo(measure(model or MODELS, batch, tokens, repeats)["table"])
 
@@ -50,6 +56,23 @@ def profile_of(name: str, batch: int, tokens: int) -> str:
     model = load_model(name, None, dtype="float32", device="cpu")
     input_ids = _random_ids(model, batch, tokens)
     return profile_table(lambda: capture(model, input_ids), name.rpartition("/")[2])
+
+
+@torch.no_grad()
+def compiled_over_trunk(name: str, batch: int, tokens: int, repeats: int) -> str:
+    """What fusing all that stands between the products would gain, without capturing: a line."""
+    model = load_model(name, None, dtype="float32", device="cpu")
+    input_ids = _random_ids(model, batch, tokens)
+    trunk, compiled = (_trunk(layers, input_ids) for layers in (decoder_of(model), torch.compile(decoder_of(model))))
+    seconds = interleaved_medians({"trunk": trunk, "compiled": compiled}, repeats)
+    return f"{name.rpartition('/')[2]}: compiled trunk over trunk {seconds['compiled'] / seconds['trunk']:.3f}"
+
+
+def _trunk(layers: Callable[..., object], input_ids: torch.Tensor) -> Callable[[], object]:
+    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    return lambda: layers(
+        input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=positions, use_cache=False
+    )
 
 
 def measure(
@@ -83,9 +106,7 @@ def _measure_model(model: PreTrainedModel, batch: int, tokens: int, repeats: int
     positions = torch.arange(tokens).expand(batch, -1)
     lower_half = range(kv_geometry(model.config).num_layers // 2)
     ways = {
-        "trunk": lambda: decoder_of(model)(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=positions, use_cache=False
-        ),
+        "trunk": _trunk(decoder_of(model), input_ids),
         "all layers": lambda: capture(model, input_ids),
         "lower half": lambda: capture(model, input_ids, layers=lower_half),
         "plain": lambda: unrotated_cache(model, input_ids, positions),
