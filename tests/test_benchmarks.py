@@ -96,10 +96,8 @@ def test_an_adapters_products_are_those_of_its_linear_map_too(skip: bool) -> Non
 
 def test_what_a_step_holds_is_not_counted_with_the_modules_of_another_way() -> None:
     growth = load_benchmark(Path("benchmarks/growth.py"))
-    sizes = growth.MIDDLE.sizes
-    step = growth.TeachersStep(growth.Work(sizes)).steps[0]
+    step = growth.TeachersStep(growth.Work(growth.MIDDLE.sizes)).steps[0]
     assert not list(step.modules.parameters())
-    assert growth.in_own_process(growth.held_bytes, growth.Work(growth.replace(sizes, layers=32))) < 300e6
 
 
 def test_rates_of_a_float16_store_are_not_taken_for_those_of_fewer_bits(capsys: pytest.CaptureFixture[str]) -> None:
