@@ -213,6 +213,13 @@ def test_help_and_a_mistake_in_a_recipe_do_not_wait_for_large_libraries() -> Non
         assert done.returncode == ("absent.yaml" in command)
 
 
+def test_help_is_broken_where_the_terminal_ends() -> None:
+    output = runner.invoke(app, ["graft", "--help"], env={"COLUMNS": "80"}).output
+    lines = [line.strip() for line in output.splitlines()]
+    first = next(index for index, line in enumerate(lines) if line.startswith("Says how likely"))
+    assert lines[first + 1].endswith("controls: another question's cache, the")
+
+
 def test_what_the_hub_sends_keeps_its_bar() -> None:
     enable_progress_bars()  # whatever a test before it has left
     try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -16,7 +16,24 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from kvgraft.recipe import Recipe
 
-app = typer.Typer(
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _Commands(typer.Typer):
+    """Help as wide as the terminal: typer breaks it where the lines of a docstring end."""
+
+    def command(self, *args: Any, **options: Any) -> Callable[[_Function], _Function]:
+        register = super().command(*args, **options)
+
+        def register_joined(function: _Function) -> _Function:
+            paragraphs = (function.__doc__ or "").split("\n\n")
+            function.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+            return register(function)
+
+        return register_joined
+
+
+app = _Commands(
     help="Move knowledge between language models through their key/value caches.",
     no_args_is_help=True,
     add_completion=False,
