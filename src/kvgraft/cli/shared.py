@@ -23,12 +23,12 @@ class _Commands(typer.Typer):
     """Help as wide as the terminal: typer breaks it where the lines of a docstring end."""
 
     def command(self, *args: Any, **options: Any) -> Callable[[_Function], _Function]:
-        register = super().command(*args, **options)
+        register = super().command
 
         def register_joined(function: _Function) -> _Function:
             paragraphs = (function.__doc__ or "").split("\n\n")
-            function.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-            return register(function)
+            joined = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+            return register(*args, help=joined, **options)(function)
 
         return register_joined
 
