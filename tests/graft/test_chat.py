@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from kvgraft.cli import app
 from kvgraft.errors import GraftError, RecipeError
 from kvgraft.fit.run import fit
-from kvgraft.graft.chat import open_conversation, text_files
+from kvgraft.graft.chat import Conversation, _before, open_conversation, text_files
 from kvgraft.recipe import Recipe, StudentRecipe
 from kvgraft.report.results import RECIPE_FILE
 
@@ -47,6 +47,37 @@ def test_goes_on_from_the_documents_and_from_what_was_said(run: Path, documents:
     found = fresh.student.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
     new = found[0, inputs["input_ids"].shape[1] :]
     assert fresh.tokenizer.decode(new, skip_special_tokens=True).strip() == second.strip()
+
+
+def test_a_question_of_the_students_own_ends_its_answer(run: Path, documents: Path) -> None:
+    conversation = open_conversation(run, [documents / "a.txt"])
+    colon = _says_after_every_colon(conversation, " 7\nQuestion:")
+    assert "".join(conversation.ask("How many?", max_new_tokens=60)) == " 7"
+    assert conversation.tokenizer.decode(conversation._said[0]).endswith("Answer: 7\nQuestion:")
+    assert conversation._said[0, -1] == colon
+    # What the student has begun is the question that comes next, and stands there once.
+    assert "".join(conversation.ask("And pears?", max_new_tokens=60)) == " 7"
+    said = "\nQuestion: How many?\nAnswer: 7\nQuestion: And pears?\nAnswer: 7\nQuestion:"
+    assert conversation.tokenizer.decode(conversation._said[0]) == said
+
+
+def _says_after_every_colon(conversation: Conversation, answer: str) -> int:
+    """Makes the student say tokens of ``answer``, which ends in a colon, one after the other; the colon's id."""
+    student = conversation.student
+    ids = conversation.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    for layer in student.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    embeddings = student.model.embed_tokens.weight.data
+    embeddings[ids] = torch.eye(len(ids), embeddings.shape[1])
+    student.lm_head.weight.data.zero_()
+    student.lm_head.weight.data[ids] = embeddings[ids[-1:] + ids[:-1]]
+    return ids[-1]
+
+
+def test_what_may_begin_the_next_question_waits() -> None:
+    assert list(_before("\nQ:", ["7", "\n", "\nQ", ": and", " more"])) == ["7", "", "\n", ""]
+    assert "".join(_before("\nQ:", ["7\nQ", "uestions\n"])) == "7\nQuestions\n"
 
 
 def test_tokens_meet_as_the_teacher_in_the_recipe_says(

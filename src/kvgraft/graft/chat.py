@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
 
@@ -32,6 +32,8 @@ from kvgraft.recipe import Recipe, load_recipe
 from kvgraft.report.results import RECIPE_FILE
 
 _SUFFIXES = (".txt", ".md")
+# What a student without a chat template is asked in; such a one often goes on after its answer with the next question.
+_QUESTION, _ANSWER = "\nQuestion:", "\nAnswer:"
 
 
 class Conversation:
@@ -49,6 +51,8 @@ class Conversation:
     def ask(self, question: str, max_new_tokens: int = 256) -> Iterator[str]:
         """The answer, piece by piece as it is decoded, greedily.
 
+        A student without a chat template is stopped where it begins a question of its own.
+
         Raises:
             GraftError: documents, conversation and answer are longer than the student's context.
         """
@@ -64,6 +68,7 @@ class Conversation:
         cache = copy.deepcopy(self.cache)
         inputs = cache.generate_inputs(said.to(self.student.device))
         outcome: list[Tensor | BaseException] = []
+        stop = None if self.tokenizer.chat_template else _QUESTION
 
         def decode() -> None:
             try:
@@ -74,6 +79,8 @@ class Conversation:
                             max_new_tokens=min(max_new_tokens, room),
                             do_sample=False,
                             streamer=streamer,
+                            stop_strings=stop,
+                            tokenizer=self.tokenizer,
                             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                         )
                     )
@@ -83,7 +90,7 @@ class Conversation:
 
         worker = Thread(target=decode, daemon=True)
         worker.start()
-        yield from streamer
+        yield from _before(stop, streamer) if stop else streamer
         worker.join()
         (found,) = outcome
         if isinstance(found, BaseException):
@@ -97,7 +104,9 @@ class Conversation:
             messages = [{"role": "user", "content": question}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         else:
-            text = f"\nQuestion: {question}\nAnswer:"
+            # Where the answer before this ended in the beginning of a question, this is that question.
+            begun = self.tokenizer.decode(self._said[0]).endswith(_QUESTION)
+            text = f"{'' if begun else _QUESTION} {question}{_ANSWER}"
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
 
@@ -195,6 +204,19 @@ def _grafter_of(run: Path, recipe: Recipe, graft: str | None) -> Grafter:
         raise GraftError(f"{run} has no projector {chosen!r}; it holds {', '.join(found) or 'none'}")
     projector = KVDimensionProjector.from_pretrained(folder)
     return Grafter(projector, recipe.teachers[0].name, 0, recipe.graft.own_first_tokens).eval()
+
+
+def _before(stop: str, pieces: Iterable[str]) -> Iterator[str]:
+    """``pieces`` up to ``stop``; what may be its beginning waits for what follows."""
+    held = ""
+    for piece in pieces:
+        text, found, _ = (held + piece).partition(stop)
+        begun = 0 if found else max(length for length in range(len(stop)) if text.endswith(stop[:length]))
+        held = text[len(text) - begun :]
+        yield text[: len(text) - begun]
+        if found:
+            return
+    yield held
 
 
 def _read(document: Path) -> str:
