@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from kvgraft.prepare_logits import prepare_logits
 from kvgraft.processes import process_state
 from kvgraft.projector.settings import teacher_config_from
 from kvgraft.recipe import Recipe, load_recipe
+from kvgraft.recipe.differences import differences
 from kvgraft.report.environment import describe_environment
 from kvgraft.report.layers import layers_markdown, save_layer_maps
 from kvgraft.report.log import write_experiment_log
@@ -141,9 +142,11 @@ def open_run_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool)
     elif there:
         earlier = load_recipe(folder / RECIPE_FILE)
         if earlier.fingerprint() != recipe.fingerprint():
+            changed = differences(earlier, recipe, but=("name", "arms"))
+            told = ", ".join(f"{field}: {there} there, {given} given" for field, (there, given) in changed.items())
             raise RecipeError(
-                f"{folder} was made by another recipe ({_differing(earlier, recipe)}) and cannot be resumed with this "
-                "one; give --output FOLDER for a new run, or --overwrite"
+                f"{folder} was made by another recipe (differs in {told}) and cannot be resumed with this one; give "
+                "--output FOLDER for a new run, or --overwrite"
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(folder / RECIPE_FILE, recipe.to_yaml())
@@ -179,20 +182,6 @@ def require_same_inputs(folder: Path, inputs: dict[str, str]) -> None:
     process_state().wait_for_everyone()
     if process_state().is_main_process and not path.is_file():
         write_text_atomically(path, json.dumps(inputs, indent=1))
-
-
-def _differing(first: Recipe, second: Recipe) -> str:
-    one, other = (recipe.model_dump(mode="json", exclude={"name", "arms"}) for recipe in (first, second))
-    return "differs in " + ", ".join(_differences(one, other, ""))
-
-
-def _differences(one: object, other: object, field: str) -> Iterator[str]:
-    """Each field that differs, with both values: what is there, and what was given."""
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        for name in one:
-            yield from _differences(one[name], other[name], f"{field}.{name}" if field else name)
-    elif one != other:
-        yield f"{field}: {one} there, {other} given"
 
 
 def _describe(prepared: Prepared) -> RunResult:

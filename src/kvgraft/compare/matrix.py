@@ -11,6 +11,7 @@ from pathlib import Path
 from kvgraft.compare.arms import BASELINE, LOGITS, ComparisonArm, choose_arms
 from kvgraft.errors import RecipeError
 from kvgraft.recipe import Recipe, load_recipe
+from kvgraft.recipe.differences import differences
 from kvgraft.recipe.sections import ACROSS_VOCABULARIES
 
 # What a loss is measured on; another makes another scale.
@@ -187,7 +188,7 @@ def _without_repeats(
 
 
 def _notes_on(arm: ComparisonArm, base: Recipe, changed: Recipe) -> list[str]:
-    fields = _differing(base.model_dump(), changed.model_dump())
+    fields = differences(base, changed)
     other_text = [field for field in fields if any(_is_in(field, part) for part in _SAME_FOR_ALL)]
     if other_text:
         raise RecipeError(
@@ -209,15 +210,3 @@ def _notes_on(arm: ComparisonArm, base: Recipe, changed: Recipe) -> list[str]:
 
 def _is_in(field: str, part: str) -> bool:
     return field == part or field.startswith(f"{part}.")
-
-
-def _differing(one: object, other: object, path: str = "") -> list[str]:
-    """Dotted names of the fields in which two dumped recipes differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        names = dict.fromkeys([*one, *other])
-        return [
-            field
-            for name in names
-            for field in _differing(one.get(name), other.get(name), f"{path}.{name}" if path else name)
-        ]
-    return [] if one == other else [path]
