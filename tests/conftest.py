@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.data.word_problems import generate
-from kvgraft.recipe import Recipe, StudentRecipe
+from kvgraft.recipe import Recipe
 
 torch.set_num_threads(1)
 
@@ -23,6 +23,11 @@ def pytest_collection_finish() -> None:
     # accelerate collects garbage after every training; what is imported is none, and takes a third of a second.
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first: behind all others, one process runs them and the other waits."""
+    items.sort(key=lambda item: item.path.name != "test_on_accelerator.py")
 
 
 @pytest.fixture(scope="session")
@@ -90,35 +95,34 @@ def fields_of_tiny_recipe(teacher: Path, stores: Path) -> dict:
     }
 
 
+def fields_of_fit_recipe(teacher: Path, student: Path, stores: Path) -> dict:
+    """For fixtures that outlive a test: a projector between ``teacher`` and ``student``."""
+    return _changed(
+        fields_of_tiny_recipe(teacher, stores) | {"student": {"model": str(student)}},
+        data={"train_samples": 30, "held_out_samples": 8, "max_length": 96},
+        projector={"init_method": "least_squares"},
+        fit={"steps": 0, "tokens_per_step": 64, "scan_tokens": 600},
+    )
+
+
+def _changed(fields: dict, **changes: object) -> dict:
+    return fields | {
+        name: {**fields.get(name, {}), **change} if isinstance(change, dict) else change
+        for name, change in changes.items()
+    }
+
+
 @pytest.fixture
 def tiny_recipe(tiny_fields: dict) -> Callable[..., Recipe]:
     """The tiny recipe, with sections changed: ``tiny_recipe(training={"steps": 2})``."""
-
-    def make(**changes: object) -> Recipe:
-        fields = dict(tiny_fields)
-        for name, change in changes.items():
-            fields[name] = {**fields.get(name, {}), **change} if isinstance(change, dict) else change
-        return Recipe.model_validate(fields)
-
-    return make
+    return lambda **changes: Recipe.model_validate(_changed(tiny_fields, **changes))
 
 
 @pytest.fixture
-def fit_recipe(tiny_recipe: Callable[..., Recipe], tiny_student: Path) -> Callable[..., Recipe]:
-    """A recipe that fits a projector between the tiny teacher and the tiny student in seconds."""
-
-    def make(**changes: object) -> Recipe:
-        sections: dict = {
-            "data": {"train_samples": 30, "held_out_samples": 8, "max_length": 96},
-            "projector": {"init_method": "least_squares", "dropout": 0.0},
-            "fit": {"steps": 0, "tokens_per_step": 64, "scan_tokens": 600},
-        }
-        for name, change in changes.items():
-            sections[name] = {**sections.get(name, {}), **change} if isinstance(change, dict) else change
-        student = sections.pop("student", StudentRecipe(model=str(tiny_student)))
-        return tiny_recipe(**sections).model_copy(update={"student": student})
-
-    return make
+def fit_recipe(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """A recipe that fits a projector between the tiny teacher and the tiny student in seconds, changed likewise."""
+    fields = fields_of_fit_recipe(tiny_teacher, tiny_student, tmp_path / "stores")
+    return lambda **changes: Recipe.model_validate(_changed(fields, **changes))
 
 
 @pytest.fixture

@@ -13,12 +13,10 @@ import pytest
 
 # Each in one process, which takes as long to start as some of the tests.
 RUNS = {
-    "train": [
+    "training": [
         "test_run.py::test_run_folder_holds_everything",
         "distill/test_trainer.py::test_gradients_do_not_depend_on_accumulation[relational]",
         "distill/test_logit_arms.py::test_four_arms_from_one_recipe",
-    ],
-    "teachers": [
         "test_teachers.py::test_two_tokenizers_and_two_architectures_teach_one_student",
         "test_online.py::test_a_run_without_a_store",
         "store/test_quantize.py::test_kv_on_an_accelerator_gives_the_same_bits",

@@ -1,5 +1,6 @@
 """A conversation about documents that the student has not read."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +14,19 @@ from kvgraft.fit.run import fit
 from kvgraft.graft.chat import Conversation, _before, open_conversation, text_files
 from kvgraft.recipe import Recipe, StudentRecipe
 from kvgraft.report.results import RECIPE_FILE
+from tests.conftest import fields_of_fit_recipe
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_teacher: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    fit(Recipe.model_validate(fields_of_fit_recipe(tiny_teacher, tiny_student, folder / "stores")), folder / "run")
+    return folder / "run"
 
 
 @pytest.fixture
-def run(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
-    fit(fit_recipe(), tmp_path / "run")
-    return tmp_path / "run"
+def run(fitted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(fitted, tmp_path / "run"))
 
 
 @pytest.fixture
