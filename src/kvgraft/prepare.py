@@ -195,6 +195,7 @@ def load_examples_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) 
         keep_turns=data.chat_template == "own",
         streaming=data.streaming,
         shuffle_buffer=data.shuffle_buffer,
+        columns=data.columns.model_dump(exclude_none=True) if data.columns else None,
     )
 
 

@@ -112,7 +112,7 @@ def test_chat_template_that_refuses_names_the_line(tmp_path: Path) -> None:
         ([1, 2], "holds a list; expected a JSON object"),
         (
             {"id": 1, "body": "x"},
-            r"found columns \['body', 'id'\] that are not null; known forms are `messages`, `prompt`",
+            r"found columns \['body', 'id'\] that are not null; known forms are `messages` or `conv.*data.columns",
         ),
         ({"prompt": "alone"}, r"found columns \['prompt'\]"),
         ({"text": ""}, "`text` is empty"),
@@ -131,7 +131,7 @@ def test_chat_template_that_refuses_names_the_line(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": " "}]}, "need an assistant turn with text"),
         ({"messages": [{"role": "assistant", "content": None}]}, "`content` must be text; got NoneType"),
         ({"messages": [{"role": "assistant"}]}, r"`content` is missing; found \['role'\]"),
-        ({"messages": [{"from": "human", "value": "x"}]}, r"`role` is missing; found \['from', 'value'\]"),
+        ({"messages": [{"from": "human", "text": "x"}]}, r"`role` is missing; found \['from', 'text'\]"),
     ],
 )
 def test_bad_row_names_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -341,7 +341,7 @@ def test_a_missing_held_out_part_is_told_before_training_text_is_fetched(monkeyp
     monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train"])
     monkeypatch.setattr("datasets.load_dataset", lambda *_, split, **__: fetched.append(split) or [{"text": "one"}])
     with pytest.raises(DataError, match="has no held_out part: it has train"):
-        load_train_and_held_out("owner/name")
+        load_train_and_held_out("owner/name", "owner/other")
     assert not fetched
 
 

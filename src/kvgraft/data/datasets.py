@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from kvgraft.data import word_problems
+from kvgraft.data.columns import in_known_form
 from kvgraft.data.sources import KNOWN_FORMS, KNOWN_SOURCES, Row, Split, has_parts, numbered, read_rows
 from kvgraft.errors import DataError
 
@@ -63,6 +64,7 @@ def load_examples(
     keep_turns: bool = False,
     streaming: bool = False,
     shuffle_buffer: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Example]:
     """The texts of ``source``, in its own order.
 
@@ -81,10 +83,11 @@ def load_examples(
         streaming: read a hub data set row by row, as far as ``limit`` needs, and keep no copy on disk. A JSONL file is
             always read so.
         shuffle_buffer: read so many rows ahead, and take one of those by ``seed`` for each next text.
+        columns: where rows have other columns, what stands for those below; see :mod:`kvgraft.data.columns`.
 
-    Columns, the first form that a row has: ``messages`` (up to the last assistant turn, which is the completion),
-    ``prompt`` + ``completion`` (joined as they are; or lists of messages, the completion one answer), ``question`` +
-    ``answer`` (joined by a line break), ``text``. Null is as good as no column.
+    Columns, the first form that a row has: ``messages``, or ``conversations`` as ShareGPT has them (up to the last
+    assistant turn, which is the completion), ``prompt`` + ``completion`` (joined as they are; or lists of messages, the
+    completion one answer), ``question`` + ``answer`` (joined by a line break), ``text``. Null is as good as no column.
 
     Raises DataError naming the file and line of a row that is unreadable, empty or in no such form.
     """
@@ -96,7 +99,7 @@ def load_examples(
         rows: Iterable[Row] = numbered(f"word_problems ({split})", word_problems.generate(split, count, seed))
     else:
         rows = read_rows(source, split, streaming)
-    examples = _examples(rows, seed, tokenizer, keep_turns, shuffle_buffer)
+    examples = _examples(in_known_form(rows, columns or {}), seed, tokenizer, keep_turns, shuffle_buffer)
     chosen = _shuffled(examples, seed)[:limit] if shuffle else list(islice(examples, limit))
     if not chosen:
         raise DataError(f"{source} ({split}) holds no examples; give a source with at least one row of {KNOWN_FORMS}")
@@ -116,28 +119,31 @@ def load_train_and_held_out(
     keep_turns: bool = False,
     streaming: bool = False,
     shuffle_buffer: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out texts that share none.
 
-    Without ``held_out`` it is the held-out part of ``train``. A single JSONL file, or what ``Dataset.save_to_disk``
-    wrote, has no parts, so one text in ten, chosen by its sha256, is held out: a text keeps its side when the file
-    grows, and equal texts are on one side.
+    Without ``held_out`` it is the held-out part of ``train``. Where that has none, as a single JSONL file or a data set
+    with a training part alone, one text in ten, chosen by its sha256, is held out: a text keeps its side when the file
+    grows, and equal texts are on one side. A stream is read until it has ``train_limit`` texts, or ``held_out_limit``.
 
     A training text that is held out too is left out of training, with a warning. ``shuffle_buffer`` mixes the training
     texts.
 
     Raises DataError if nothing is left to train on, or as ``load_examples`` does.
     """
-    if held_out is None and not has_parts(train):
+    if held_out is None and train != "word_problems" and not has_parts(train):
         _check_limit(train, train_limit)
         _check_limit(train, held_out_limit)
         sides: tuple[list[Example], list[Example]] = ([], [])
         limits = (train_limit, held_out_limit)
-        for example in _examples(read_rows(train, "train", streaming), seed, tokenizer, keep_turns, shuffle_buffer):
+        rows = in_known_form(read_rows(train, "train", streaming), columns or {})
+        for example in _examples(rows, seed, tokenizer, keep_turns, shuffle_buffer):
             side = _digest(example.text) % 10 == 0
             if len(sides[side]) != limits[side]:
                 sides[side].append(example)
-            if all(len(examples) == limit for examples, limit in zip(sides, limits, strict=True)):
+            enough = sides[1] if streaming and held_out_limit is None else len(sides[1]) == held_out_limit
+            if len(sides[0]) == train_limit and enough:
                 break
         if not all(sides):
             texts = {example.text for side in sides for example in side}
@@ -147,7 +153,8 @@ def load_train_and_held_out(
             )
         return sides
     ways: dict[str, Any] = {"tokenizer": tokenizer, "keep_turns": keep_turns, "streaming": streaming}
-    # Held-out text first: many data sets have no such part, which is told before all their training text is fetched.
+    ways["columns"] = columns
+    # Held-out text first: where there is no such source, it is told before all training text is fetched.
     tested = load_examples(held_out or train, "held_out", held_out_limit, seed, **ways)
     trained = load_examples(train, "train", train_limit, seed, **ways, shuffle_buffer=shuffle_buffer)
     tested_texts = {example.text for example in tested}
@@ -182,8 +189,6 @@ def _examples(
 def _example(
     where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, keep_turns: bool
 ) -> Example:
-    # Rows of a table have every column, and null in those that are not theirs.
-    row = {column: value for column, value in row.items() if value is not None}
     if "messages" in row:
         return _from_messages(where, row["messages"], tokenizer, keep_turns)
     if "prompt" in row and "completion" in row:
@@ -196,7 +201,10 @@ def _example(
         return Example(f"{question}\n{_filled_string(where, row, 'answer')}", len(question) + 1)
     if "text" in row:
         return Example(_filled_string(where, row, "text"))
-    raise DataError(f"{where}: found columns {sorted(row)} that are not null; known forms are {KNOWN_FORMS}")
+    raise DataError(
+        f"{where}: found columns {sorted(row)} that are not null; known forms are {KNOWN_FORMS}. In a recipe, "
+        "data.columns says which columns stand for those of a form"
+    )
 
 
 def _from_messages(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase | None, keep_turns: bool) -> Example:

@@ -13,7 +13,7 @@ from kvgraft.errors import DataError
 Split = Literal["train", "held_out"]
 Row = tuple[str, Mapping[str, Any]]  # where the row stands (for errors), and its columns
 
-KNOWN_FORMS = "`messages`, `prompt` + `completion`, `question` + `answer`, or `text`"
+KNOWN_FORMS = "`messages` or `conversations`, `prompt` + `completion`, `question` + `answer`, or `text`"
 KNOWN_SOURCES = "word_problems, a JSONL file, a folder, or a hub data set as owner/name or owner/name:config"
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
@@ -51,8 +51,14 @@ def read_rows(source: str, split: Split, streaming: bool) -> Iterator[Row]:
 
 
 def has_parts(source: str) -> bool:
-    """Whether ``source`` may have a training and a held-out part; a file and a saved ``Dataset`` have none."""
-    return not (_is_file(source) or _is_saved_part(Path(source).expanduser()))
+    """Whether ``source`` has a held-out part beside that to train on, which no file and no saved ``Dataset`` has."""
+    path = Path(source).expanduser()
+    if _is_file(source) or _is_saved_part(path):
+        return False
+    if path.is_dir() and any(path.glob("*.jsonl")):
+        return any((path / f"{name}.jsonl").is_file() for name in SPLIT_NAMES["held_out"])
+    parts = _parts(str(path) if path.is_dir() else HUB_ALIASES.get(source, source))
+    return any(name in parts for name in SPLIT_NAMES["held_out"])
 
 
 def _is_file(source: str) -> bool:
@@ -101,20 +107,28 @@ def _read_hub(source: str, split: Split, streaming: bool) -> Iterator[Row]:
     import datasets  # slow to import, and only needed here
 
     name, _, config = source.partition(":")
+    parts = _parts(source)
+    part = next((part for part in SPLIT_NAMES[split] if part in parts), None)
+    if part is None:
+        raise DataError(
+            f"data set {source} has no {split} part: it has {', '.join(parts)}, and {split} would be "
+            f"{' or '.join(SPLIT_NAMES[split])}; name another source for it"
+        )
     try:
-        parts = datasets.get_dataset_split_names(name, config or None)
-        part = next((part for part in SPLIT_NAMES[split] if part in parts), None)
-        if part is None:
-            raise DataError(
-                f"data set {source} has no {split} part: it has {', '.join(parts)}, and {split} would be "
-                f"{' or '.join(SPLIT_NAMES[split])}; name another source for it"
-            )
         rows = datasets.load_dataset(name, config or None, split=part, streaming=streaming)
-    except DataError:
-        raise
     except Exception as error:  # datasets, the hub, the network and readers of files raise whatever they like
         raise _cannot_load(source, error) from error
     return _filled(numbered(f"{source} ({part})", _read_on(source, rows)))
+
+
+def _parts(source: str) -> list[str]:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        return datasets.get_dataset_split_names(name, config or None)
+    except Exception as error:  # as where its rows are loaded
+        raise _cannot_load(source, error) from error
 
 
 # A recipe is checked before it is run, and every seed and arm of a comparison reads its text anew. None ends a part.

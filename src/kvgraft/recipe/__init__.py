@@ -5,6 +5,7 @@ from kvgraft.recipe.recipe import Recipe
 from kvgraft.recipe.sections import (
     AlignmentRecipe,
     Arm,
+    ColumnsRecipe,
     Combination,
     ContinuationRecipe,
     DataRecipe,
@@ -24,6 +25,7 @@ from kvgraft.recipe.sections import (
 __all__ = [
     "AlignmentRecipe",
     "Arm",
+    "ColumnsRecipe",
     "Combination",
     "ContinuationRecipe",
     "DataRecipe",

@@ -133,6 +133,27 @@ class StudentRecipe(Section):
         return self
 
 
+class ColumnsRecipe(Section):
+    """One form of a row: what stands for each of its columns, another column or text with ``{column}`` in it."""
+
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> ColumnsRecipe:
+        given = self.model_dump(exclude_none=True).keys()
+        if given not in ({"messages"}, {"prompt", "completion"}, {"question", "answer"}, {"text"}):
+            raise ValueError(
+                "columns name messages, prompt and completion, question and answer, or text; got "
+                + (", ".join(given) or "none")
+            )
+        return self
+
+
 class DataRecipe(Section):
     """The text. ``train`` and ``held_out`` are ``word_problems``, ``gsm8k``, a JSONL file or a hub data set.
 
@@ -143,6 +164,7 @@ class DataRecipe(Section):
 
     ``streaming`` reads hub data no further than ``train_samples`` needs, without storing it. ``shuffle_buffer`` mixes
     the training texts: it reads so many rows ahead and takes one of them each time, by ``seed``.
+    ``columns`` is for rows of other columns, in ``held_out`` too.
     """
 
     train: str = "word_problems"
@@ -155,6 +177,7 @@ class DataRecipe(Section):
     chat_template: Literal["student", "own"] = "student"
     streaming: bool = False
     shuffle_buffer: Positive | None = None
+    columns: ColumnsRecipe | None = None
 
     @model_validator(mode="after")
     def _streams_end(self) -> DataRecipe:
