@@ -108,3 +108,27 @@ def test_a_data_set_without_a_held_out_part_is_split_as_a_file_is(
     assert tested == of_a_file[1][: len(tested)]
     assert len(tested) == held_out if held_out else tested
     assert 20 < len(read) < 60
+
+
+def test_a_part_is_taken_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load(name: str, config: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
+        asked.append((name, config, split))
+        return [{"text": f"{split} {number}"} for number in range(40)]
+
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train_sft", "test_sft"])
+    monkeypatch.setattr("datasets.load_dataset", load)
+    train, held_out = load_train_and_held_out("owner/name:chats[train_sft]", "owner/name[test_sft]")
+    assert asked == [("owner/name", None, "test_sft"), ("owner/name", "chats", "train_sft")]
+    assert {example.text.split()[0] for example in train} == {"train_sft"}
+    # One part alone has none beside it.
+    train, held_out = load_train_and_held_out("owner/name[train_sft]")
+    assert len(train) + len(held_out) == 40
+    told = r"owner/name:chats has no held_out part: it has train_sft, test_sft, and held_out would be held_out or test "
+    with pytest.raises(DataError, match=rf"{told}.*; name one of these as owner/name:chats\[train_sft\], or another"):
+        load_train_and_held_out("owner/name[train_sft]", "owner/name:chats")
+    with pytest.raises(DataError, match=r"name\[train\] has no train part: it has train_sft, test_sft; name one of"):
+        load_examples("owner/name[train]")
+    with pytest.raises(DataError, match=r"owner/name\[train is no data set"):
+        load_examples("owner/name[train")

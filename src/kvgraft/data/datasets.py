@@ -72,7 +72,7 @@ def load_examples(
         source: ``word_problems`` (built in), a JSONL file (read whole, whatever ``split`` says), a folder with
             ``train.jsonl`` and ``test.jsonl`` (or another of its part's names) or with files that ``datasets``
             reads, one that ``Dataset.save_to_disk`` wrote (read whole too), ``gsm8k``, or a hub data set as
-            ``owner/name`` or ``owner/name:config``.
+            ``owner/name`` or ``owner/name:config``, with ``[part]`` behind it for that part alone.
         split: which part; ``held_out`` is the first of its names in :mod:`kvgraft.data.sources` that the source has.
         limit: keep the first so many (all by default; 4000 and 400 for ``word_problems``).
         seed: draws the word problems, and the order if ``shuffle``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
@@ -14,7 +15,10 @@ Split = Literal["train", "held_out"]
 Row = tuple[str, Mapping[str, Any]]  # where the row stands (for errors), and its columns
 
 KNOWN_FORMS = "`messages` or `conversations`, `prompt` + `completion`, `question` + `answer`, or `text`"
-KNOWN_SOURCES = "word_problems, a JSONL file, a folder, or a hub data set as owner/name or owner/name:config"
+KNOWN_SOURCES = (
+    "word_problems, a JSONL file, a folder, or a hub data set as owner/name or owner/name:config, with [part] behind "
+    "it for one part"
+)
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "held_out": ("held_out", "test", "validation", "valid", "eval", "dev"),
@@ -27,6 +31,8 @@ HUB_ALIASES = {"gsm8k": "openai/gsm8k:main", "openai/gsm8k": "openai/gsm8k:main"
 
 def read_rows(source: str, split: Split, streaming: bool) -> Iterator[Row]:
     """The rows of ``split`` of ``source``, in its own order; of one without parts all, whatever ``split`` says.
+
+    A data set with ``[part]`` behind it is that part alone.
 
     Raises DataError where there is no such source or part, and while its rows are read.
     """
@@ -45,8 +51,7 @@ def read_rows(source: str, split: Split, streaming: bool) -> Iterator[Row]:
                 f"{path} holds {', '.join(found)} but no {split} part; expected "
                 f"{' or '.join(f'{name}.jsonl' for name in SPLIT_NAMES[split])}, or name the file itself"
             )
-        return _read_hub(str(path), split, streaming)  # `datasets` does not know ~
-    source = HUB_ALIASES.get(source, source)
+        return _read_hub(source, split, streaming)
     return _streamed_once(source, split) if streaming else _read_hub(source, split, streaming=False)
 
 
@@ -57,8 +62,8 @@ def has_parts(source: str) -> bool:
         return False
     if path.is_dir() and any(path.glob("*.jsonl")):
         return any((path / f"{name}.jsonl").is_file() for name in SPLIT_NAMES["held_out"])
-    parts = _parts(str(path) if path.is_dir() else HUB_ALIASES.get(source, source))
-    return any(name in parts for name in SPLIT_NAMES["held_out"])
+    name, config, part = _data_set(source)
+    return part is None and any(one in _parts(name, config) for one in SPLIT_NAMES["held_out"])
 
 
 def _is_file(source: str) -> bool:
@@ -106,29 +111,40 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _read_hub(source: str, split: Split, streaming: bool) -> Iterator[Row]:
     import datasets  # slow to import, and only needed here
 
-    name, _, config = source.partition(":")
-    parts = _parts(source)
-    part = next((part for part in SPLIT_NAMES[split] if part in parts), None)
+    name, config, asked = _data_set(source)
+    parts, names = _parts(name, config), (asked,) if asked else SPLIT_NAMES[split]
+    part = next((part for part in names if part in parts), None)
     if part is None:
+        would_be = "" if asked else f", and {split} would be {' or '.join(names)}"
         raise DataError(
-            f"data set {source} has no {split} part: it has {', '.join(parts)}, and {split} would be "
-            f"{' or '.join(SPLIT_NAMES[split])}; name another source for it"
+            f"data set {source} has no {asked or split} part: it has {', '.join(parts)}{would_be}; name one of these "
+            f"as {name}{f':{config}' if config else ''}[{parts[0]}], or another source"
         )
     try:
-        rows = datasets.load_dataset(name, config or None, split=part, streaming=streaming)
+        rows = datasets.load_dataset(name, config, split=part, streaming=streaming)
     except Exception as error:  # datasets, the hub, the network and readers of files raise whatever they like
         raise _cannot_load(source, error) from error
     return _filled(numbered(f"{source} ({part})", _read_on(source, rows)))
 
 
-def _parts(source: str) -> list[str]:
+def _data_set(source: str) -> tuple[str, str | None, str | None]:
+    """Name, config and part of a data set as ``name:config[part]``, or of a folder, which has no more than a name."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path), None, None  # `datasets` does not know ~
+    match = re.fullmatch(r"([^:\[]*)(?::([^\[]*))?(?:\[(.*)\])?", HUB_ALIASES.get(source, source))
+    if match is None:
+        raise DataError(f"{source} is no data set; give {KNOWN_SOURCES}")
+    return match[1], match[2] or None, match[3] or None
+
+
+def _parts(name: str, config: str | None) -> list[str]:
     import datasets
 
-    name, _, config = source.partition(":")
     try:
-        return datasets.get_dataset_split_names(name, config or None)
+        return datasets.get_dataset_split_names(name, config)
     except Exception as error:  # as where its rows are loaded
-        raise _cannot_load(source, error) from error
+        raise _cannot_load(f"{name}:{config}" if config else name, error) from error
 
 
 # A recipe is checked before it is run, and every seed and arm of a comparison reads its text anew. None ends a part.
