@@ -69,6 +69,8 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Where to keep the page.")] = None,
 ) -> None:
     """Make the comparison up, write its page, open it, and print a table."""
+    if not (Path(CHROMIUM).is_file() and Path(DRIVER).is_file()):
+        raise typer.BadParameter(f"no {CHROMIUM} and {DRIVER} to open the page in: `make browser` installs them")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "comparison"
         make_comparison(folder, arms, seeds, steps)
