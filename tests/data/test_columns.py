@@ -126,7 +126,7 @@ def test_a_part_is_taken_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     train, held_out = load_train_and_held_out("owner/name[train_sft]")
     assert len(train) + len(held_out) == 40
     told = r"owner/name:chats has no held_out part: it has train_sft, test_sft, and held_out would be held_out or test "
-    with pytest.raises(DataError, match=rf"{told}.*; name one of these as owner/name:chats\[train_sft\], or another"):
+    with pytest.raises(DataError, match=rf"{told}.*; name one of these as owner/name\[part\], or another"):
         load_train_and_held_out("owner/name[train_sft]", "owner/name:chats")
     with pytest.raises(DataError, match=r"name\[train\] has no train part: it has train_sft, test_sft; name one of"):
         load_examples("owner/name[train]")

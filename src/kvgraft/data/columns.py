@@ -53,4 +53,4 @@ def _value(where: str, row: Mapping[str, Any], wanted: str) -> Any:
 def _message(message: Any) -> Any:
     if not isinstance(message, Mapping) or not message.keys() >= {"from", "value"}:
         return message
-    return {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]}
+    return {"role": _ROLES.get(str(message["from"]), message["from"]), "content": message["value"]}

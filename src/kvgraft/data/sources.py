@@ -63,7 +63,7 @@ def has_parts(source: str) -> bool:
     if path.is_dir() and any(path.glob("*.jsonl")):
         return any((path / f"{name}.jsonl").is_file() for name in SPLIT_NAMES["held_out"])
     name, config, part = _data_set(source)
-    return part is None and any(one in _parts(name, config) for one in SPLIT_NAMES["held_out"])
+    return part is None and not {*SPLIT_NAMES["held_out"]}.isdisjoint(_parts(name, config))
 
 
 def _is_file(source: str) -> bool:
@@ -118,7 +118,7 @@ def _read_hub(source: str, split: Split, streaming: bool) -> Iterator[Row]:
         would_be = "" if asked else f", and {split} would be {' or '.join(names)}"
         raise DataError(
             f"data set {source} has no {asked or split} part: it has {', '.join(parts)}{would_be}; name one of these "
-            f"as {name}{f':{config}' if config else ''}[{parts[0]}], or another source"
+            "as owner/name[part], or another source"
         )
     try:
         rows = datasets.load_dataset(name, config, split=part, streaming=streaming)
