@@ -48,6 +48,12 @@ def test_a_target_that_does_not_exist_is_named_with_those_that_do() -> None:
         adapted("llama", ["self_attn"])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_warned_of_that_nobody_can_change(family: str) -> None:
+    adapted(family)
+
+
 def test_same_seed_gives_the_same_adapters_and_leaves_other_random_numbers_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)

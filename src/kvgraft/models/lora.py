@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -52,7 +53,9 @@ def add_lora(
     settings = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft asks transformers by a name that it had before, and sets by itself what layers as GPT-2's need.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|fan_in_fan_out is set to False")
         torch.manual_seed(seed)
         return get_peft_model(model, settings, revision=revision).eval()
 
