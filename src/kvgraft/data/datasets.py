@@ -135,23 +135,9 @@ def load_train_and_held_out(
     if held_out is None and train != "word_problems" and not has_parts(train):
         _check_limit(train, train_limit)
         _check_limit(train, held_out_limit)
-        sides: tuple[list[Example], list[Example]] = ([], [])
-        limits = (train_limit, held_out_limit)
         rows = in_known_form(read_rows(train, "train", streaming), columns or {})
-        for example in _examples(rows, seed, tokenizer, keep_turns, shuffle_buffer):
-            side = _digest(example.text) % 10 == 0
-            if len(sides[side]) != limits[side]:
-                sides[side].append(example)
-            enough = sides[1] if streaming and held_out_limit is None else len(sides[1]) == held_out_limit
-            if len(sides[0]) == train_limit and enough:
-                break
-        if not all(sides):
-            texts = {example.text for side in sides for example in side}
-            raise DataError(
-                f"{train} holds {len(sides[0]) + len(sides[1])} examples of {len(texts)} texts that differ, too few to "
-                "hold one in ten out; name a second file as held_out"
-            )
-        return sides
+        examples = _examples(rows, seed, tokenizer, keep_turns, shuffle_buffer)
+        return _one_in_ten_held_out(train, examples, train_limit, held_out_limit, streaming)
     ways: dict[str, Any] = {"tokenizer": tokenizer, "keep_turns": keep_turns, "streaming": streaming}
     ways["columns"] = columns
     # Held-out text first: where there is no such source, it is told before all training text is fetched.
@@ -167,6 +153,28 @@ def load_train_and_held_out(
     if len(kept) < len(trained):
         logger.warning("left out %d training texts of %s that are held out too", len(trained) - len(kept), train)
     return kept, tested
+
+
+def _one_in_ten_held_out(
+    source: str, examples: Iterable[Example], train_limit: int | None, held_out_limit: int | None, streaming: bool
+) -> tuple[list[Example], list[Example]]:
+    train: list[Example] = []
+    held_out: list[Example] = []
+    for example in examples:
+        side, limit = (held_out, held_out_limit) if _digest(example.text) % 10 == 0 else (train, train_limit)
+        if len(side) != limit:
+            side.append(example)
+        # A stream is not read to its end for want of a limit.
+        enough = held_out if streaming and held_out_limit is None else len(held_out) == held_out_limit
+        if len(train) == train_limit and enough:
+            break
+    if not (train and held_out):
+        found = [example.text for example in train + held_out]
+        raise DataError(
+            f"{source} holds {len(found)} examples of {len({*found})} texts that differ, too few to hold one in ten "
+            "out; name a second file as held_out"
+        )
+    return train, held_out
 
 
 def _check_limit(source: str, limit: int | None) -> None:
