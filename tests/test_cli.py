@@ -68,6 +68,22 @@ def test_plan_tells_sizes_without_running_anything(recipe_file: Path, tmp_path: 
     assert json.loads(fewer.stdout)["teachers"][0]["kv_bytes_per_token"] == 2 * 2 * 2
 
 
+def test_plan_shows_how_the_first_text_is_read(recipe_file: Path, tmp_path: Path) -> None:
+    rows = [{"q": "Why?", "a": f"So {number}.\n", "long": f"{number} " * 300} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def plan(columns: str, *options: str) -> str:
+        changes = ["--set", f"data.train={tmp_path / 'rows.jsonl'}", "--set", f"data.columns={columns}"]
+        return runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", *changes, *options]).stdout
+
+    columns = '{prompt: "{q} ", completion: a}'
+    assert json.loads(plan(columns, "--json"))["first_text"] == {"prompt": "Why? ", "completion": "So 0.\n"}
+    assert "│ prompt     │ 'Why? '" in plan(columns)
+    assert r"│ completion │ 'So 0.\n'" in plan(columns)
+    assert len(json.loads(plan("{text: long}", "--json"))["first_text"]["completion"]) == 600
+    assert plan("{text: long}").count("0 ") < 250
+
+
 def test_plan_gives_one_size_where_several_layers_read_one_of_the_teacher(recipe_file: Path) -> None:
     deeper = ["--no-calibration", "--json", "--set", "student.new.num_hidden_layers=6"]
     teacher = json.loads(runner.invoke(app, ["plan", str(recipe_file), *deeper]).stdout)["teachers"][0]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from kvgraft.align.evidence import EVIDENCE_METHODS
 from kvgraft.align.layers import map_layers
 from kvgraft.data.chat import encode_text, require_template
-from kvgraft.data.datasets import Example
+from kvgraft.data.datasets import Example, in_template
 from kvgraft.distill.build import build_projector
 from kvgraft.distill.objectives import projector_direction
 from kvgraft.distill.relations import require_relation_heads
@@ -99,9 +99,17 @@ class Forecast(BaseModel):
         return sum(self.seconds.values())
 
 
+class TextPlan(BaseModel):
+    """A text as the student will read it, split where its completion begins; all of it is that without a prompt."""
+
+    prompt: str
+    completion: str
+
+
 class Plan(BaseModel):
     """Everything that ``kvgraft plan`` tells. ``problems`` is empty where the recipe can run.
 
+    ``first_text`` is the first to train on, for a look at what columns and templates make of it.
     ``training_memory_bytes`` and ``store_bytes`` are arithmetic; ``forecast`` is there where it was asked for.
     """
 
@@ -110,6 +118,7 @@ class Plan(BaseModel):
     teachers: list[TeacherPlan]
     train_texts: int
     held_out_texts: int
+    first_text: TextPlan | None
     training_memory_bytes: int
     store_bytes: int
     free_disk_bytes: int
@@ -125,12 +134,13 @@ def make_plan(recipe: Recipe) -> Plan:
     problems = tracker_problems(recipe.training.report_to)
     train: list[Example] = []
     held_out: list[Example] = []
-    student_config = None
+    first_text = student_config = None
     trained = frozen = 0
     try:
         tokenizer = existing_tokenizer(recipe)
         train, held_out = load_examples_of(recipe, tokenizer)
         _require_template_for(train + held_out, tokenizer)
+        first_text = _text_plan(train[0] if tokenizer is None else in_template(train[0], tokenizer))
         student_config = load_student_config(recipe, recipe.student.vocab_size if tokenizer is None else tokenizer)
         problems += _student_problems(recipe, student_config, tokenizer, len(train))
         trained, frozen = _student_sizes(recipe, student_config)
@@ -160,6 +170,7 @@ def make_plan(recipe: Recipe) -> Plan:
         teachers=teachers,
         train_texts=len(train),
         held_out_texts=len(held_out),
+        first_text=first_text,
         training_memory_bytes=_memory(
             trained * FLOAT32_BYTES * TRAINING_COPIES + round(frozen * _BYTES[recipe.student.dtype]),
             teacher_bytes,
@@ -169,6 +180,11 @@ def make_plan(recipe: Recipe) -> Plan:
         free_disk_bytes=free,
         problems=problems,
     )
+
+
+def _text_plan(example: Example) -> TextPlan:
+    start = example.prompt_characters
+    return TextPlan(prompt=example.text[:start], completion=example.text[start:])
 
 
 def require_workable(recipe: Recipe) -> None:

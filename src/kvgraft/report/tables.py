@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kvgraft.evaluate.statistics import Spread
 from kvgraft.migration import Migration
-from kvgraft.plan import Forecast, Plan
+from kvgraft.plan import Forecast, Plan, TextPlan
 from kvgraft.report.results import ArmResult, RunResult
 
 Row = tuple[str, list[str]]
@@ -35,6 +35,10 @@ def cost_table(result: RunResult) -> Table:
     for label, value in cost_rows(result):
         table.add_row(label, value)
     return table
+
+
+# Characters of a text in a table, from its beginning and from its end.
+_SHOWN = 200
 
 
 def plan_tables(plan: Plan) -> list[Table]:
@@ -65,7 +69,18 @@ def plan_tables(plan: Plan) -> list[Table]:
     total.add_row("texts", f"{plan.train_texts:,} to train on, {plan.held_out_texts:,} held out")
     total.add_row("memory, activations aside", size_text(plan.training_memory_bytes))
     total.add_row("disk for KV", f"{size_text(plan.store_bytes)} of {size_text(plan.free_disk_bytes)} free")
+    tables += [] if plan.first_text is None else [_text_table(plan.first_text)]
     return [*tables, total, *([] if plan.forecast is None else [_forecast_table(plan.forecast)])]
+
+
+def _text_table(text: TextPlan) -> Table:
+    table = Table(title="first text to train on", title_justify="left", show_header=False)
+    for name, part in (("prompt", text.prompt), ("completion" if text.prompt else "text", text.completion)):
+        if part:
+            shown = part if len(part) <= 2 * _SHOWN else f"{part[:_SHOWN]} ... {part[-_SHOWN:]}"
+            # Quoted, so that line breaks and spaces at the ends are seen.
+            table.add_row(name, repr(shown))
+    return table
 
 
 def _forecast_table(forecast: Forecast) -> Table:
