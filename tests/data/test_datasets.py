@@ -445,11 +445,27 @@ def test_shuffle_draws_an_order_from_the_seed(tmp_path: Path) -> None:
     assert [example.text for example in load_examples(source, seed=2, shuffle=True)] != shuffled
 
 
-def test_files_that_are_read_in_folders_alone_are_told_apart_from_hub_data_sets(tmp_path: Path) -> None:
-    (tmp_path / "mine.csv").write_text("question,answer\n1+1?,two\n")
-    with pytest.raises(DataError, match=r"mine\.csv is no JSONL file\. Rename it train\.csv .* give the folder"):
-        load_examples(str(tmp_path / "mine.csv"), "train")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "json"])
+def test_a_file_of_any_kind_is_read_and_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, streaming: bool
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"question": f"{number}+1?", "answer": "a [few]"} for number in range(40)]
+    table, place = datasets.Dataset.from_list(rows), tmp_path / f"mine.{suffix}"
+    if suffix == "json":
+        place.write_text(json.dumps(rows, indent=1))
+    elif suffix == "parquet":
+        table.to_parquet(place)
+    else:
+        table.to_csv(place, sep="\t" if suffix == "tsv" else ",")
+    expected = load_train_and_held_out(write_jsonl(tmp_path / "rows.jsonl", *rows))
+    assert load_train_and_held_out(str(place), streaming=streaming) == expected
+    place.write_bytes(b"[" if suffix == "json" else b"")
+    with pytest.raises(DataError, match=rf"cannot load data set .*mine\.{suffix}: "):
+        load_train_and_held_out(str(place), streaming=streaming)
+
+
+def test_files_that_are_not_there_are_told_apart_from_hub_data_sets() -> None:
     with pytest.raises(DataError, match=r"no file or folder at absent\.parquet"):
         load_examples("absent.parquet", "train")
-    (tmp_path / "mine.csv").rename(tmp_path / "train.csv")
-    assert [example.text for example in load_examples(str(tmp_path), "train")] == ["1+1?\ntwo"]

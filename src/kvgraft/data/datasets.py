@@ -1,4 +1,4 @@
-"""Text to train and test on: the built-in word problems, JSONL files, folders and data sets of the Hugging Face hub."""
+"""Text to train and test on: the built-in word problems, files, folders and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -69,10 +69,11 @@ def load_examples(
     """The texts of ``source``, in its own order.
 
     Args:
-        source: ``word_problems`` (built in), a JSONL file (read whole, whatever ``split`` says), a folder with
-            ``train.jsonl`` and ``test.jsonl`` (or another of its part's names) or with files that ``datasets``
-            reads, one that ``Dataset.save_to_disk`` wrote (read whole too), ``gsm8k``, or a hub data set as
-            ``owner/name`` or ``owner/name:config``, with ``[part]`` behind it for that part alone.
+        source: ``word_problems`` (built in), a JSONL file or one that ``datasets`` reads (CSV, Parquet, a JSON list;
+            read whole, whatever ``split`` says), a folder with ``train.jsonl`` and ``test.jsonl`` (or another of its
+            part's names) or with files that ``datasets`` reads, one that ``Dataset.save_to_disk`` wrote (read whole
+            too), ``gsm8k``, or a hub data set as ``owner/name`` or ``owner/name:config``, with ``[part]`` behind it for
+            that part alone.
         split: which part; ``held_out`` is the first of its names in :mod:`kvgraft.data.sources` that the source has.
         limit: keep the first so many (all by default; 4000 and 400 for ``word_problems``).
         seed: draws the word problems, and the order if ``shuffle``.
@@ -123,7 +124,7 @@ def load_train_and_held_out(
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out texts that share none.
 
-    Without ``held_out`` it is the held-out part of ``train``. Where that has none, as a single JSONL file or a data set
+    Without ``held_out`` it is the held-out part of ``train``. Where that has none, as a single file or a data set
     with a training part alone, one text in ten, chosen by its sha256, is held out: a text keeps its side when the file
     grows, and equal texts are on one side. A stream is read until it has ``train_limit`` texts, or ``held_out_limit``.
 

@@ -1,4 +1,4 @@
-"""Rows of JSONL files, folders, and data sets of the Hugging Face hub."""
+"""Rows of files, folders, and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Row = tuple[str, Mapping[str, Any]]  # where the row stands (for errors), and it
 
 KNOWN_FORMS = "`messages` or `conversations`, `prompt` + `completion`, `question` + `answer`, or `text`"
 KNOWN_SOURCES = (
-    "word_problems, a JSONL file, a folder, or a hub data set as owner/name or owner/name:config, with [part] behind "
-    "it for one part"
+    "word_problems, a JSONL, JSON, CSV or Parquet file, a folder, or a hub data set as owner/name or "
+    "owner/name:config, with [part] behind it for one part"
 )
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "held_out": ("held_out", "test", "validation", "valid", "eval", "dev"),
 }
-# Ends of names of files with a JSON object a line, and of those that `datasets` reads in a folder.
+# Ends of names of files with a JSON object a line, and of those that `datasets` reads.
 _JSON_LINES = (".jsonl", ".json", ".txt")
 _OF_DATASETS = (".csv", ".tsv", ".parquet", ".arrow")
 HUB_ALIASES = {"gsm8k": "openai/gsm8k:main", "openai/gsm8k": "openai/gsm8k:main"}
@@ -38,7 +38,7 @@ def read_rows(source: str, split: Split, streaming: bool) -> Iterator[Row]:
     """
     path = Path(source).expanduser()
     if _is_file(source):
-        return _read_jsonl(path)
+        return _read_table(path, streaming) if _is_table(path) else _read_jsonl(path)
     if _is_saved_part(path):
         return _read_saved_part(path)
     if path.is_dir():
@@ -71,11 +71,23 @@ def _is_file(source: str) -> bool:
     looks_local = path.suffix in (*_JSON_LINES, *_OF_DATASETS) or source.startswith((".", "/", "~"))
     if looks_local and not path.exists():
         raise DataError(f"no file or folder at {path} (looked in {Path.cwd()}); give {KNOWN_SOURCES}")
-    if path.is_file() and path.suffix in _OF_DATASETS:
-        raise DataError(
-            f"{path} is no JSONL file. Rename it train{path.suffix} (or test{path.suffix}) and give the folder it is in"
-        )
     return path.is_file()
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file is one that ``datasets`` reads: JSON that is one list, too, as Alpaca's is."""
+    with path.open("rb") as file:
+        return path.suffix in _OF_DATASETS or (path.suffix == ".json" and file.read(64).lstrip()[:1] == b"[")
+
+
+def _read_table(path: Path, streaming: bool) -> Iterator[Row]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(str(path.parent), data_files=path.name, split="train", streaming=streaming)
+    except Exception as error:  # as where `datasets` reads other folders
+        raise _cannot_load(str(path), error) from error
+    return _filled(numbered(str(path), _read_on(str(path), rows)))
 
 
 def _is_saved_part(path: Path) -> bool:

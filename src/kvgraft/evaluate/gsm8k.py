@@ -133,7 +133,7 @@ def problems_of(examples: Sequence[Example], source: str) -> list[Problem]:
     if not found:
         raise DataError(
             f"{source} holds no problems in GSM8K's form: a question, and an answer that ends in `#### 24`. Name a "
-            "source that does with --data (word_problems, gsm8k, a JSONL file with question and answer)"
+            "source that does with --data (word_problems, gsm8k, a file with question and answer)"
         )
     if len(found) < len(examples):
         logger.warning(

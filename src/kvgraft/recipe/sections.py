@@ -155,7 +155,7 @@ class ColumnsRecipe(Section):
 
 
 class DataRecipe(Section):
-    """The text. ``train`` and ``held_out`` are ``word_problems``, ``gsm8k``, a JSONL file or a hub data set.
+    """The text. ``train`` and ``held_out`` are ``word_problems``, ``gsm8k``, a file or a hub data set.
 
     ``held_out`` defaults to the held-out part of ``train``. ``seed`` draws the word problems. Lengths are in tokens of
     the student. ``chat_template`` says how ``messages`` are read: ``student``: both models read the text that the
