@@ -154,7 +154,8 @@ def test_log_repeats_the_run(tmp_path: Path) -> None:
     assert load_recipe(path) == recipe
     assert load_recipe(path, ["training.steps=7"]).training.steps == 7
     environment = yaml.safe_load(path.read_text())["environment"]
-    assert environment["versions"]["torch"] == torch.__version__
+    # What stands behind a plus, as the kind of card, is in one of them and not in the other.
+    assert environment["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert environment["hardware"]["cpus"] >= 1
     assert environment["hardware"]["memory_gb"] > 0
     assert environment["seeds"] == {"run": 0, "data": 0}

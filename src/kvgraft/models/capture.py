@@ -317,8 +317,9 @@ def _recording(
         with intercepted_attention(model, note, turnings) as rotations:
             recorder.read_rotations(rotations)
             yield
-    except _LastLayerReached:
-        return
+    except _LastLayerReached as reached:
+        # From Python 3.13 on, its frames would hold the model until garbage is collected.
+        reached.__traceback__ = None
     finally:
         begin.remove()
 
