@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -81,13 +81,10 @@ def _is_table(path: Path) -> bool:
 
 
 def _read_table(path: Path, streaming: bool) -> Iterator[Row]:
-    import datasets
+    import datasets  # slow to import, and only needed here and below
 
-    try:
-        rows = datasets.load_dataset(str(path.parent), data_files=path.name, split="train", streaming=streaming)
-    except Exception as error:  # as where `datasets` reads other folders
-        raise _cannot_load(str(path), error) from error
-    return _filled(numbered(str(path), _read_on(str(path), rows)))
+    place, name = str(path.parent), path.name
+    return _loaded(str(path), lambda: datasets.load_dataset(place, data_files=name, split="train", streaming=streaming))
 
 
 def _is_saved_part(path: Path) -> bool:
@@ -98,11 +95,7 @@ def _is_saved_part(path: Path) -> bool:
 def _read_saved_part(path: Path) -> Iterator[Row]:
     import datasets
 
-    try:
-        rows = datasets.load_from_disk(str(path))
-    except Exception as error:  # as where `datasets` reads other folders
-        raise _cannot_load(str(path), error) from error
-    return _filled(numbered(str(path), _read_on(str(path), rows)))
+    return _loaded(str(path), lambda: datasets.load_from_disk(str(path)))
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -121,7 +114,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _read_hub(source: str, split: Split, streaming: bool) -> Iterator[Row]:
-    import datasets  # slow to import, and only needed here
+    import datasets
 
     name, config, asked = _data_set(source)
     parts, names = _parts(name, config), (asked,) if asked else SPLIT_NAMES[split]
@@ -132,11 +125,18 @@ def _read_hub(source: str, split: Split, streaming: bool) -> Iterator[Row]:
             f"data set {source} has no {asked or split} part: it has {', '.join(parts)}{would_be}; name one of these "
             "as owner/name[part], or another source"
         )
+    return _loaded(
+        source, lambda: datasets.load_dataset(name, config, split=part, streaming=streaming), f"{source} ({part})"
+    )
+
+
+def _loaded(source: str, load: Callable[[], Iterable[Mapping[str, Any]]], place: str | None = None) -> Iterator[Row]:
+    """What ``load`` has of ``source``; ``place`` is what rows are said to be of, default ``source``."""
     try:
-        rows = datasets.load_dataset(name, config, split=part, streaming=streaming)
+        rows = load()
     except Exception as error:  # datasets, the hub, the network and readers of files raise whatever they like
         raise _cannot_load(source, error) from error
-    return _filled(numbered(f"{source} ({part})", _read_on(source, rows)))
+    return _filled(numbered(place or source, _read_on(source, rows)))
 
 
 def _data_set(source: str) -> tuple[str, str | None, str | None]:
@@ -155,7 +155,7 @@ def _parts(name: str, config: str | None) -> list[str]:
 
     try:
         return datasets.get_dataset_split_names(name, config)
-    except Exception as error:  # as where its rows are loaded
+    except Exception as error:  # as while rows are loaded
         raise _cannot_load(f"{name}:{config}" if config else name, error) from error
 
 
