@@ -1,5 +1,6 @@
 """Rows of data sets that were not made for kvgraft."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,19 @@ def test_a_data_set_without_a_held_out_part_is_split_as_a_file_is(
 ) -> None:
     rows = [{"text": f"text {number}"} for number in range(100)]
     read: list[int] = []
+    asked: list[str] = []
 
-    def stream(*_: object, split: str, streaming: bool) -> Any:
+    def stream(*_: object, split: str, streaming: bool) -> Iterator[dict[str, str]]:
         assert split == "train"
-        return (read.append(number) or row for number, row in enumerate(rows))  # type: ignore[func-returns-value]
+        for number, row in enumerate(rows):
+            read.append(number)
+            yield row
 
-    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train"])
+    def parts(name: str, config: str | None) -> list[str]:
+        asked.append(name)
+        return ["train"]
+
+    monkeypatch.setattr("datasets.get_dataset_split_names", parts)
     monkeypatch.setattr("datasets.load_dataset", stream)
     of_a_file = load_train_and_held_out(write_jsonl(tmp_path / "rows.jsonl", *rows))
     assert load_train_and_held_out("owner/name") == of_a_file
@@ -108,6 +116,11 @@ def test_a_data_set_without_a_held_out_part_is_split_as_a_file_is(
     assert tested == of_a_file[1][: len(tested)]
     assert len(tested) == held_out if held_out else tested
     assert 20 < len(read) < 60
+    # A second run of a comparison asks the hub for nothing.
+    read.clear()
+    assert load_train_and_held_out("owner/two", None, 20, held_out, streaming=True) == (train, tested)
+    assert not read
+    assert asked == ["owner/name", "owner/two"]
 
 
 def test_a_part_is_taken_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kvgraft.data import sources, word_problems
+from kvgraft.data import word_problems
 from kvgraft.data.datasets import Example, load_examples, load_train_and_held_out
 from kvgraft.errors import DataError
 
@@ -321,7 +321,6 @@ def test_what_was_streamed_is_not_fetched_again(monkeypatch: pytest.MonkeyPatch)
         assert [example.text for example in examples] == [f"text {number}" for number in range(limit or 4)]
         return fetched
 
-    monkeypatch.setattr(sources, "_streamed", {})
     monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train"])
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
     is_cut_off = True

@@ -42,9 +42,9 @@ def read_rows(source: str, split: Split, streaming: bool) -> Iterator[Row]:
     if _is_saved_part(path):
         return _read_saved_part(path)
     if path.is_dir():
-        for name in SPLIT_NAMES[split]:
-            if (path / f"{name}.jsonl").is_file():
-                return _read_jsonl(path / f"{name}.jsonl")
+        part = _jsonl_part(path, split)
+        if part is not None:
+            return _read_jsonl(part)
         found = sorted(file.name for file in path.glob("*.jsonl"))
         if found:
             raise DataError(
@@ -61,9 +61,14 @@ def has_parts(source: str) -> bool:
     if _is_file(source) or _is_saved_part(path):
         return False
     if path.is_dir() and any(path.glob("*.jsonl")):
-        return any((path / f"{name}.jsonl").is_file() for name in SPLIT_NAMES["held_out"])
+        return _jsonl_part(path, "held_out") is not None
     name, config, part = _data_set(source)
     return part is None and not {*SPLIT_NAMES["held_out"]}.isdisjoint(_parts(name, config))
+
+
+def _jsonl_part(folder: Path, split: Split) -> Path | None:
+    files = (folder / f"{name}.jsonl" for name in SPLIT_NAMES[split])
+    return next((file for file in files if file.is_file()), None)
 
 
 def _is_file(source: str) -> bool:
@@ -150,17 +155,21 @@ def _data_set(source: str) -> tuple[str, str | None, str | None]:
     return match[1], match[2] or None, match[3] or None
 
 
+# A recipe is checked before it is run, and every seed and arm of a comparison reads its text anew: the hub is asked
+# once for the parts of a data set, and for the rows that are streamed. None ends a part.
+_known_parts: dict[tuple[str, str | None], list[str]] = {}
+_streamed: dict[tuple[str, Split], list[Row | None]] = {}
+
+
 def _parts(name: str, config: str | None) -> list[str]:
     import datasets
 
-    try:
-        return datasets.get_dataset_split_names(name, config)
-    except Exception as error:  # as while rows are loaded
-        raise _cannot_load(f"{name}:{config}" if config else name, error) from error
-
-
-# A recipe is checked before it is run, and every seed and arm of a comparison reads its text anew. None ends a part.
-_streamed: dict[tuple[str, Split], list[Row | None]] = {}
+    if (name, config) not in _known_parts or Path(name).is_dir():
+        try:
+            _known_parts[name, config] = datasets.get_dataset_split_names(name, config)
+        except Exception as error:  # as while rows are loaded
+            raise _cannot_load(f"{name}:{config}" if config else name, error) from error
+    return _known_parts[name, config]
 
 
 def _streamed_once(source: str, split: Split) -> Iterator[Row]:
