@@ -64,6 +64,10 @@ def test_plan_tells_sizes_without_running_anything(recipe_file: Path, tmp_path: 
     assert not (tmp_path / "stores").exists()
     shown = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration"]).output
     assert "0 <- 0, 1 <- 3" in shown
+    mixed = ["--set", "student.new.model_type=lfm2", "--set", "student.new.layer_types=[conv, full_attention]"]
+    shown = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", *mixed]).output
+    assert "1 with KV of 2: 1" in shown
+    assert "0 <- 3" in shown
     fewer = runner.invoke(app, ["plan", str(recipe_file), "--no-calibration", "--json", "--set", "store.dtype=compact"])
     assert json.loads(fewer.stdout)["teachers"][0]["kv_bytes_per_token"] == 2 * 2 * 2
 

@@ -167,6 +167,18 @@ def test_other_objectives_run(
     assert result.arms[0].last["kv_loss"] < result.arms[0].first["kv_loss"]
 
 
+def test_a_student_most_of_whose_layers_hold_no_kv(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    new = tiny_recipe().student.new | {
+        "model_type": "lfm2",
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+    }
+    result = run(tiny_recipe(student={"new": new}), tmp_path / "run")
+    assert result.teachers[0].layer_map == [(0, 2)]
+    assert result.arms[1].last["kv_loss"] < result.arms[1].first["kv_loss"]
+
+
 def test_two_teachers(tiny_recipe: Callable[..., Recipe], tiny_teacher: Path, tmp_path: Path) -> None:
     teachers = [
         {"name": "first.1", "model": str(tiny_teacher)},

@@ -14,7 +14,7 @@ from kvgraft.errors import KVGraftError
 
 @dataclass(frozen=True)
 class KVGeometry:
-    """Shape of what one model stores for a token: layers, key/value heads and the width of a head."""
+    """Shape of what one model stores for a token: layers that hold KV, key/value heads and the width of a head."""
 
     num_layers: int
     num_kv_heads: int
@@ -39,7 +39,7 @@ class KV:
         values: the same shape as ``keys``.
         positions: ``[batch, tokens]`` int64, the position that rotates each token's key.
         mask: ``[batch, tokens]`` bool, true where a token is real and not padding.
-        layers: index in the model of each entry of the layer axis.
+        layers: which layer each entry of the layer axis is, counted among those of the model that hold KV.
         rotated: whether the keys carry their rotary rotation (post-RoPE).
     """
 

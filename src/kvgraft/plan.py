@@ -24,7 +24,7 @@ from kvgraft.identify import identify
 from kvgraft.kv import KVGeometry
 from kvgraft.memory import PeakMemory
 from kvgraft.models import loading
-from kvgraft.models.geometry import context_of, kv_geometry
+from kvgraft.models.geometry import context_of, depth_of, kv_geometry, kv_layers
 from kvgraft.models.lora import add_lora
 from kvgraft.models.placement import QUANTIZED_BYTES
 from kvgraft.prepare import (
@@ -47,12 +47,14 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, **QUANTIZED_BYTES}
 
 
 class ModelPlan(BaseModel):
-    """Geometry and size of one model."""
+    """Geometry and size of one model; ``kv_layers`` are the places of the ``num_layers`` that hold KV in its depth."""
 
     name: str
     architecture: str
     parameters: int
+    depth: int
     num_layers: int
+    kv_layers: list[int]
     num_kv_heads: int
     head_dim: int
     kv_dim: int
@@ -312,7 +314,9 @@ def _model_plan(name: str, config: PretrainedConfig, dtype: str) -> ModelPlan:
         name=name,
         architecture=config.model_type,
         parameters=parameters,
+        depth=depth_of(config),
         num_layers=geometry.num_layers,
+        kv_layers=list(kv_layers(config)),
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
         kv_dim=geometry.kv_dim,

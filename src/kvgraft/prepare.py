@@ -25,7 +25,7 @@ from kvgraft.identify import IdentifiedModel, identify
 from kvgraft.models import loading
 from kvgraft.models.cut import chosen_layers, cut_config, cut_model, origin_layers
 from kvgraft.models.embeddings import EmbeddingStart, start_embeddings
-from kvgraft.models.geometry import context_of, kv_geometry
+from kvgraft.models.geometry import context_of, depth_of, kv_geometry, relative_depths
 from kvgraft.models.lora import add_lora
 from kvgraft.models.packing import require_exact_packing
 from kvgraft.models.students import new_student, student_config
@@ -227,7 +227,7 @@ def make_student(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrain
 
 
 def _kept_layers(student: StudentRecipe, whole: PretrainedConfig) -> list[int]:
-    return chosen_layers(kv_geometry(whole).num_layers, student.layers, student.every)
+    return chosen_layers(depth_of(whole), student.layers, student.every)
 
 
 def teacher_max_length(recipe: Recipe, config: PretrainedConfig) -> int:
@@ -387,6 +387,7 @@ def layer_map_of(
         kv_geometry(student_config).num_layers,
         kv_geometry(teacher_config).num_layers,
         origin_layers(student_config, teacher_config),
+        (relative_depths(student_config), relative_depths(teacher_config)),
     )
 
 

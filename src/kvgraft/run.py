@@ -24,7 +24,7 @@ from kvgraft.distill.arms import (
 from kvgraft.distill.checkpoints import CHECKPOINTS_FOLDER
 from kvgraft.errors import RecipeError
 from kvgraft.memory import peak_memory
-from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.geometry import depth_of
 from kvgraft.plan import count_parameters, require_workable
 from kvgraft.prepare import Prepared, prepare
 from kvgraft.prepare_logits import prepare_logits
@@ -188,7 +188,7 @@ def _describe(prepared: Prepared) -> RunResult:
     recipe, texts = prepared.recipe, prepared.texts
     student = recipe.student.model or f"new {prepared.student_config.model_type}"
     if recipe.student.cut_from is not None:
-        student = f"{recipe.student.cut_from}, {kv_geometry(prepared.student_config).num_layers} of its layers"
+        student = f"{recipe.student.cut_from}, {depth_of(prepared.student_config)} of its layers"
     return RunResult(
         name=recipe.name,
         date=datetime.date.today().isoformat(),

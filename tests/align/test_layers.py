@@ -37,6 +37,15 @@ def test_ratio_is_the_nearest_layer_with_halves_up() -> None:
                 assert Fraction(-1, 2) < chosen - exact <= Fraction(1, 2)
 
 
+def test_ratio_goes_by_depth_where_not_all_layers_hold_kv() -> None:
+    # Every third layer of six and every fourth of sixteen; in the middle two are as near, and the later is taken.
+    student, teacher = [Fraction(2, 5), Fraction(1)], [Fraction(place, 15) for place in (3, 7, 11, 15)]
+    assert map_layers("ratio", 2, 4, depths=(student, teacher)) == [(0, 1), (1, 3)]
+    assert map_layers("ratio", 1, 2, depths=([Fraction(1, 2)], [Fraction(1, 4), Fraction(3, 4)])) == [(0, 1)]
+    assert map_layers("auto", 2, 4, depths=(student, teacher)) == [(0, 1), (1, 3)]
+    assert map_layers("last", 2, 4, depths=(student, teacher)) == [(0, 2), (1, 3)]
+
+
 @pytest.mark.parametrize(
     ("students", "teachers", "expected"),
     [

@@ -12,7 +12,7 @@ from kvgraft.models.capture import capture
 from kvgraft.projector.projector import KVDimensionProjector
 from tests.graft.students import identity_projector, student_of
 from tests.graft.test_pieces import ids
-from tests.models.test_capture import BART, tiny
+from tests.models.test_capture import BART, mixed, tiny
 
 WIDTH, LAYERS = 16, 3  # of the grouped students
 
@@ -160,7 +160,7 @@ def unsupported(family: str) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("mamba", "MambaForCausalLM cannot take a grafted cache|mamba does not name"),
+        ("mamba", "MambaForCausalLM cannot take a grafted cache|the config of mamba names no layer"),
         ("t5", "T5ForConditionalGeneration cannot take a grafted cache"),
         ("bert", "BertModel cannot take a grafted cache"),
         ("qwen3_next", "Qwen3NextForCausalLM cannot take a grafted cache: its own holds"),
@@ -170,6 +170,12 @@ def test_students_without_a_cache_of_keys_and_values_are_refused(family: str, me
     kv = capture(student_of("llama"), ids(1, 5))
     with pytest.raises(KVGraftError, match=message):
         cache_from_kv(unsupported(family), kv)
+
+
+def test_a_student_whose_layers_keep_unlike_kv_is_refused() -> None:
+    model = mixed("gemma4_text")
+    with pytest.raises(GraftError, match="5 of its 6 layers hold KV of their own and of one shape"):
+        cache_from_kv(model, capture(model, ids(1, 5)))
 
 
 def test_a_student_that_rotates_otherwise_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from kvgraft.errors import ModelError
 from kvgraft.kv import KVGeometry
 from kvgraft.models.capture import capture, decoder_of, record_kv, turnings_of
-from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.geometry import kv_geometry, kv_layers, relative_depths
 from kvgraft.models.head import head_of
 from kvgraft.models.rope import Rotation, Turning, find_turning, read_rotation, rotate, unrotate
 
@@ -89,7 +90,7 @@ def own_cache(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
     input_ids, mask, positions = padded_batch()
     with torch.no_grad():
         output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True)
-    return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+    return [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in output.past_key_values.layers]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -255,14 +256,6 @@ def test_the_one_chosen_layer_may_be_one_that_does_not_turn() -> None:
     assert torch.equal(kv.keys, capture(model, input_ids, mask, layers=[0], rotated=True).keys)
 
 
-def test_heads_of_another_width_in_each_layer_are_refused() -> None:
-    # Full layers of Gemma 4 have wider heads than those of its window.
-    if "gemma4_text" not in CONFIG_MAPPING:
-        pytest.skip("this transformers has no Gemma 4")
-    with pytest.raises(ModelError, match=r"gemma4_text cannot be captured.*head_dim of its own"):
-        kv_geometry(AutoConfig.for_model("gemma4_text"))
-
-
 def test_layers_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ModelError, match=r"0\.\.2; asked for \[3\]"):
         capture(model_of("llama"), padded_batch()[0], layers=[1, 3])
@@ -354,23 +347,79 @@ def test_the_head_of_llama_4_gives_its_own_logits() -> None:
     assert head_of(tiny("llama4_text", **LLAMA_4)).vocabulary == VOCABULARY
 
 
-def test_only_the_chosen_layers_have_to_be_capturable() -> None:
-    # Layers that keep no KV are none of a caller's business who did not ask for them.
-    model, layers = tiny("lfm2", **GROUPED | {"layer_types": ["conv", "full_attention", "conv"]}), [1]
+# Models whose layers do not all hold KV alike, and the places of those that count.
+DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+OF_A_WINDOW = {"sliding_window": 4, "hidden_size_per_layer_input": 0}
+MIXED = {
+    "qwen3_5_text": ({"layer_types": ["linear_attention", "linear_attention", "full_attention"]} | DELTA_NET, [2]),
+    "lfm2": ({"layer_types": ["conv", "full_attention", "full_attention"]}, [1, 2]),
+    "bamba": ({"attn_layer_indices": [1]} | MAMBA, [1]),
+    "falcon_h1": ({"mamba_d_ssm": 64} | MAMBA, [0, 1, 2]),
+    # Its name ends as those of attention layers do.
+    "minimax": ({"num_local_experts": 2, "num_experts_per_tok": 1}, [0, 2]),
+    # Full layers have wider heads than those of a window, which are more.
+    "gemma4_text": ({"num_hidden_layers": 6, "global_head_dim": 16} | OF_A_WINDOW, [0, 1, 2, 3, 4]),
+    # The last four read what the layers before them keep.
+    "gemma3n_text": (
+        {
+            "num_hidden_layers": 10,
+            "num_kv_shared_layers": 4,
+            "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 2,
+            "intermediate_size": [48] * 10,
+            "activation_sparsity_pattern": [0.0] * 10,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 4,
+            "sliding_window": 4,
+        },
+        [0, 1, 2, 3, 4, 5],
+    ),
+}
+
+
+def mixed(family: str) -> PreTrainedModel:
+    if family not in CONFIG_MAPPING or not hasattr(PretrainedConfig, "per_layer_config"):
+        pytest.skip(f"this transformers has no {family}, or no settings of single layers")
+    return tiny(family, **GROUPED | MIXED[family][0])
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_layers_are_counted_among_those_that_hold_kv_alike(family: str) -> None:
+    model, places = mixed(family), MIXED[family][1]
+    assert list(kv_layers(model.config)) == places
     input_ids, mask, positions = padded_batch()
-    kv = capture(model, input_ids, mask, layers=layers)
-    with torch.no_grad(), record_kv(model, layers, rotated=True) as recorder:
+    kv = capture(model, input_ids, mask)
+    assert kv.layers == tuple(range(len(places)))
+    assert kv.geometry == kv_geometry(model.config) == KVGeometry(len(places), 2, 8)
+    cache, real = own_cache(model), mask.bool()[:, None, :, None]
+    with torch.no_grad(), record_kv(model) as recorder:
         model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True)
-    for place, layer in enumerate(layers):
-        rotation = recorder.rotation(layer)
-        assert rotation is not None
-        cache = output.past_key_values
-        # Lfm2 had a cache of its own in the first releases of transformers 5.
-        keys = cache.layers[layer].keys if hasattr(cache, "layers") else cache.key_cache[layer]
-        torch.testing.assert_close(rotate(kv.keys[:, place], *rotation), keys, atol=1e-5, rtol=0)
-    with pytest.raises(ModelError, match=r"layers \[.*2\]"):
-        capture(model, input_ids, mask)
+    for layer, place in enumerate(places):
+        rotation, (keys, values) = recorder.rotation(layer), cache[place]
+        rerotated = kv.keys[:, layer] if rotation is None else rotate(kv.keys[:, layer], *rotation)
+        for ours, theirs in ((rerotated, keys), (kv.values[:, layer], values)):
+            kept = theirs.shape[2]
+            ours, theirs = (tensor[:, :, -kept:] * real[:, :, -kept:] for tensor in (ours, theirs))
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    alone = capture(model, input_ids[:1, 3:], layers=[len(places) - 1])
+    torch.testing.assert_close(alone.keys[:, 0], kv.keys[:1, -1, :, 3:], atol=1e-5, rtol=0)
+
+
+def test_depths_are_among_all_layers() -> None:
+    depths = relative_depths(mixed("gemma4_text").config)
+    assert depths == [Fraction(place, 5) for place in range(5)]
+    assert relative_depths(AutoConfig.for_model("llama", num_hidden_layers=1)) == [1]
+
+
+def test_a_model_without_attention_is_refused_by_its_config() -> None:
+    with pytest.raises(ModelError, match="the config of mamba names no layer with num_attention_heads"):
+        kv_geometry(AutoConfig.for_model("mamba", num_hidden_layers=2))
 
 
 @pytest.mark.parametrize("fields", [{}, {"multi_query": False}, {"new_decoder_architecture": True, "num_kv_heads": 2}])

@@ -14,13 +14,14 @@ from kvgraft.errors import AlignmentError, KVGraftError, ModelError
 from kvgraft.evaluate.run import EvaluationSettings, evaluate
 from kvgraft.models.capture import capture
 from kvgraft.models.cut import chosen_layers, cut_config, cut_model, origin_layers
+from kvgraft.models.geometry import kv_layers
 from kvgraft.models.loading import load_config, load_model
 from kvgraft.models.rotary import rotations_at
 from kvgraft.plan import make_plan
 from kvgraft.prepare import layer_map_of, make_student, prepare
 from kvgraft.recipe import Recipe, StudentRecipe
 from kvgraft.run import arm_data, run
-from tests.models.test_capture import CONFIGS, VOCABULARY, model_of
+from tests.models.test_capture import CONFIGS, VOCABULARY, mixed, model_of
 
 TOKENS = torch.arange(20).reshape(2, 10) * 7 % VOCABULARY
 
@@ -43,6 +44,23 @@ def test_all_layers_is_the_model_itself_and_some_survive_saving(family: str, tmp
     assert torch.equal(logits_of(loaded), logits_of(student))
     assert origin_layers(loaded.config, whole.config) == [0, 2]
     assert torch.equal(loaded.generate(TOKENS, max_new_tokens=2)[:, :10], TOKENS)
+
+
+def test_layers_without_kv_are_cut_with_the_others(tmp_path: Path) -> None:
+    whole = mixed("qwen3_5_text")
+    assert torch.equal(logits_of(cut_model(mixed("qwen3_5_text"), [0, 1, 2])), logits_of(whole))
+    student = cut_model(mixed("qwen3_5_text"), [1, 2])
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(student))
+    # The second of its layers, and the only one of the whole model's, that holds KV.
+    assert kv_layers(loaded.config) == (1,)
+    assert origin_layers(loaded.config, whole.config) == [0]
+
+
+def test_layers_that_have_settings_by_their_place_are_refused() -> None:
+    with pytest.raises(ModelError, match="a gemma4_text with is_heterogeneous cannot be cut"):
+        cut_model(mixed("gemma4_text"), [0, 1])
 
 
 def test_a_cut_model_is_its_kept_layers_one_after_another() -> None:

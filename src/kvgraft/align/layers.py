@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from kvgraft.align.evidence import EVIDENCE_METHODS
 from kvgraft.errors import AlignmentError
@@ -13,20 +14,24 @@ def map_layers(
     num_student_layers: int,
     num_teacher_layers: int,
     origin: Sequence[int] | None = None,
+    depths: tuple[Sequence[Fraction], Sequence[Fraction]] | None = None,
 ) -> list[tuple[int, int]]:
     """Pairs ``(student_layer, teacher_layer)`` in the order of the student's layers, each student layer at most once.
 
     Args:
-        spec: ``"ratio"``: every student layer, teacher layers spread evenly with both ends kept (a deeper student
-            repeats teacher layers). ``"last"``: the top ``n = min(student, teacher)`` layers of both, one to one and
-            in order, so that the two last layers meet; a deeper student's lowest layers get no teacher, a deeper
-            teacher's lowest layers are not used. Or an explicit list of ``[student, teacher]`` pairs, in any order,
-            layers counted from 0; a teacher layer may serve several student layers, but a student layer has one
-            target per teacher and may not appear twice. ``"origin"``: the teacher layer that each student layer was cut
-            from. ``"auto"``: ``origin`` where it is known, else ``ratio``.
+        spec: ``"ratio"``: every student layer with the teacher layer nearest to its relative depth, so that teacher
+            layers are spread evenly with both ends kept (a deeper student repeats teacher layers). ``"last"``: the top
+            ``n = min(student, teacher)`` layers of both, one to one and in order, so that the two last layers meet; a
+            deeper student's lowest layers get no teacher, a deeper teacher's lowest layers are not used. Or an explicit
+            list of ``[student, teacher]`` pairs, in any order, layers counted from 0; a teacher layer may serve several
+            student layers, but a student layer has one target per teacher and may not appear twice. ``"origin"``: the
+            teacher layer that each student layer was cut from. ``"auto"``: ``origin`` where it is known, else
+            ``ratio``.
         num_student_layers: number of the student's layers, at least 1.
         num_teacher_layers: number of the teacher's layers, at least 1.
         origin: for each student layer the teacher layer that it was cut from; default: it was not cut from it.
+        depths: where the layers of student and teacher stand in their models, from 0 to 1, where not all layers of a
+            model hold KV (:func:`kvgraft.models.geometry.relative_depths`); default: all do.
 
     Raises:
         AlignmentError: an unknown ``spec``, ``"origin"`` without one, an empty list, or a pair that is malformed, out
@@ -43,7 +48,8 @@ def map_layers(
     if spec in ("auto", "origin") and origin is not None:
         return list(enumerate(origin))
     if spec in ("auto", "ratio"):
-        return list(enumerate(uniform_layer_map(num_teacher_layers, num_student_layers)))
+        student_depths, teacher_depths = depths or (_evenly(num_student_layers), _evenly(num_teacher_layers))
+        return list(enumerate(_nearest(teacher_depths, student_depths)))
     if spec == "last":
         count = min(num_student_layers, num_teacher_layers)
         return [(num_student_layers - back, num_teacher_layers - back) for back in range(count, 0, -1)]
@@ -67,11 +73,21 @@ def uniform_layer_map(num_teacher_layers: int, num_student_layers: int) -> list[
     ``s * (num_teacher_layers - 1) / (num_student_layers - 1)`` rounded half up. A student of one layer has no two
     ends to keep: it gets the teacher's last layer.
     """
-    if num_student_layers == 1:
-        return [num_teacher_layers - 1]
-    steps = num_student_layers - 1
-    # In whole numbers, so that a half is never rounded down by floating point.
-    return [(2 * layer * (num_teacher_layers - 1) + steps) // (2 * steps) for layer in range(num_student_layers)]
+    return _nearest(_evenly(num_teacher_layers), _evenly(num_student_layers))
+
+
+def _evenly(num_layers: int) -> list[Fraction]:
+    """Relative depth of each of ``num_layers`` layers; a single one has no two ends and counts as the last."""
+    return [Fraction(layer, num_layers - 1) for layer in range(num_layers)] if num_layers > 1 else [Fraction(1)]
+
+
+def _nearest(teacher_depths: Sequence[Fraction], student_depths: Sequence[Fraction]) -> list[int]:
+    """For each student layer the teacher layer at the nearest depth, of two as near the later."""
+    # In fractions, so that a half is never rounded down by floating point.
+    return [
+        min(range(len(teacher_depths)), key=lambda layer: (abs(teacher_depths[layer] - depth), -layer))
+        for depth in student_depths
+    ]
 
 
 def _explicit_pairs(

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kvgraft.errors import GraftError
 from kvgraft.kv import KV
 from kvgraft.models.capture import are_counted, takes_positions
-from kvgraft.models.geometry import context_of, kv_geometry
+from kvgraft.models.geometry import context_of, kv_layers
 from kvgraft.models.rope import rotate
 from kvgraft.models.rotary import rotations_at
 
@@ -187,10 +187,11 @@ def require_cache_support(model: PreTrainedModel) -> None:
         raise GraftError(
             f"{name} cannot take a grafted cache: its own holds {', '.join(others) or 'nothing'}; {advice}"
         )
-    if len(layers) != kv_geometry(model.config).num_layers:
+    alike = len(kv_layers(model.config))
+    if len(layers) != alike:
         raise GraftError(
-            f"{name} cannot take a grafted cache: it keeps KV for {len(layers)} of its "
-            f"{kv_geometry(model.config).num_layers} layers; {advice}"
+            f"{name} cannot take a grafted cache: {alike} of its {len(layers)} layers hold KV of their own and of one "
+            f"shape; {advice}"
         )
 
 

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV
 from kvgraft.models.evaluation_mode import evaluation_mode
-from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.geometry import kv_geometry, kv_layers
 from kvgraft.models.ids import require_ids
 from kvgraft.models.placement import input_device
 from kvgraft.models.rope import Rotation, Turning, find_turning, read_rotation, unrotate
@@ -160,7 +160,8 @@ def record_kv(
 
     Args:
         model: a causal language model of transformers, training or not, with gradients or without.
-        layers: which to record, counted from 0; default all.
+        layers: which to record of those that hold KV (:func:`kvgraft.models.geometry.kv_layers`), counted from 0;
+            default all.
         rotated: keep keys as attention sees them (post-RoPE).
         stop_early: leave the block without an output once every wanted layer has been seen.
 
@@ -247,10 +248,11 @@ def intercepted_attention(
         what turned the keys of each layer that received cosines and sines, None where it leaves them alone; filled as
         layers run.
     """
+    number = {place: layer for layer, place in enumerate(kv_layers(model.config))}
     attentions: dict[nn.Module, int] = {
-        module: int(module.layer_idx)  # type: ignore[arg-type]
+        module: number[module.layer_idx]  # type: ignore[index]
         for module in decoder_of(model).modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith("Attention")
+        if getattr(module, "layer_idx", None) in number and type(module).__name__.endswith("Attention")
     }
     rotations: dict[int, Rotation | None] = {}
     known = turnings or {}

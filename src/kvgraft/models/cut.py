@@ -12,11 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kvgraft.align.layers import uniform_layer_map
 from kvgraft.errors import ModelError
 from kvgraft.models.capture import decoder_of
-from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.geometry import depth_of, kv_geometry, kv_layers
 from kvgraft.models.rotary import forget_rotations
 
 # Settings under which what a layer computes depends on its place among the others.
-_BY_PLACE = ("scale_attn_by_inverse_layer_idx", "num_kv_shared_layers")
+_BY_PLACE = ("scale_attn_by_inverse_layer_idx", "num_kv_shared_layers", "is_heterogeneous")
 
 
 def chosen_layers(depth: int, layers: Sequence[int] | int | None = None, every: int | None = None) -> list[int]:
@@ -55,7 +55,7 @@ def cut_config(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedCon
     """
     made = copy.deepcopy(config)
     text = made.get_text_config()
-    depth = kv_geometry(config).num_layers
+    depth = depth_of(config)
     by_place = [name for name in _BY_PLACE if getattr(text, name, None)]
     if by_place:
         raise ModelError(
@@ -74,7 +74,7 @@ def cut_config(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedCon
 
 
 def origin_layers(student: PretrainedConfig, teacher: PretrainedConfig) -> list[int] | None:
-    """For each layer of a cut student the layer of ``teacher`` that it was, or None.
+    """For each layer of a cut student that holds KV the one of ``teacher`` that it was, or None.
 
     None where the student was not cut, or from a model of another architecture, depth or KV width.
     """
@@ -85,11 +85,11 @@ def origin_layers(student: PretrainedConfig, teacher: PretrainedConfig) -> list[
     geometry, whole = kv_geometry(student), kv_geometry(teacher)
     same = (own.model_type, own.origin_num_layers, geometry.num_kv_heads, geometry.head_dim) == (
         other.model_type,
-        whole.num_layers,
+        depth_of(teacher),
         whole.num_kv_heads,
         whole.head_dim,
     )
-    return list(layers) if same else None
+    return [kv_layers(teacher).index(layers[place]) for place in kv_layers(student)] if same else None
 
 
 def cut_model(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -98,7 +98,7 @@ def cut_model(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     Raises:
         ModelError: an architecture whose layers are not one list, or that would be another model once saved.
     """
-    depth = kv_geometry(model.config).num_layers
+    depth = depth_of(model.config)
     whole, made = model.config, cut_config(model.config, layers)
     stack = layer_stack(model, depth)
     kept = [stack[layer] for layer in layers]
@@ -150,7 +150,7 @@ def require_same_from_config(model: PreTrainedModel) -> None:
 def _settings(model: PreTrainedModel) -> dict[str, object]:
     """What decides a model's function: shapes of all weights, and the plain attributes of every layer's modules."""
     found: dict[str, object] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for place, layer in enumerate(layer_stack(model, kv_geometry(model.config).num_layers)):
+    for place, layer in enumerate(layer_stack(model, depth_of(model.config))):
         for name, module in layer.named_modules(prefix=f"layer {place}"):
             for attribute, value in vars(module).items():
                 if attribute[0] != "_" and attribute != "training" and isinstance(value, int | float | str | None):

@@ -15,7 +15,7 @@ from kvgraft.errors import ModelError
 from kvgraft.models import loading
 from kvgraft.models.cut import chosen_layers, cut_model
 from kvgraft.models.cut_width import channel_importance, cut_intermediate, largest, require_channels
-from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.geometry import depth_of
 
 # Tokens of a text that say which channels of an MLP matter.
 CALIBRATION_LENGTH = 512
@@ -52,7 +52,7 @@ def write_cut(
         raise ModelError(f"{output} exists; give another folder, or --overwrite to replace it")
     if overwrite and output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise ModelError(f"{output} holds no model and is left alone; give another folder")
-    depth = kv_geometry(loading.load_config(name, revision)).num_layers
+    depth = depth_of(loading.load_config(name, revision))
     whole_depth = intermediate is not None and layers is None and every is None
     kept = list(range(depth)) if whole_depth else chosen_layers(depth, layers, every)
     tokenizer = loading.load_tokenizer(name, revision)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvgraft.errors import ModelError
 from kvgraft.models.capture import decoder_of
 from kvgraft.models.cut import layer_stack, require_same_from_config
-from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.geometry import depth_of
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def largest(importance: Sequence[Tensor], count: int) -> list[Tensor]:
 
 def _mlps(model: PreTrainedModel) -> list[Any]:
     """The MLP of each layer: ``down_proj(activation(gate_proj(x)) * up_proj(x))``."""
-    mlps = [getattr(layer, "mlp", None) for layer in layer_stack(model, kv_geometry(model.config).num_layers)]
+    mlps = [getattr(layer, "mlp", None) for layer in layer_stack(model, depth_of(model.config))]
     names = ("gate_proj", "up_proj", "down_proj")
     gated = all(isinstance(getattr(mlp, name, None), nn.Linear) for mlp in mlps for name in names)
     if not gated or not isinstance(getattr(model.config.get_text_config(), "intermediate_size", None), int):

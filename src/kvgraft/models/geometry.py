@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from fractions import Fraction
+
 from transformers import PretrainedConfig
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KVGeometry
 
+# Layers that keep no key and value for each token, as `layer_types` of configs name them, in older transformers too.
+_WITHOUT_KV = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "mlp", "moe"}
+
 
 def kv_geometry(config: PretrainedConfig) -> KVGeometry:
-    """Layers, key/value heads and head width of a model, from its config alone.
+    """Layers that hold KV, key/value heads and head width of a model, from its config alone.
 
     Raises:
-        ModelError: the config does not say, or says another for each layer.
+        ModelError: the config does not say, or no layer holds KV.
     """
-    if not hasattr(config, "get_text_config"):
-        raise ModelError(
-            f"kv_geometry takes the configuration of a transformers model, model.config; got {type(config).__name__}"
-        )
+    shapes = _kv_shapes(config)
+    kv_heads, head_dim = _commonest(shapes)
+    return KVGeometry(len(kv_layers(config)), kv_heads, head_dim)
+
+
+def kv_layers(config: PretrainedConfig) -> tuple[int, ...]:
+    """The places in a model of its layers that hold KV; everywhere else layers are counted among these alone.
+
+    They are all of them, but for layers with a recurrence or a convolution in place of attention (Qwen3.5, LFM2,
+    Granite 4), those that read the KV of a layer before them (Gemma 3n), and those whose heads are not as most are: of
+    Gemma 4 the layers with a window are left.
+
+    Raises:
+        ModelError: as :func:`kv_geometry`.
+    """
+    shapes = _kv_shapes(config)
+    commonest = _commonest(shapes)
+    return tuple(layer for layer, shape in shapes.items() if shape == commonest)
+
+
+def relative_depths(config: PretrainedConfig) -> list[Fraction]:
+    """Where each layer that holds KV stands among all layers of its model: 0 is the first of them and 1 the last.
+
+    Raises:
+        ModelError: as :func:`kv_geometry`.
+    """
+    last = depth_of(config) - 1
+    return [Fraction(place, last) if last else Fraction(1) for place in kv_layers(config)]
+
+
+def depth_of(config: PretrainedConfig) -> int:
+    """All layers of a model, those without KV too.
+
+    Raises:
+        ModelError: the config does not say.
+    """
+    _require_config(config)
     text = config.get_text_config()
-    heads = _same_in_all_layers(text, "num_attention_heads")
-    kv_heads = _same_in_all_layers(text, "num_key_value_heads") or _falcon_kv_heads(text) or heads
-    hidden, layers = _same_in_all_layers(text, "hidden_size"), _same_in_all_layers(text, "num_hidden_layers")
-    head_dim = _same_in_all_layers(text, "head_dim") or (hidden // heads if hidden and heads else None)
-    if not (kv_heads and head_dim and layers):
-        raise ModelError(
-            f"the config of {text.model_type} does not name num_hidden_layers, num_attention_heads and hidden_size, so "
-            "it stores no keys and values that we know; use a transformer with an attention in every layer"
-        )
-    return KVGeometry(layers, kv_heads, head_dim)
+    depth: int | None = getattr(text, "num_hidden_layers", None)
+    if not depth:
+        raise _unknown(text)
+    return depth
 
 
 def context_of(config: PretrainedConfig) -> int | None:
@@ -37,16 +70,48 @@ def context_of(config: PretrainedConfig) -> int | None:
     return context if isinstance(context, int) else None
 
 
-def _same_in_all_layers(text: PretrainedConfig, name: str) -> int | None:
-    """What ``text`` says of all its layers at once; None where it says nothing."""
-    try:
-        value: int | None = getattr(text, name, None)
-    except RuntimeError as error:  # the error of transformers for a setting of single layers, which 5.1 does not have
+def _kv_shapes(config: PretrainedConfig) -> dict[int, tuple[int, int]]:
+    """Key/value heads and their width of every layer that holds KV of its own."""
+    depth, text = depth_of(config), config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [""] * depth
+    sharing = getattr(text, "kv_sharing_modes", None) or [None] * depth
+    # transformers 5.1 has no settings of single layers.
+    of_layers = getattr(text, "per_layer_config", None) or [text] * depth
+    shapes = {
+        layer: _kv_shape(of_layers[layer])
+        for layer in range(depth)
+        if kinds[layer] not in _WITHOUT_KV and sharing[layer] != "reuse"
+    }
+    if not shapes:
+        raise _unknown(text)
+    return shapes
+
+
+def _kv_shape(text: PretrainedConfig) -> tuple[int, int]:
+    heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
+    kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
+    head_dim = getattr(text, "head_dim", None) or (hidden // heads if hidden and heads else None)
+    if not (kv_heads and head_dim):
+        raise _unknown(text)
+    return kv_heads, head_dim
+
+
+def _commonest(shapes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    return Counter(shapes.values()).most_common(1)[0][0]
+
+
+def _require_config(config: PretrainedConfig) -> None:
+    if not hasattr(config, "get_text_config"):
         raise ModelError(
-            f"{text.model_type} cannot be captured: its config gives each layer a {name} of its own; uneven KV is not "
-            "covered. Use an architecture whose layers are alike, such as Llama, Qwen, Mistral, Gemma 3, Phi or GPT-2"
-        ) from error
-    return value
+            f"kv_geometry takes the configuration of a transformers model, model.config; got {type(config).__name__}"
+        )
+
+
+def _unknown(text: PretrainedConfig) -> ModelError:
+    return ModelError(
+        f"the config of {text.model_type} names no layer with num_attention_heads and hidden_size, so that it stores "
+        "no keys and values that we know; use a transformer with attention"
+    )
 
 
 def _falcon_kv_heads(text: PretrainedConfig) -> int | None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kvgraft.evaluate.statistics import Spread
 from kvgraft.migration import Migration
-from kvgraft.plan import Forecast, Plan, TextPlan
+from kvgraft.plan import Forecast, ModelPlan, Plan, TextPlan
 from kvgraft.report.results import ArmResult, RunResult
 
 Row = tuple[str, list[str]]
@@ -49,8 +49,9 @@ def plan_tables(plan: Plan) -> list[Table]:
     for model in planned:
         models.add_column(model.name, justify="right")
     models.add_row("architecture", *(model.architecture for model in planned))
-    fields = ("parameters", "num_layers", "num_kv_heads", "head_dim", "kv_dim", "hidden_size", "vocab_size", "context")
-    for field in fields:
+    models.add_row("parameters", *(f"{model.parameters:,}" for model in planned))
+    models.add_row("num_layers", *(_layers_text(model) for model in planned))
+    for field in ("num_kv_heads", "head_dim", "kv_dim", "hidden_size", "vocab_size", "context"):
         sizes = (getattr(model, field) for model in planned)
         models.add_row(field, *("-" if size is None else f"{size:,}" for size in sizes))
     tables = [models]
@@ -71,6 +72,12 @@ def plan_tables(plan: Plan) -> list[Table]:
     total.add_row("disk for KV", f"{size_text(plan.store_bytes)} of {size_text(plan.free_disk_bytes)} free")
     tables += [] if plan.first_text is None else [_text_table(plan.first_text)]
     return [*tables, total, *([] if plan.forecast is None else [_forecast_table(plan.forecast)])]
+
+
+def _layers_text(model: ModelPlan) -> str:
+    if model.num_layers == model.depth:
+        return f"{model.depth:,}"
+    return f"{model.num_layers} with KV of {model.depth}: {', '.join(map(str, model.kv_layers))}"
 
 
 def _text_table(text: TextPlan) -> Table:
