@@ -12,7 +12,7 @@ from kvgraft.models.capture import capture
 from kvgraft.projector.projector import KVDimensionProjector
 from tests.graft.students import identity_projector, student_of
 from tests.graft.test_pieces import ids
-from tests.models.test_capture import BART, mixed, tiny
+from tests.models.test_capture import BART, mixed, tiny, turned_by_half_the_angle
 
 WIDTH, LAYERS = 16, 3  # of the grouped students
 
@@ -178,9 +178,8 @@ def test_a_student_whose_layers_keep_unlike_kv_is_refused() -> None:
         cache_from_kv(model, capture(model, ids(1, 5)))
 
 
-def test_a_student_that_rotates_otherwise_is_refused() -> None:
-    fields = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
-    nanochat = AutoModelForCausalLM.from_config(AutoConfig.for_model("nanochat", **fields)).eval()
-    with pytest.raises(KVGraftError, match="NanoChatForCausalLM"):
-        cache_from_kv(nanochat, capture(student_of("llama"), ids(1, 5)))
+def test_a_student_that_rotates_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = capture(student_of("llama"), ids(1, 5))
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", turned_by_half_the_angle)
+    with pytest.raises(KVGraftError, match="LlamaForCausalLM"):
+        cache_from_kv(student_of("llama"), kv)

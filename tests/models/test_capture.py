@@ -55,12 +55,16 @@ CONFIGS = {
 }
 
 
+LLAMA_4 = GROUPED | {"intermediate_size_mlp": 48, "num_local_experts": 2, "interleave_moe_layer_step": 2}
 # How each layer turns its keys; one_half in GPT-OSS, whose layers are handed half the cosines.
 TURNINGS = {
     "cohere": ({}, ["neighbours"] * 3),
     "cohere2": ({"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}, ["neighbours", "neighbours", "not"]),
     "ernie4_5": ({}, ["neighbours_of_halves"] * 3),
     "glm": ({"partial_rotary_factor": 0.5}, ["neighbours_of_halves"] * 3),
+    # Norms behind the rotation leave it what it is.
+    "llama4_text": (LLAMA_4 | {"no_rope_layers": [1, 1, 0]}, ["neighbours", "neighbours", "not"]),
+    "nanochat": ({}, ["halves_back"] * 3),
     "gpt_oss": ({"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}, ["one_half"] * 3),
     "smollm3": ({"no_rope_layers": [1, 1, 0]}, ["halves", "halves", "not"]),
 }
@@ -219,8 +223,6 @@ REFUSED = {
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_head": 4, "n_layer": 3, "rotary_dim": 4, "n_positions": 64},
         "GPTJForCausalLM cannot be captured",
     ),
-    # Turns the other way round.
-    "nanochat": (GROUPED, r"NanoChatForCausalLM cannot be captured before rotation.*\[0, 1, 2\]"),
 }
 
 
@@ -319,13 +321,18 @@ def test_a_layer_that_attends_twice_is_refused(rotated: bool) -> None:
         capture(model, input_ids, mask, rotated=rotated)
 
 
-LLAMA_4 = GROUPED | {"intermediate_size_mlp": 48, "num_local_experts": 2, "interleave_moe_layer_step": 2}
+def turned_by_half_the_angle(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
+    half = ((1 + cos) / 2).sqrt(), ((1 - cos) / 2).sqrt() * sin.sign()
+    return rotate(query, *half), rotate(key, *half)
 
 
-def test_llama_4_is_refused_before_rotation_and_captured_after() -> None:
-    model = tiny("llama4_text", **LLAMA_4)
+def test_keys_that_turn_in_a_way_of_their_own_are_refused_before_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", turned_by_half_the_angle)
+    model = model_of("llama")
     input_ids, mask, _ = padded_batch()
-    with pytest.raises(ModelError, match="Llama4ForCausalLM cannot be captured before rotation"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot be captured before rotation.*\[0, 1, 2\]"):
         capture(model, input_ids, mask)
     kv = capture(model, input_ids, mask, rotated=True)
     for layer, (keys, values) in enumerate(own_cache(model)):

@@ -25,7 +25,7 @@ from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.geometry import kv_geometry, kv_layers
 from kvgraft.models.ids import require_ids
 from kvgraft.models.placement import input_device
-from kvgraft.models.rope import Rotation, Turning, find_turning, read_rotation, unrotate
+from kvgraft.models.rope import Rotation, Turning, cosines_and_sines, find_turning, read_rotation, unrotate
 from kvgraft.models.tensor_parallel import whole_heads
 
 # Tokens and distance of the check that un-rotated keys do not depend on where a text stands, and how far keys without
@@ -259,11 +259,10 @@ def intercepted_attention(
     attended: set[int] = set()
 
     def note_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer, rotation = attentions[module], kwargs.get("position_embeddings")
+        layer, handed = attentions[module], cosines_and_sines(kwargs.get("position_embeddings"))
         attended.discard(layer)
-        # Llama 4 hands over complex numbers instead, for an interleaved rotation.
-        if isinstance(rotation, tuple | list):
-            rotations[layer] = read_rotation(known.get(layer, "halves"), *rotation)
+        if handed is not None:
+            rotations[layer] = read_rotation(known.get(layer, "halves"), *handed)
 
     look_up = ALL_ATTENTION_FUNCTIONS.get_interface
 

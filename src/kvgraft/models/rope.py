@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 # How a layer turns its keys with the cosines and sines that it is handed:
 # - halves: channel ``i`` with channel ``i + rotary_dim / 2`` (Llama);
-# - one_half: the same, where those of one half are handed over (GPT-OSS);
-# - neighbours: channel ``2 i`` with channel ``2 i + 1`` (Cohere);
-# - neighbours_of_halves: the same, where they are laid out for halves (GLM, Helium, Ernie 4.5);
+# - halves_back: the same, the other way round (NanoChat);
+# - one_half: the first, where those of one half are handed over (GPT-OSS);
+# - neighbours: channel ``2 i`` with channel ``2 i + 1`` (Cohere, Llama 4);
+# - neighbours_of_halves: the same, where cosines and sines are laid out for halves (GLM, Helium, Ernie 4.5);
 # - not: it does not, though it is handed some (SmolLM3's every fourth layer).
-Turning = Literal["halves", "one_half", "neighbours", "neighbours_of_halves", "not"]
+Turning = Literal["halves", "halves_back", "one_half", "neighbours", "neighbours_of_halves", "not"]
 TURNINGS: tuple[Turning, ...] = get_args(Turning)
 
 
@@ -28,10 +29,24 @@ class Rotation(NamedTuple):
     neighbours: bool = False
 
 
+def cosines_and_sines(handed: Any) -> tuple[Tensor, Tensor] | None:
+    """Both of what a rotary module makes and layers are handed; None where that is something else.
+
+    Complex numbers ``[batch, tokens, head_dim / 2]`` (Llama 4) are told as one cosine and sine for each channel.
+    """
+    if isinstance(handed, Tensor) and handed.is_complex():
+        return handed.real.repeat_interleave(2, -1), handed.imag.repeat_interleave(2, -1)
+    if isinstance(handed, tuple | list) and len(handed) == 2:
+        return handed[0], handed[1]
+    return None
+
+
 def read_rotation(turning: Turning, cos: Tensor, sin: Tensor) -> Rotation | None:
     """The cosines and sines that a layer is handed, as :func:`rotate` takes them; None where it does not turn."""
     if turning == "not":
         return None
+    if turning == "halves_back":
+        return Rotation(cos, -sin)
     if turning == "one_half":
         return Rotation(torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
     if turning == "neighbours_of_halves":

@@ -20,7 +20,7 @@ from kvgraft.errors import ModelError
 from kvgraft.models.capture import decoder_of, forget_turnings, record_kv, turnings_of
 from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.geometry import kv_geometry
-from kvgraft.models.rope import Rotation, Turning, read_rotation
+from kvgraft.models.rope import Rotation, Turning, cosines_and_sines, read_rotation
 
 # Positions of the pass that tells rotary modules apart; not 0, where all of them agree.
 _PROBE_POSITIONS = (1, 2, 5, 11)
@@ -46,7 +46,9 @@ class _RotaryCall:
 
         arguments = [replaced(value) for value in self.arguments]
         options = {name: replaced(value) for name, value in self.options.items()}
-        return read_rotation(self.turning, *self.module(*arguments, **options))
+        handed = cosines_and_sines(self.module(*arguments, **options))
+        assert handed is not None  # as it was when this call was noted
+        return read_rotation(self.turning, *handed)
 
 
 _calls_of_models: WeakKeyDictionary[nn.Module, list[_RotaryCall | None]] = WeakKeyDictionary()
@@ -118,8 +120,9 @@ def _noting_rotary_calls(model: nn.Module) -> Iterator[list[tuple[_RotaryCall, t
     noted: list[tuple[_RotaryCall, tuple[Tensor, Tensor]]] = []
 
     def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-        if isinstance(output, tuple) and len(output) == 2:
-            noted.append((_RotaryCall(module, arguments, options), output))
+        handed = cosines_and_sines(output)
+        if handed is not None:
+            noted.append((_RotaryCall(module, arguments, options), handed))
 
     rotary = [module for module in model.modules() if "rotary" in type(module).__name__.lower()]
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in rotary]
