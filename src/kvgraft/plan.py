@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from kvgraft.align.evidence import EVIDENCE_METHODS
 from kvgraft.align.layers import map_layers
@@ -330,7 +330,7 @@ def _model_plan(name: str, config: PretrainedConfig, dtype: str) -> ModelPlan:
 def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of a model of ``config``, without its weights."""
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = loading.model_class(config).from_config(config)
     return int(model.num_parameters())
 
 
@@ -340,7 +340,7 @@ def _student_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[int, int]:
     if lora is None:
         return count_parameters(config), 0
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = loading.model_class(config).from_config(config)
         adapted = add_lora(model, **lora.model_dump(), seed=recipe.seed)
     trained = int(adapted.num_parameters(only_trainable=True))
     return trained, int(adapted.num_parameters()) - trained

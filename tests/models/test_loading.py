@@ -7,12 +7,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, Mistral3Config
 
 from kvgraft.data.tokenizers import train_tokenizer
 from kvgraft.errors import ModelError
+from kvgraft.kv import KVGeometry
 from kvgraft.models import loading
+from kvgraft.models.capture import capture
+from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.lora import add_lora, save_student
 from kvgraft.models.students import new_student, student_config
+from kvgraft.plan import count_parameters
 
 FIELDS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -23,6 +28,28 @@ def test_folder(tiny_teacher: Path) -> None:
     assert not model.training
     assert loading.load_config(str(tiny_teacher)).num_hidden_layers == 4
     assert loading.load_tokenizer(str(tiny_teacher)).is_fast
+
+
+def test_a_model_that_reads_pictures_too_is_one_of_text(tmp_path: Path) -> None:
+    text = AutoConfig.for_model(
+        "mistral",
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    pictures = AutoConfig.for_model("pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, image_size=8)
+    config = Mistral3Config(text_config=text.to_dict(), vision_config=pictures.to_dict())
+    base, adapters = str(tmp_path / "base"), tmp_path / "adapters"
+    AutoModelForImageTextToText.from_config(config).save_pretrained(base)
+    model = loading.load_model(base, device="cpu")
+    assert count_parameters(config) == model.num_parameters()
+    assert capture(model, torch.tensor([[5, 6, 7]])).geometry == kv_geometry(model.config) == KVGeometry(2, 2, 8)
+    save_student(add_lora(model, 2, 4.0, 0.0, ["q_proj"], seed=0), adapters)
+    assert type(loading.load_model(str(adapters), device="cpu")) is type(model)
 
 
 def test_fingerprint_follows_the_weights(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from kvgraft.errors import ModelError
 from kvgraft.evaluate.run import EvaluationSettings, evaluate
 from kvgraft.models.capture import capture
 from kvgraft.models.loading import load_model, load_tokenizer, load_weights
-from kvgraft.models.lora import add_lora, base_revision, save_student
+from kvgraft.models.lora import add_lora, base_of, save_student
 from kvgraft.plan import make_plan
 from kvgraft.prepare import make_student, prepare
 from kvgraft.projector.projector import KVDimensionProjector
@@ -108,7 +108,7 @@ def test_adapters_are_put_on_the_revision_that_they_were_trained_on(
     student = lora_recipe.student.model_copy(update={"revision": "v2"})
     model = make_student(lora_recipe.model_copy(update={"student": student}), load_tokenizer(str(tiny_student)))
     save_student(model, tmp_path)
-    assert base_revision(tmp_path) == "v2"
+    assert base_of(tmp_path)[1] == "v2"
     asked: list[str | None] = []
 
     def load(*_: object, revision: str | None, **__: object) -> torch.nn.Module:

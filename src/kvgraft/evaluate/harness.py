@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvgraft.errors import DataError
-from kvgraft.models.lora import ADAPTER_WEIGHTS, base_revision
+from kvgraft.models.lora import ADAPTER_WEIGHTS, base_of
 
 # Tasks that kvgraft brings along; lm-eval finds them beside its own.
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -85,7 +85,7 @@ def _model_args(student: Path, device: str) -> dict[str, Any]:
         return {"pretrained": str(student)}
     # lm-eval looks for config.json, which adapters do not have. Given the base and the adapters by name, it cuts the
     # embeddings to the length of the tokenizer; a model that is loaded already it takes as it is.
-    model = AutoModelForCausalLM.from_pretrained(student, revision=base_revision(student), dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(student, revision=base_of(student)[1], dtype="auto")
     return {"pretrained": model.to(device).eval(), "tokenizer": AutoTokenizer.from_pretrained(student)}
 
 

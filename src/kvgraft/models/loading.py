@@ -16,12 +16,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvgraft.errors import ModelError
 from kvgraft.models.geometry import kv_geometry
-from kvgraft.models.lora import ADAPTER_WEIGHTS, base_revision, load_adapters
+from kvgraft.models.lora import ADAPTER_WEIGHTS, base_of, load_adapters
 from kvgraft.models.placement import DeviceMap, Quantization, placement_options
 from kvgraft.models.tensor_parallel import tensor_parallel_options
 from kvgraft.processes import process_state
@@ -86,8 +95,28 @@ def load_model(
     placement = placement_options(torch_dtype, device, quantization, device_map)
     if tensor_parallel:
         placement |= tensor_parallel_options(name, kv_geometry(load_config(name, revision)))
-    model = _load(AutoModelForCausalLM.from_pretrained, name, revision, weights=True, dtype=torch_dtype, **placement)
+    model = _load(_from_pretrained, name, revision, weights=True, dtype=torch_dtype, **placement)
     return model.eval() if placement else model.to(device).eval()
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes a language model of ``config``, to call ``from_config`` of.
+
+    One that reads pictures too where there is none for text alone (Mistral 3, Qwen3-VL); given text, it is the same.
+    """
+    reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if reads_pictures and not alone else AutoModelForCausalLM
+
+
+def _from_pretrained(source: Path | str, *, revision: str | None, **options: Any) -> PreTrainedModel:
+    base, _ = base_of(source) if isinstance(source, Path) else (None, None)
+    try:
+        made_by = model_class(AutoConfig.from_pretrained(base or source, revision=revision))
+    except (OSError, ValueError):
+        made_by = AutoModelForCausalLM  # whose own error says more, if it does not load adapters of the hub
+    model: PreTrainedModel = made_by.from_pretrained(source, revision=revision, **options)
+    return model
 
 
 def _require_device(device: str | int) -> None:
@@ -130,7 +159,7 @@ def _load(
 ) -> _Loaded:
     source = _locate(name)
     if revision is None and isinstance(source, Path):
-        revision = base_revision(source)
+        _, revision = base_of(source)
     if isinstance(source, Path) and source.suffix == ".gguf":
         if weights or _converted_folder(source).is_dir():
             source = _convert_gguf(source)

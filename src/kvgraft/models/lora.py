@@ -103,14 +103,14 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
         )
 
 
-def base_revision(folder: Path) -> str | None:
-    """The revision of the model that the adapters in ``folder`` belong to, which transformers does not look for.
+def base_of(folder: Path) -> tuple[str | None, str | None]:
+    """The model that the adapters in ``folder`` belong to, and its revision, which transformers does not look for.
 
-    None where it is not told, or where ``folder`` holds no adapters.
+    None for what is not told, and for both where ``folder`` holds no adapters.
     """
-    config = folder / "adapter_config.json"
-    revision: str | None = json.loads(config.read_text(encoding="utf-8")).get("revision") if config.is_file() else None
-    return revision
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config.get("base_model_name_or_path"), config.get("revision")
 
 
 def _names(target: str, module: str) -> bool:
