@@ -94,6 +94,8 @@ def own_cache(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
     input_ids, mask, positions = padded_batch()
     with torch.no_grad():
         output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    if not hasattr(output.past_key_values, "layers"):
+        pytest.skip("this transformers has a cache of another kind for it")
     return [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in output.past_key_values.layers]
 
 
@@ -391,8 +393,8 @@ MIXED = {
 
 
 def mixed(family: str) -> PreTrainedModel:
-    if family not in CONFIG_MAPPING or not hasattr(PretrainedConfig, "per_layer_config"):
-        pytest.skip(f"this transformers has no {family}, or no settings of single layers")
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
     return tiny(family, **GROUPED | MIXED[family][0])
 
 

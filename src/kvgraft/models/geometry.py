@@ -74,8 +74,9 @@ def _kv_shapes(config: PretrainedConfig) -> dict[int, tuple[int, int]]:
     """Key/value heads and their width of every layer that holds KV of its own."""
     depth, text = depth_of(config), config.get_text_config()
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [""] * depth
-    sharing = getattr(text, "kv_sharing_modes", None) or [None] * depth
-    # transformers 5.1 has no settings of single layers.
+    # transformers 5.1 has neither these nor settings of single layers.
+    shared = getattr(text, "num_kv_shared_layers", None) or 0
+    sharing = getattr(text, "kv_sharing_modes", None) or [None] * (depth - shared) + ["reuse"] * shared
     of_layers = getattr(text, "per_layer_config", None) or [text] * depth
     shapes = {
         layer: _kv_shape(of_layers[layer])
