@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -329,9 +328,7 @@ def _model_plan(name: str, config: PretrainedConfig, dtype: str) -> ModelPlan:
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of a model of ``config``, without its weights."""
-    with torch.device("meta"):
-        model: Any = loading.model_class(config).from_config(config)
-    return int(model.num_parameters())
+    return int(loading.model_without_weights(config).num_parameters())
 
 
 def _student_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[int, int]:
@@ -340,8 +337,7 @@ def _student_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[int, int]:
     if lora is None:
         return count_parameters(config), 0
     with torch.device("meta"):
-        model: Any = loading.model_class(config).from_config(config)
-        adapted = add_lora(model, **lora.model_dump(), seed=recipe.seed)
+        adapted = add_lora(loading.model_without_weights(config), **lora.model_dump(), seed=recipe.seed)
     trained = int(adapted.num_parameters(only_trainable=True))
     return trained, int(adapted.num_parameters()) - trained
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM
 
 from kvgraft.errors import GraftError, RecipeError
 from kvgraft.fit.data import prepare_fit
@@ -178,6 +178,16 @@ def test_goes_the_whole_way_and_is_not_done_twice(fit_recipe: Callable[..., Reci
     with pytest.raises(RecipeError, match="another recipe"):
         graft(other, tmp_path / "run", resume=True)
     assert GraftReport.read(tmp_path / "run" / "graft.json") == in_bfloat16
+
+
+def test_a_student_that_takes_no_cache_is_refused_before_anything_runs(
+    fit_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    fields = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Lfm2ForCausalLM(Lfm2Config(**fields, layer_types=["conv", "full_attention"])).save_pretrained(tmp_path / "student")
+    with pytest.raises(GraftError, match="Lfm2ForCausalLM cannot take a grafted cache"):
+        graft(fit_recipe(student={"model": str(tmp_path / "student")}), tmp_path / "graft")
+    assert not (tmp_path / "graft").exists()
 
 
 def test_what_cannot_be_grafted_is_refused(fit_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

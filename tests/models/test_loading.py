@@ -41,7 +41,7 @@ def test_a_model_that_reads_pictures_too_is_one_of_text(tmp_path: Path) -> None:
         num_key_value_heads=2,
         head_dim=8,
     )
-    pictures = AutoConfig.for_model("pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, image_size=8, num_attention_heads=2)
+    pictures = AutoConfig.for_model("pixtral", **FIELDS | {"num_hidden_layers": 1}, image_size=8)
     config = Mistral3Config(text_config=text.to_dict(), vision_config=pictures.to_dict())
     base, adapters = str(tmp_path / "base"), tmp_path / "adapters"
     AutoModelForImageTextToText.from_config(config).save_pretrained(base)

@@ -27,6 +27,8 @@ from kvgraft.graft.objectives import train_on_continuations
 from kvgraft.graft.own import own_grafter, student_as_its_own_teacher
 from kvgraft.graft.questions import Questions
 from kvgraft.graft.worth import Measured, cache_worth, teacher_alone
+from kvgraft.models.cache import require_cache_support
+from kvgraft.models.loading import load_config, model_without_weights
 from kvgraft.projector.projector import KVDimensionProjector
 from kvgraft.projector.saving import read_config
 from kvgraft.recipe import Recipe, load_recipe
@@ -56,8 +58,8 @@ def graft(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
 
     Raises:
         RecipeError: a direction or a layer map that leaves some student layer without a cache, or as ``fit``.
-        GraftError: text without prompts, held-out questions that are all the same, or caches beyond the student's
-            context.
+        GraftError: a student that cannot take a cache, text without prompts, held-out questions that are all the same,
+            or caches beyond the student's context.
         TrainingInterruptedError: Ctrl-C; a checkpoint was left.
     """
     _require_graftable(recipe)
@@ -225,3 +227,7 @@ def _require_graftable(recipe: Recipe) -> None:
             "a graft needs the student's KV as the target; set fit.direction: teacher_to_student, or let the two "
             "models change places"
         )
+    if recipe.student.model is not None:
+        # Now, and not behind hours of fitting.
+        config = load_config(recipe.student.model, recipe.student.revision)
+        require_cache_support(model_without_weights(config))

@@ -99,8 +99,15 @@ def load_model(
     return model.eval() if placement else model.to(device).eval()
 
 
-def model_class(config: PretrainedConfig) -> Any:
-    """The class of transformers that makes a language model of ``config``, to call ``from_config`` of.
+def model_without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of ``config`` on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = _model_class(config).from_config(config)
+    return model
+
+
+def _model_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes a language model of ``config``.
 
     One that reads pictures too where there is none for text alone (Mistral 3, Qwen3-VL); given text, it is the same.
     """
@@ -112,7 +119,7 @@ def model_class(config: PretrainedConfig) -> Any:
 def _from_pretrained(source: Path | str, *, revision: str | None, **options: Any) -> PreTrainedModel:
     base, _ = base_of(source) if isinstance(source, Path) else (None, None)
     try:
-        made_by = model_class(AutoConfig.from_pretrained(base or source, revision=revision))
+        made_by = _model_class(AutoConfig.from_pretrained(base or source, revision=revision))
     except (OSError, ValueError):
         made_by = AutoModelForCausalLM  # whose own error says more, if it does not load adapters of the hub
     model: PreTrainedModel = made_by.from_pretrained(source, revision=revision, **options)
