@@ -115,3 +115,14 @@ def test_a_store_of_few_bits_is_measured_without_naming_float16() -> None:
     found = store_speed.measure(texts=1, repeats=1, dtypes=["int8"])
     assert found["write int8"] > 0
     assert found["a quarter of the layers, warm, over all"] > 0
+
+
+def test_what_becomes_of_an_architecture_is_told() -> None:
+    architectures = load_benchmark(Path("benchmarks/architectures.py"))
+    assert architectures.outcome_of("llama") == "captured"
+    assert architectures.outcome_of("minimax") == "captured in the layers that hold KV alike"
+    assert architectures.outcome_of("mamba") == "refused: no attention"
+    model = architectures.small_model("llama")
+    input_ids, mask, cache = architectures.own_cache(model)
+    cache[1].keys[0, 0, 0, 0] += 1
+    assert architectures.difference_from_own(model, input_ids, mask, cache) > 0.5

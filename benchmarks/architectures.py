@@ -1,0 +1,164 @@
+"""Which architectures of the installed transformers can be captured?
+
+    python benchmarks/architectures.py
+
+Every model type that transformers has as a causal language model is built small, with random weights, and captured on
+two texts, one padded on the right. Captured means: keys turned by the model's own rotation again, and values, are what
+its own cache holds, in every layer that counts, to 1e-4. Those that a few settings do not make small, or that do not
+run as they are, are not tried; nothing is said of their worth.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from kvgraft.errors import ModelError
+from kvgraft.models.capture import capture, record_kv
+from kvgraft.models.geometry import depth_of, kv_geometry, kv_layers
+from kvgraft.models.loading import model_without_weights
+from kvgraft.models.rope import rotate
+
+VOCABULARY, MOST_PARAMETERS, TOLERANCE = 97, 30_000_000, 1e-4
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_experts": 2,
+    "num_local_experts": 2,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+}
+
+
+class NotTriedError(Exception):
+    """A model that was not made small, or does not run by itself."""
+
+
+def main() -> None:
+    """Print the types by what became of them."""
+    transformers.logging.set_verbosity_error()
+    outcomes: dict[str, list[str]] = defaultdict(list)
+    console = Console()
+    for model_type in track(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), console=Console(stderr=True)):
+        outcome = outcome_of(model_type)
+        outcomes[outcome].append(model_type)
+    console.print(f"transformers {transformers.__version__}, {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} model types")
+    for outcome, types in sorted(outcomes.items(), key=lambda item: -len(item[1])):
+        console.print(f"\n{outcome} ({len(types)}): {', '.join(types)}", highlight=False)
+
+
+def outcome_of(model_type: str) -> str:
+    """What becomes of ``model_type``, in a few words."""
+    try:
+        model = small_model(model_type)
+        input_ids, mask, cache = own_cache(model)
+    except NotTriedError as error:
+        return f"not tried: {error}"
+    try:
+        difference = difference_from_own(model, input_ids, mask, cache)
+    except ModelError as error:
+        return f"refused: {_reason(str(error))}"
+    if difference is None:
+        return "captured, without a cache to compare with"
+    if not difference < TOLERANCE:
+        return "captured otherwise than its own cache"
+    holding, depth = len(kv_layers(model.config)), depth_of(model.config)
+    return "captured" if holding == depth else "captured in the layers that hold KV alike"
+
+
+def small_model(model_type: str) -> PreTrainedModel:
+    """A model of ``model_type`` with random weights."""
+    try:
+        config = AutoConfig.for_model(model_type, **known_fields(CONFIG_MAPPING[model_type]))
+        for name, size in SMALL.items():
+            if (text := config.get_text_config()) is not config and hasattr(text, name):
+                setattr(text, name, size)
+        if model_without_weights(config).num_parameters() > MOST_PARAMETERS:
+            raise NotTriedError("not small by these settings")
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    except NotTriedError:
+        raise
+    except Exception as error:  # architectures check their settings as they like
+        raise NotTriedError("not built by these settings") from error
+    return model
+
+
+def known_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
+    """Those of ``SMALL`` that configs of this kind have, under their own names."""
+    try:
+        known = config_class().to_dict()
+    except Exception:  # a config without defaults knows all
+        return SMALL
+    names = getattr(config_class, "attribute_map", {})
+    return {name: size for name, size in SMALL.items() if names.get(name, name) in known}
+
+
+@torch.no_grad()
+def own_cache(model: PreTrainedModel) -> tuple[Tensor, Tensor, list[Any]]:
+    """Two texts, their mask and the layers of the cache that ``model`` itself makes of them."""
+    torch.manual_seed(1)
+    input_ids = torch.randint(3, VOCABULARY, (2, 11))
+    mask = torch.ones_like(input_ids)
+    mask[1, 8:] = 0
+    try:
+        cache = model(input_ids=input_ids, attention_mask=mask, use_cache=True).past_key_values
+    except Exception as error:  # as above
+        raise NotTriedError("does not run by these settings") from error
+    return input_ids, mask, list(getattr(cache, "layers", ()))
+
+
+def difference_from_own(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, cache: list[Any]) -> float | None:
+    """Largest difference between what is captured and what stands in ``cache``, where tokens are real; None without."""
+    kv = capture(model, input_ids, mask)
+    if not cache:
+        return None
+    assert kv.geometry == kv_geometry(model.config)
+    with torch.no_grad(), record_kv(model) as recorder:
+        model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    real, largest = mask.bool()[:, None, :, None], 0.0
+    for layer, place in enumerate(kv_layers(model.config)):
+        rotation = recorder.rotation(layer)
+        keys = kv.keys[:, layer] if rotation is None else rotate(kv.keys[:, layer], *rotation)
+        for ours, theirs in ((keys, cache[place].keys), (kv.values[:, layer], cache[place].values)):
+            # A window's cache holds the last tokens only.
+            kept = theirs.shape[2]
+            largest = max(largest, float(((ours[:, :, -kept:] - theirs) * real[:, :, -kept:]).abs().max()))
+    return largest
+
+
+def _reason(message: str) -> str:
+    """What an error of capture comes down to, without the model's name."""
+    for part, reason in (
+        ("do not pass keys and values", "its attention is not called through transformers' interface"),
+        ("compressed or uneven", "keys and values of other widths than its config says"),
+        ("does not hand cosines", "rotates keys without handing cosines and sines to its layers"),
+        ("depend on the tokens behind", "keys depend on what comes after them, or on other positions"),
+        ("more than once", "attends more than once in a layer"),
+        ("names no layer", "no attention"),
+    ):
+        if part in message:
+            return reason
+    return message
+
+
+if __name__ == "__main__":
+    main()
