@@ -20,24 +20,22 @@ def kv_geometry(config: PretrainedConfig) -> KVGeometry:
     Raises:
         ModelError: the config does not say, or no layer holds KV.
     """
-    shapes = _kv_shapes(config)
-    kv_heads, head_dim = _commonest(shapes)
-    return KVGeometry(len(kv_layers(config)), kv_heads, head_dim)
+    layers, (kv_heads, head_dim) = _layers_alike(config)
+    return KVGeometry(len(layers), kv_heads, head_dim)
 
 
 def kv_layers(config: PretrainedConfig) -> tuple[int, ...]:
     """The places in a model of its layers that hold KV; everywhere else layers are counted among these alone.
 
     They are all of them, but for layers with a recurrence or a convolution in place of attention (Qwen3.5, LFM2,
-    Granite 4), those that read the KV of a layer before them (Gemma 3n), and those whose heads are not as most are: of
-    Gemma 4 the layers with a window are left.
+    Granite 4), those that read the KV of a layer before them (Gemma 3n), and those whose heads are not as most are (in
+    Gemma 4 those without a window).
 
     Raises:
         ModelError: as :func:`kv_geometry`.
     """
-    shapes = _kv_shapes(config)
-    commonest = _commonest(shapes)
-    return tuple(layer for layer, shape in shapes.items() if shape == commonest)
+    layers, _ = _layers_alike(config)
+    return layers
 
 
 def relative_depths(config: PretrainedConfig) -> list[Fraction]:
@@ -56,7 +54,10 @@ def depth_of(config: PretrainedConfig) -> int:
     Raises:
         ModelError: the config does not say.
     """
-    _require_config(config)
+    if not hasattr(config, "get_text_config"):
+        raise ModelError(
+            f"kv_geometry takes the configuration of a transformers model, model.config; got {type(config).__name__}"
+        )
     text = config.get_text_config()
     depth: int | None = getattr(text, "num_hidden_layers", None)
     if not depth:
@@ -70,22 +71,20 @@ def context_of(config: PretrainedConfig) -> int | None:
     return context if isinstance(context, int) else None
 
 
-def _kv_shapes(config: PretrainedConfig) -> dict[int, tuple[int, int]]:
-    """Key/value heads and their width of every layer that holds KV of its own."""
+def _layers_alike(config: PretrainedConfig) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """The layers that hold KV of their own in the shape that most do, and its heads and their width."""
     depth, text = depth_of(config), config.get_text_config()
+    # transformers 5.1 has no settings of single layers, and tells by a number which layers share.
+    uneven = getattr(text, "is_heterogeneous", False)
+    shapes = [_kv_shape(own) for own in text.per_layer_config] if uneven else [_kv_shape(text)] * depth
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [""] * depth
-    # transformers 5.1 has neither these nor settings of single layers.
     shared = getattr(text, "num_kv_shared_layers", None) or 0
     sharing = getattr(text, "kv_sharing_modes", None) or [None] * (depth - shared) + ["reuse"] * shared
-    of_layers = getattr(text, "per_layer_config", None) or [text] * depth
-    shapes = {
-        layer: _kv_shape(of_layers[layer])
-        for layer in range(depth)
-        if kinds[layer] not in _WITHOUT_KV and sharing[layer] != "reuse"
-    }
-    if not shapes:
+    holding = [layer for layer in range(depth) if kinds[layer] not in _WITHOUT_KV and sharing[layer] != "reuse"]
+    if not holding:
         raise _unknown(text)
-    return shapes
+    commonest, _ = Counter(shapes[layer] for layer in holding).most_common(1)[0]
+    return tuple(layer for layer in holding if shapes[layer] == commonest), commonest
 
 
 def _kv_shape(text: PretrainedConfig) -> tuple[int, int]:
@@ -95,17 +94,6 @@ def _kv_shape(text: PretrainedConfig) -> tuple[int, int]:
     if not (kv_heads and head_dim):
         raise _unknown(text)
     return kv_heads, head_dim
-
-
-def _commonest(shapes: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    return Counter(shapes.values()).most_common(1)[0][0]
-
-
-def _require_config(config: PretrainedConfig) -> None:
-    if not hasattr(config, "get_text_config"):
-        raise ModelError(
-            f"kv_geometry takes the configuration of a transformers model, model.config; got {type(config).__name__}"
-        )
 
 
 def _unknown(text: PretrainedConfig) -> ModelError:
