@@ -88,9 +88,9 @@ def small_model(model_type: str) -> PreTrainedModel:
     """A model of ``model_type`` with random weights."""
     try:
         config = AutoConfig.for_model(model_type, **known_fields(CONFIG_MAPPING[model_type]))
-        for name, size in SMALL.items():
-            if (text := config.get_text_config()) is not config and hasattr(text, name):
-                setattr(text, name, size)
+        text = config.get_text_config()
+        if text is not config:
+            text.update({name: size for name, size in SMALL.items() if hasattr(text, name)})
         if model_without_weights(config).num_parameters() > MOST_PARAMETERS:
             raise NotTriedError("not small by these settings")
         torch.manual_seed(0)

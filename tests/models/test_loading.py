@@ -18,6 +18,7 @@ from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.lora import add_lora, save_student
 from kvgraft.models.students import new_student, student_config
 from kvgraft.plan import count_parameters
+from tests.models.test_capture import GROUPED
 
 FIELDS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -31,16 +32,7 @@ def test_folder(tiny_teacher: Path) -> None:
 
 
 def test_a_model_that_reads_pictures_too_is_one_of_text(tmp_path: Path) -> None:
-    text = AutoConfig.for_model(
-        "mistral",
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
+    text = AutoConfig.for_model("mistral", **GROUPED | {"num_hidden_layers": 2})
     pictures = AutoConfig.for_model("pixtral", **FIELDS | {"num_hidden_layers": 1}, image_size=8)
     config = Mistral3Config(text_config=text.to_dict(), vision_config=pictures.to_dict())
     base, adapters = str(tmp_path / "base"), tmp_path / "adapters"

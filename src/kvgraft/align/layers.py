@@ -48,7 +48,7 @@ def map_layers(
     if spec in ("auto", "origin") and origin is not None:
         return list(enumerate(origin))
     if spec in ("auto", "ratio"):
-        student_depths, teacher_depths = depths or (_evenly(num_student_layers), _evenly(num_teacher_layers))
+        student_depths, teacher_depths = depths or (even_depths(num_student_layers), even_depths(num_teacher_layers))
         return list(enumerate(_nearest(teacher_depths, student_depths)))
     if spec == "last":
         count = min(num_student_layers, num_teacher_layers)
@@ -73,11 +73,11 @@ def uniform_layer_map(num_teacher_layers: int, num_student_layers: int) -> list[
     ``s * (num_teacher_layers - 1) / (num_student_layers - 1)`` rounded half up. A student of one layer has no two
     ends to keep: it gets the teacher's last layer.
     """
-    return _nearest(_evenly(num_teacher_layers), _evenly(num_student_layers))
+    return _nearest(even_depths(num_teacher_layers), even_depths(num_student_layers))
 
 
-def _evenly(num_layers: int) -> list[Fraction]:
-    """Relative depth of each of ``num_layers`` layers; a single one has no two ends and counts as the last."""
+def even_depths(num_layers: int) -> list[Fraction]:
+    """Where each of ``num_layers`` layers stands, from 0 to 1; a single one has no two ends and counts as the last."""
     return [Fraction(layer, num_layers - 1) for layer in range(num_layers)] if num_layers > 1 else [Fraction(1)]
 
 

@@ -89,7 +89,10 @@ def origin_layers(student: PretrainedConfig, teacher: PretrainedConfig) -> list[
         whole.num_kv_heads,
         whole.head_dim,
     )
-    return [kv_layers(teacher).index(layers[place]) for place in kv_layers(student)] if same else None
+    if not same:
+        return None
+    holding = kv_layers(teacher)
+    return [holding.index(layers[place]) for place in kv_layers(student)]
 
 
 def cut_model(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:

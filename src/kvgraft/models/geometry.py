@@ -7,6 +7,7 @@ from fractions import Fraction
 
 from transformers import PretrainedConfig
 
+from kvgraft.align.layers import even_depths
 from kvgraft.errors import ModelError
 from kvgraft.kv import KVGeometry
 
@@ -44,8 +45,8 @@ def relative_depths(config: PretrainedConfig) -> list[Fraction]:
     Raises:
         ModelError: as :func:`kv_geometry`.
     """
-    last = depth_of(config) - 1
-    return [Fraction(place, last) if last else Fraction(1) for place in kv_layers(config)]
+    depths = even_depths(depth_of(config))
+    return [depths[place] for place in kv_layers(config)]
 
 
 def depth_of(config: PretrainedConfig) -> int:
