@@ -26,7 +26,8 @@ from store_speed import measure_caching
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from kvgraft.models.capture import capture, decoder_of
+from kvgraft.models.capture import capture
+from kvgraft.models.decoder import decoder_of
 from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.known import KnownModel, known_models
 

@@ -24,6 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from kvgraft.errors import ModelError
 from kvgraft.models.capture import capture, record_kv
 from kvgraft.models.geometry import depth_of, kv_geometry, kv_layers
+from kvgraft.models.interception import attention_layers
+from kvgraft.models.latent import cache_entry, keeps_latents
 from kvgraft.models.loading import model_without_weights
 from kvgraft.models.rope import rotate
 
@@ -45,6 +47,13 @@ SMALL: dict[str, Any] = {
     "n_routed_experts": 2,
     "num_experts_per_tok": 1,
     "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
 }
 
 
@@ -109,7 +118,12 @@ def known_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
     except Exception:  # a config without defaults knows all
         return SMALL
     names = getattr(config_class, "attribute_map", {})
-    return {name: size for name, size in SMALL.items() if names.get(name, name) in known}
+    fields = {name: size for name, size in SMALL.items() if names.get(name, name) in known}
+    if "kv_lora_rank" in fields:  # all heads read one latent, so that there are no groups of them
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    if known.get("multi_query"):
+        fields.pop("num_key_value_heads", None)
+    return fields
 
 
 @torch.no_grad()
@@ -135,10 +149,13 @@ def difference_from_own(model: PreTrainedModel, input_ids: Tensor, mask: Tensor,
     with torch.no_grad(), record_kv(model) as recorder:
         model(input_ids=input_ids, attention_mask=mask, use_cache=False)
     real, largest = mask.bool()[:, None, :, None], 0.0
+    modules = {layer: module for module, layer in attention_layers(model).items()}
     for layer, place in enumerate(kv_layers(model.config)):
-        rotation = recorder.rotation(layer)
+        rotation, module, values = recorder.rotation(layer), modules[layer], kv.values[:, layer]
         keys = kv.keys[:, layer] if rotation is None else rotate(kv.keys[:, layer], *rotation)
-        for ours, theirs in ((keys, cache[place].keys), (kv.values[:, layer], cache[place].values)):
+        if keeps_latents(module):
+            keys, values = cache_entry(module, keys)
+        for ours, theirs in ((keys, cache[place].keys), (values, cache[place].values)):
             # A window's cache holds the last tokens only.
             kept = theirs.shape[2]
             largest = max(largest, float(((ours[:, :, -kept:] - theirs) * real[:, :, -kept:]).abs().max()))

@@ -19,7 +19,8 @@ from products import MatrixProducts
 from profiled import profile_table
 from transformers import PreTrainedModel
 
-from kvgraft.models.capture import capture, decoder_of
+from kvgraft.models.capture import capture
+from kvgraft.models.decoder import decoder_of
 from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.loading import load_model
 from kvgraft.models.rope import unrotate

@@ -179,6 +179,22 @@ def test_a_student_most_of_whose_layers_hold_no_kv(tiny_recipe: Callable[..., Re
     assert result.arms[1].last["kv_loss"] < result.arms[1].first["kv_loss"]
 
 
+def test_a_student_that_keeps_latents(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    new = tiny_recipe().student.new | {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 2,
+    }
+    result = run(tiny_recipe(student={"new": new}), tmp_path / "run")
+    projector = KVDimensionProjector.from_pretrained(tmp_path / "run" / "kv" / "projector")
+    assert projector.student_d_model == 16
+    assert result.arms[1].last["kv_loss"] < result.arms[1].first["kv_loss"]
+
+
 def test_two_teachers(tiny_recipe: Callable[..., Recipe], tiny_teacher: Path, tmp_path: Path) -> None:
     teachers = [
         {"name": "first.1", "model": str(tiny_teacher)},

@@ -67,6 +67,15 @@ def test_own_tokens_need_own_kv() -> None:
     assert same == [True, True, False, False, False, False]
 
 
+def test_one_vector_for_key_and_value_is_the_mean_of_what_both_say() -> None:
+    student = student_of("deepseek_v3")
+    kv = capture(student, ids(2, 6))
+    apart = replace(kv, keys=kv.keys + 1, values=kv.values - 1)
+    for own, mean in zip(cache_from_kv(student, kv).layers, cache_from_kv(student, apart).layers, strict=True):
+        torch.testing.assert_close(mean.keys, own.keys)
+        torch.testing.assert_close(mean.values, own.values)
+
+
 def test_rotated_keys_are_refused() -> None:
     student = student_of("llama")
     kv = capture(student, ids(2, 6), rotated=True)

@@ -1,16 +1,36 @@
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV
 from kvgraft.models import attention
 from kvgraft.models.attention import attention_output_cosine, read_attention
-from kvgraft.models.capture import capture, intercepted_attention, record_kv
+from kvgraft.models.capture import capture, record_kv
+from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.interception import intercepted_attention
+from kvgraft.models.latent import keeps_latents, meeting_vectors
 from kvgraft.models.rope import rotate
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 8}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LATENTS = {
+    "head_dim": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+}
 IDS = torch.arange(1, 13)[None] * 5 % 59
 
 
@@ -22,6 +42,9 @@ def models() -> dict:
             Gemma3TextConfig(**SIZES, **HEADS, sliding_window=4, sliding_window_pattern=2)
         ).eval(),
         "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4)).eval(),
+        "deepseek_v3": DeepseekV3ForCausalLM(
+            DeepseekV3Config(**SIZES | LATENTS, num_attention_heads=4, num_key_value_heads=4, first_k_dense_replace=3)
+        ).eval(),
     }
 
 
@@ -46,8 +69,9 @@ def test_what_the_mask_leaves_out_stays_the_models_own() -> None:
     torch.testing.assert_close(attention_output_cosine(model, IDS, {"x": only_last})["x"], -torch.ones(1, 12))
 
 
-def test_received_attention_is_the_models_own() -> None:
-    model = models()["llama"]
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_received_attention_is_the_models_own(name: str) -> None:
+    model = models()[name]
     model.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = model(IDS, output_attentions=True).attentions
@@ -55,31 +79,33 @@ def test_received_attention_is_the_models_own() -> None:
     torch.testing.assert_close(read_attention(model, IDS).received, expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 @pytest.mark.parametrize("places", [100, 5])
 def test_query_moments_tell_how_far_an_error_of_a_key_moves_scores(
-    places: int, monkeypatch: pytest.MonkeyPatch
+    places: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_KEY_PLACES", places)
-    model = models()["llama"]
+    model = models()[name]
+    kv_heads, width = (kv_geometry(model.config).num_kv_heads, kv_geometry(model.config).head_dim)
     seen = {}
 
     def note(layer, attend, module, query, key, *rest, **options):
-        seen[layer] = query
+        seen[layer] = meeting_vectors(module, query) if keeps_latents(module) else query
         return attend(module, query, key, *rest, **options)
 
     with torch.no_grad(), intercepted_attention(model, note) as rotations:
         model(IDS)
     moments = read_attention(model, IDS).query_moments
-    assert moments.shape == (3, 2, 8, 8)
-    error = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    assert moments.shape == (3, kv_heads, width, width)
+    error = torch.randn(kv_heads, width, generator=torch.Generator().manual_seed(0))
     keys = range(0, 12, 1 if places == 100 else 3)
     for layer in range(3):
         squares = []
         for place in keys:
             cos, sin = (part[:, place : place + 1] for part in rotations[layer][:2])
-            moved = rotate(error[None, :, None], cos, sin)[0].repeat_interleave(2, 0)
+            moved = rotate(error[None, :, None], cos, sin)[0].repeat_interleave(4 // kv_heads, 0)
             scores = (seen[layer][0, :, place:] * moved).sum(-1)
-            squares.append(scores.square().reshape(2, -1).mean(1))
+            squares.append(scores.square().reshape(kv_heads, -1).mean(1))
         found = torch.einsum("hd,hde,he->h", error, moments[layer], error)
         torch.testing.assert_close(found, torch.stack(squares).mean(0))
 

@@ -11,9 +11,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KVGeometry
-from kvgraft.models.capture import capture, decoder_of, record_kv, turnings_of
+from kvgraft.models.capture import capture, record_kv, turnings_of
+from kvgraft.models.decoder import decoder_of
 from kvgraft.models.geometry import kv_geometry, kv_layers, relative_depths
 from kvgraft.models.head import head_of
+from kvgraft.models.interception import attention_layers
+from kvgraft.models.latent import cache_entry, keeps_latents
 from kvgraft.models.rope import Rotation, Turning, find_turning, read_rotation, rotate, unrotate
 
 VOCABULARY = 97
@@ -52,6 +55,17 @@ CONFIGS = {
     "phi3": GROUPED,
     "gpt2": MULTI_HEAD,
     "gpt_neox": {**MULTI_HEAD, "intermediate_size": 48},
+    "deepseek_v3": {
+        **MULTI_HEAD,
+        "intermediate_size": 48,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 3,
+    },
 }
 
 
@@ -99,6 +113,13 @@ def own_cache(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
     return [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in output.past_key_values.layers]
 
 
+@torch.no_grad()
+def cached(model: PreTrainedModel, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Captured KV, rotated, as transformers' cache holds it."""
+    (module,) = (module for module, number in attention_layers(model).items() if number == layer)
+    return cache_entry(module, keys) if keeps_latents(module) else (keys, values)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_rerotated_keys_and_values_equal_the_models_own_cache(family: str, attention: str) -> None:
@@ -113,10 +134,11 @@ def test_rerotated_keys_and_values_equal_the_models_own_cache(family: str, atten
     for layer, (keys, values) in enumerate(own_cache(model)):
         rotation = recorder.rotation(layer)
         rerotated = kv.keys[:, layer] if rotation is None else rotate(kv.keys[:, layer], *rotation)
+        own_keys, own_values = cached(model, layer, rerotated, kv.values[:, layer])
         # A sliding layer's cache holds the last tokens only.
         kept = keys.shape[2]
-        torch.testing.assert_close(rerotated[:, :, -kept:], keys, atol=1e-5, rtol=0)
-        torch.testing.assert_close(kv.values[:, layer][:, :, -kept:], values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(own_keys[:, :, -kept:], keys, atol=1e-5, rtol=0)
+        torch.testing.assert_close(own_values[:, :, -kept:], values, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -126,7 +148,8 @@ def test_rotated_keys_on_request(family: str) -> None:
     kv = capture(model, input_ids, mask, rotated=True)
     assert kv.rotated
     for layer, (keys, _) in enumerate(own_cache(model)):
-        torch.testing.assert_close(kv.keys[:, layer][:, :, -keys.shape[2] :], keys, atol=1e-6, rtol=0)
+        own_keys, _ = cached(model, layer, kv.keys[:, layer], kv.values[:, layer])
+        torch.testing.assert_close(own_keys[:, :, -keys.shape[2] :], keys, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("family", sorted(set(CONFIGS) - {"gpt2"}))

@@ -13,6 +13,7 @@ from kvgraft.errors import ModelError
 from kvgraft.models import tensor_parallel
 from kvgraft.models.loading import load_model
 from kvgraft.recipe import Recipe
+from tests.models.test_capture import config_of
 from tests.store.process import run_in_two_processes
 from tests.store.tensor_parallel import fill
 
@@ -59,6 +60,8 @@ def test_heads_that_do_not_divide_are_refused(tiny_teacher: Path, monkeypatch: p
     monkeypatch.setattr(tensor_parallel, "process_state", ThreeProcesses)
     with pytest.raises(ModelError, match=r"has 2 KV heads, which 3 processes cannot share evenly"):
         load_model(str(tiny_teacher), device="cpu", tensor_parallel=True)
+    # Every process has the latents that its heads read.
+    assert tensor_parallel.tensor_parallel_options("latents", config_of("deepseek_v3")).keys() == {"distributed_config"}
 
 
 def test_what_does_not_go_with_it_is_refused_by_name(tiny_recipe: Callable[..., Recipe], tiny_teacher: Path) -> None:

@@ -18,7 +18,7 @@ from kvgraft.graft.cache import cache_from_kv
 from kvgraft.graft.grafter import Grafter
 from kvgraft.graft.questions import Question, Questions
 from kvgraft.kv import KV, stack_kv
-from kvgraft.models.capture import decoder_of
+from kvgraft.models.decoder import decoder_of
 from kvgraft.models.head import as_the_head_reads, head_of
 from kvgraft.recipe import ContinuationRecipe
 

@@ -15,6 +15,8 @@ from kvgraft.errors import GraftError
 from kvgraft.kv import KV
 from kvgraft.models.capture import are_counted, takes_positions
 from kvgraft.models.geometry import context_of, kv_layers
+from kvgraft.models.interception import attention_layers
+from kvgraft.models.latent import cache_entry, keeps_latents
 from kvgraft.models.rope import rotate
 from kvgraft.models.rotary import rotations_at
 
@@ -206,11 +208,16 @@ def fill_cache(model: PreTrainedModel, kv: KV, token_ids: Tensor) -> GraftedCach
     """
     kv = kv.to(model.device)
     cache = GraftedCache(model, kv.mask.long(), kv.positions[:, -1] + 1, token_ids.to(model.device))
-    rotations = rotations_at(model, kv.positions)
-    for layer, rotation in enumerate(rotations):
-        keys = kv.keys[:, layer]
+    # Bart's kin have two attentions a layer, of one kind.
+    modules = {layer: module for module, layer in attention_layers(model).items()}
+    for layer, rotation in enumerate(rotations_at(model, kv.positions)):
+        module, keys, values = modules[layer], kv.keys[:, layer], kv.values[:, layer]
+        if keeps_latents(module):
+            # One vector stands for both, and each tells of it.
+            keys = (keys + values) / 2
         if rotation is not None:
             # In float32 also for a half-precision student: the product is rounded once, at the end.
             keys = rotate(keys.to(torch.promote_types(keys.dtype, torch.float32)), *rotation)
-        cache.update(keys.to(model.dtype), kv.values[:, layer].to(model.dtype), layer)
+        keys, values = keys.to(model.dtype), values.to(model.dtype)
+        cache.update(*(cache_entry(module, keys) if keeps_latents(module) else (keys, values)), layer)
     return cache

@@ -1,9 +1,8 @@
 """Keys and values of any transformers model, taken where every layer hands them to attention.
 
-transformers looks the attention function up by name for each call and passes it the layer's module, query, key (after
-its rotation) and value. While recording, that look-up returns the same function behind one that notes key and value, so
-that a model computes exactly what it computes otherwise. Keys are turned back with the cosines and sines that the layer
-received. Fused projections, key norms, sliding windows and several thetas need no code of their own.
+While recording, the attention function stands behind one that notes key and value, so that a model computes exactly
+what it computes otherwise. Keys are turned back with the cosines and sines that the layer received. Fused projections,
+key norms, sliding windows and several thetas need no code of their own.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV
+from kvgraft.models.decoder import decoder_of
 from kvgraft.models.evaluation_mode import evaluation_mode
-from kvgraft.models.geometry import kv_geometry, kv_layers
+from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.ids import require_ids
+from kvgraft.models.interception import intercepted_attention
 from kvgraft.models.placement import input_device
-from kvgraft.models.rope import Rotation, Turning, cosines_and_sines, find_turning, read_rotation, unrotate
+from kvgraft.models.rope import Rotation, Turning, find_turning, unrotate
 from kvgraft.models.tensor_parallel import whole_heads
 
 # Tokens and distance of the check that un-rotated keys do not depend on where a text stands, and how far keys without
 # rotation may be from those of a text with another end: quantisation in 8 bits looks at all tokens at once.
 _PROBE_TOKENS, _PROBE_SHIFT, _PROBE_TOLERANCE, _OTHER_END_TOLERANCE = 8, 7, 0.05, 0.02
-Around = Callable[..., Any]
 # How each layer that was checked turns its keys.
 _turnings: WeakKeyDictionary[nn.Module, dict[int, Turning]] = WeakKeyDictionary()
 
@@ -58,7 +57,7 @@ class KVRecorder:
         self._rotations = rotations
 
     def note(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Keys (rotated) and values ``[batch, heads, tokens, head_dim]`` of ``layer``."""
+        """Keys (rotated) and values ``[batch, heads, tokens, head_dim]`` of ``layer``, or one tensor for both."""
         if self._gradients and not torch.is_grad_enabled():
             raise ModelError(
                 f"{_name(self._model)} runs under reentrant gradient checkpointing, which cuts captured KV off from "
@@ -99,7 +98,9 @@ class KVRecorder:
         mask = attention_mask.bool()
         if position_ids is None:
             position_ids = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        values = [self._recorded[layer][1] for layer in self._layers]
+        # What stands for key and value alike is turned back for both.
+        recorded = (self._recorded[layer] for layer in self._layers)
+        values = [key if own is value else value for key, (own, value) in zip(keys, recorded, strict=True)]
         # Layers of one model may lie on several devices.
         keys, values = ([tensor.to(mask.device) for tensor in tensors] for tensors in (keys, values))
         return KV(torch.stack(keys, 1), torch.stack(values, 1), position_ids, mask, self._layers, self._rotated)
@@ -233,68 +234,6 @@ def _require_positions(model: PreTrainedModel, attention_mask: Tensor, position_
 
 
 @contextmanager
-def intercepted_attention(
-    model: PreTrainedModel, around: Around, turnings: Mapping[int, Turning] | None = None
-) -> Iterator[dict[int, Rotation | None]]:
-    """Let ``around`` stand between every attention layer of ``model`` and the function that it looks up.
-
-    Args:
-        model: a causal language model of transformers. Another model that runs inside the block is left alone.
-        around: called as ``around(layer, attention, module, query, key, value, *rest, **options)`` in place of
-            ``attention(module, query, key, value, *rest, **options)``; returns what the layer gets.
-        turnings: how layers turn their keys, as :func:`turnings_of` gives it; others are taken to turn halves.
-
-    Yields:
-        what turned the keys of each layer that received cosines and sines, None where it leaves them alone; filled as
-        layers run.
-    """
-    number = {place: layer for layer, place in enumerate(kv_layers(model.config))}
-    attentions: dict[nn.Module, int] = {
-        module: number[module.layer_idx]  # type: ignore[index]
-        for module in decoder_of(model).modules()
-        if getattr(module, "layer_idx", None) in number and type(module).__name__.endswith("Attention")
-    }
-    rotations: dict[int, Rotation | None] = {}
-    known = turnings or {}
-    attended: set[int] = set()
-
-    def note_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer, handed = attentions[module], cosines_and_sines(kwargs.get("position_embeddings"))
-        attended.discard(layer)
-        if handed is not None:
-            rotations[layer] = read_rotation(known.get(layer, "halves"), *handed)
-
-    look_up = ALL_ATTENTION_FUNCTIONS.get_interface
-
-    def look_up_and_stand_between(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        attention = look_up(*args, **kwargs)
-
-        def called(module: nn.Module, *inputs: Any, **options: Any) -> Any:
-            if module not in attentions:
-                return attention(module, *inputs, **options)
-            layer = attentions[module]
-            if layer in attended:
-                raise ModelError(
-                    f"{_name(model)} cannot be captured: layer {layer} attends more than once in a pass, each time "
-                    "with a part of its values (differential attention); use an architecture with one attention a "
-                    "layer, such as Llama, Qwen, Mistral, Gemma, Phi or GPT-2"
-                )
-            attended.add(layer)
-            return around(layer, attention, module, *inputs, **options)
-
-        return called
-
-    handles = [module.register_forward_pre_hook(note_rotation, with_kwargs=True) for module in attentions]
-    ALL_ATTENTION_FUNCTIONS.get_interface = look_up_and_stand_between
-    try:
-        yield rotations
-    finally:
-        ALL_ATTENTION_FUNCTIONS.get_interface = look_up
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def _recording(
     model: PreTrainedModel, recorder: KVRecorder, turnings: Mapping[int, Turning], stop_early: bool
 ) -> Iterator[None]:
@@ -391,16 +330,6 @@ def _probe(
     with _recording(model, recorder, turnings={}, stop_early=False):
         decoder_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     return recorder.kv(torch.ones_like(input_ids), position_ids).keys.float(), recorder
-
-
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The layers without the language-model head."""
-    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    inner = getattr(model, "model", None)
-    # transformers gives Llama 4 itself for its decoder, and for ModernBERT the head, whose name is ``decoder``.
-    if (decoder is model or not isinstance(decoder, PreTrainedModel)) and isinstance(inner, PreTrainedModel):
-        return inner
-    return decoder
 
 
 def _name(model: nn.Module) -> str:

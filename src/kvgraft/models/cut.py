@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kvgraft.align.layers import uniform_layer_map
 from kvgraft.errors import ModelError
-from kvgraft.models.capture import decoder_of
+from kvgraft.models.decoder import decoder_of
 from kvgraft.models.geometry import depth_of, kv_geometry, kv_layers
 from kvgraft.models.rotary import forget_rotations
 

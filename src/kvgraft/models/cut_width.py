@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
-from kvgraft.models.capture import decoder_of
 from kvgraft.models.cut import layer_stack, require_same_from_config
+from kvgraft.models.decoder import decoder_of
 from kvgraft.models.geometry import depth_of
 
 

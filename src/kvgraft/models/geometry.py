@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from kvgraft.align.layers import even_depths
 from kvgraft.errors import ModelError
 from kvgraft.kv import KVGeometry
+from kvgraft.models.latent import shared_width
 
 # Layers that keep no key and value for each token, as `layer_types` of configs name them, in older transformers too.
 _WITHOUT_KV = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "mlp", "moe"}
@@ -89,6 +90,9 @@ def _layers_alike(config: PretrainedConfig) -> tuple[tuple[int, ...], tuple[int,
 
 
 def _kv_shape(text: PretrainedConfig) -> tuple[int, int]:
+    shared = shared_width(text)
+    if shared is not None:
+        return 1, shared
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
     head_dim = getattr(text, "head_dim", None) or (hidden // heads if hidden and heads else None)

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV
-from kvgraft.models.capture import decoder_of, record_kv
+from kvgraft.models.capture import record_kv
+from kvgraft.models.decoder import decoder_of
 from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.placement import input_device
 from kvgraft.models.tensor_parallel import whole_parameter

@@ -29,7 +29,6 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvgraft.errors import ModelError
-from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.lora import ADAPTER_WEIGHTS, base_of, load_adapters
 from kvgraft.models.placement import DeviceMap, Quantization, placement_options
 from kvgraft.models.tensor_parallel import tensor_parallel_options
@@ -94,7 +93,7 @@ def load_model(
     torch_dtype = getattr(torch, dtype)
     placement = placement_options(torch_dtype, device, quantization, device_map)
     if tensor_parallel:
-        placement |= tensor_parallel_options(name, kv_geometry(load_config(name, revision)))
+        placement |= tensor_parallel_options(name, load_config(name, revision))
     model = _load(_from_pretrained, name, revision, weights=True, dtype=torch_dtype, **placement)
     return model.eval() if placement else model.to(device).eval()
 

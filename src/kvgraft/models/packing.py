@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from kvgraft.data.batching import IGNORED
 from kvgraft.errors import ModelError
 from kvgraft.kv import KV
-from kvgraft.models.capture import decoder_of
+from kvgraft.models.decoder import decoder_of
 from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.head import record_hidden
 

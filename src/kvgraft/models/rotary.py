@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvgraft.errors import ModelError
-from kvgraft.models.capture import decoder_of, forget_turnings, record_kv, turnings_of
+from kvgraft.models.capture import forget_turnings, record_kv, turnings_of
+from kvgraft.models.decoder import decoder_of
 from kvgraft.models.evaluation_mode import evaluation_mode
 from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.rope import Rotation, Turning, cosines_and_sines, read_rotation

@@ -14,17 +14,18 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from kvgraft.errors import ModelError
-from kvgraft.kv import KVGeometry
+from kvgraft.models.geometry import kv_geometry
+from kvgraft.models.latent import shared_width
 from kvgraft.processes import process_state
 
 _whole_parameters: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
-def tensor_parallel_options(name: str, geometry: KVGeometry) -> dict[str, Any]:
+def tensor_parallel_options(name: str, config: PretrainedConfig) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that share model ``name`` among all processes; none where there is only one.
 
     Raises:
@@ -33,9 +34,11 @@ def tensor_parallel_options(name: str, geometry: KVGeometry) -> dict[str, Any]:
     processes = process_state().num_processes
     if processes == 1:
         return {}
-    if geometry.num_kv_heads % processes:
+    heads = kv_geometry(config).num_kv_heads
+    # Latents are in every process, whose heads read them.
+    if heads % processes and shared_width(config.get_text_config()) is None:
         raise ModelError(
-            f"{name} has {geometry.num_kv_heads} KV heads, which {processes} processes cannot share evenly; start as "
+            f"{name} has {heads} KV heads, which {processes} processes cannot share evenly; start as "
             "many processes as divide them, or leave tensor_parallel out"
         )
     if "tp_plan" not in {field.name for field in fields(DistributedConfig)}:
