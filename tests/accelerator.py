@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "imagined"
-_HAS_FLOAT64 = "IMAGINED_FLOAT64" in os.environ
 _aten = torch.ops.aten
 # What takes tensors of the processor and of a card together: indices for tensors of the card, and copies between them.
 _PUTTING = {_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
@@ -165,7 +164,7 @@ def _held(value: Any) -> Any:
 def _on_device(value: Any) -> Any:
     if type(value) is not Tensor:
         return value
-    if value.dtype == torch.float64 and not _HAS_FLOAT64:
+    if value.dtype == torch.float64 and "IMAGINED_FLOAT64" not in os.environ:
         raise TypeError(f"{DEVICE} has no float64")
     return AcceleratorTensor(value)
 
