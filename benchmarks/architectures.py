@@ -1,16 +1,19 @@
-"""Which architectures of the installed transformers can be captured?
+"""Which architectures of the installed transformers can be captured, cut and grafted?
 
     python benchmarks/architectures.py
 
 Every model type that transformers has as a causal language model is built small, with random weights, and captured on
 two texts, one padded on the right. Captured means: keys turned by the model's own rotation again, and values, are what
-its own cache holds, in every layer that counts, to 1e-4. Those that a few settings do not make small, or that do not
-run as they are, are not tried; nothing is said of their worth.
+its own cache holds, in every layer that counts, to 1e-4 of the largest number. Those that are captured are cut to two
+layers and run, and go on from a cache of their own captured KV: exact means the logits of plain decoding, to 1e-4
+likewise. Types that a few settings do not make small, or that do not run as they are, are not tried; nothing is said of
+their worth.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +24,10 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kvgraft.errors import ModelError
+from kvgraft.errors import KVGraftError, ModelError
+from kvgraft.graft import cache_from_kv
 from kvgraft.models.capture import capture, record_kv
+from kvgraft.models.cut import cut_model
 from kvgraft.models.geometry import depth_of, kv_geometry, kv_layers
 from kvgraft.models.interception import attention_layers
 from kvgraft.models.latent import cache_entry, keeps_latents
@@ -61,6 +66,15 @@ class NotTriedError(Exception):
     """A model that was not made small, or does not run by itself."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of a model type, in a few words each; a cut and a graft are tried of what is captured."""
+
+    kv: str
+    cut: str = ""
+    graft: str = ""
+
+
 def main() -> None:
     """Print the types by what became of them."""
     transformers.logging.set_verbosity_error()
@@ -68,19 +82,31 @@ def main() -> None:
     console = Console()
     for model_type in track(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), console=Console(stderr=True)):
         outcome = outcome_of(model_type)
-        outcomes[outcome].append(model_type)
+        outcomes[outcome.kv].append(model_type)
+        for name, found in (("cut", outcome.cut), ("graft", outcome.graft)):
+            if found:
+                outcomes[f"{name}: {found}"].append(model_type)
     console.print(f"transformers {transformers.__version__}, {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} model types")
     for outcome, types in sorted(outcomes.items(), key=lambda item: -len(item[1])):
         console.print(f"\n{outcome} ({len(types)}): {', '.join(types)}", highlight=False)
 
 
-def outcome_of(model_type: str) -> str:
-    """What becomes of ``model_type``, in a few words."""
+def outcome_of(model_type: str) -> Outcome:
+    """What becomes of ``model_type``."""
     try:
         model = small_model(model_type)
         input_ids, mask, cache = own_cache(model)
     except NotTriedError as error:
-        return f"not tried: {error}"
+        return Outcome(f"not tried: {error}")
+    kv = capture_outcome(model, input_ids, mask, cache)
+    if not kv.startswith("captured"):
+        return Outcome(kv)
+    # A cut changes the model.
+    return Outcome(kv, graft=graft_outcome(model, input_ids), cut=cut_outcome(model, input_ids))
+
+
+def capture_outcome(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, cache: list[Any]) -> str:
+    """Whether KV of ``model`` is that of its own ``cache``."""
     try:
         difference = difference_from_own(model, input_ids, mask, cache)
     except ModelError as error:
@@ -93,13 +119,38 @@ def outcome_of(model_type: str) -> str:
     return "captured" if holding == depth else "captured in the layers that hold KV alike"
 
 
+@torch.no_grad()
+def graft_outcome(model: PreTrainedModel, input_ids: Tensor) -> str:
+    """Whether ``model`` goes on from a cache of its own KV as from the text."""
+    text, following = input_ids[:, :-3], input_ids[:, -3:]
+    try:
+        cache = cache_from_kv(model, capture(model, text))
+    except KVGraftError as error:
+        return f"refused: {_reason(str(error))}"
+    logits = model(**cache.forward_inputs(following)).logits
+    plain = model(input_ids=input_ids, use_cache=False).logits[:, -3:]
+    return "exact" if float((logits - plain).abs().max() / plain.abs().max()) < TOLERANCE else "otherwise than decoding"
+
+
+@torch.no_grad()
+def cut_outcome(model: PreTrainedModel, input_ids: Tensor) -> str:
+    """Whether ``model`` runs with its first layer and its last that holds KV."""
+    try:
+        student = cut_model(model, sorted({0, kv_layers(model.config)[-1]}))
+    except ModelError as error:
+        return f"refused: {_reason(str(error))}"
+    student(input_ids=input_ids, use_cache=False)
+    return "runs"
+
+
 def small_model(model_type: str) -> PreTrainedModel:
     """A model of ``model_type`` with random weights."""
     try:
         config = AutoConfig.for_model(model_type, **known_fields(CONFIG_MAPPING[model_type]))
         text = config.get_text_config()
-        if text is not config:
-            text.update({name: size for name, size in SMALL.items() if hasattr(text, name)})
+        for name in config.sub_configs:
+            if getattr(config, name) is text:
+                setattr(config, name, type(text)(**known_fields(type(text))))
         if model_without_weights(config).num_parameters() > MOST_PARAMETERS:
             raise NotTriedError("not small by these settings")
         torch.manual_seed(0)
@@ -108,6 +159,11 @@ def small_model(model_type: str) -> PreTrainedModel:
         raise
     except Exception as error:  # architectures check their settings as they like
         raise NotTriedError("not built by these settings") from error
+    # Sharp enough for a wrong rotation or a look at later tokens to show.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
     return model
 
 
@@ -141,14 +197,17 @@ def own_cache(model: PreTrainedModel) -> tuple[Tensor, Tensor, list[Any]]:
 
 
 def difference_from_own(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, cache: list[Any]) -> float | None:
-    """Largest difference between what is captured and what stands in ``cache``, where tokens are real; None without."""
+    """What is captured beside what stands in ``cache``, where tokens are real; None without.
+
+    The largest difference, over the largest number there.
+    """
     kv = capture(model, input_ids, mask)
     if not cache:
         return None
     assert kv.geometry == kv_geometry(model.config)
     with torch.no_grad(), record_kv(model) as recorder:
         model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-    real, largest = mask.bool()[:, None, :, None], 0.0
+    real, largest, scale = mask.bool()[:, None, :, None], 0.0, 0.0
     modules = {layer: module for module, layer in attention_layers(model).items()}
     for layer, place in enumerate(kv_layers(model.config)):
         rotation, module, values = recorder.rotation(layer), modules[layer], kv.values[:, layer]
@@ -159,11 +218,12 @@ def difference_from_own(model: PreTrainedModel, input_ids: Tensor, mask: Tensor,
             # A window's cache holds the last tokens only.
             kept = theirs.shape[2]
             largest = max(largest, float(((ours[:, :, -kept:] - theirs) * real[:, :, -kept:]).abs().max()))
-    return largest
+            scale = max(scale, float((theirs * real[:, :, -kept:]).abs().max()))
+    return largest / scale
 
 
 def _reason(message: str) -> str:
-    """What an error of capture comes down to, without the model's name."""
+    """What an error comes down to, without the model's name."""
     for part, reason in (
         ("do not pass keys and values", "its attention is not called through transformers' interface"),
         ("compressed or uneven", "keys and values of other widths than its config says"),
@@ -171,6 +231,12 @@ def _reason(message: str) -> str:
         ("depend on the tokens behind", "keys depend on what comes after them, or on other positions"),
         ("more than once", "attends more than once in a layer"),
         ("names no layer", "no attention"),
+        ("its own holds", "its cache holds more than keys and values"),
+        ("of their own and of one", "not all of its layers hold KV alike"),
+        ("one list of modules", "its layers are not one list"),
+        ("allows no such layers", "its config allows no such layers"),
+        ("make something else", "its layers depend on how many there are, or on their place"),
+        ("depend on their place", "its layers depend on how many there are, or on their place"),
     ):
         if part in message:
             return reason

@@ -21,7 +21,7 @@ from kvgraft.plan import make_plan
 from kvgraft.prepare import layer_map_of, make_student, prepare
 from kvgraft.recipe import Recipe, StudentRecipe
 from kvgraft.run import arm_data, run
-from tests.models.test_capture import CONFIGS, VOCABULARY, mixed, model_of
+from tests.models.test_capture import CONFIGS, VOCABULARY, mixed, model_of, tiny
 
 TOKENS = torch.arange(20).reshape(2, 10) * 7 % VOCABULARY
 
@@ -56,6 +56,18 @@ def test_layers_without_kv_are_cut_with_the_others(tmp_path: Path) -> None:
     # The second of its layers, and the only one of the whole model's, that holds KV.
     assert kv_layers(loaded.config) == (1,)
     assert origin_layers(loaded.config, whole.config) == [0]
+
+
+def test_a_cut_without_kv_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"layers \[0, 1\] hold no KV, which is in layers \[2\]; keep one of those"):
+        cut_model(mixed("qwen3_5_text"), [0, 1])
+
+
+def test_the_first_layers_without_experts_are_counted_anew() -> None:
+    experts = {"first_k_dense_replace": 2, "num_hidden_layers": 4, "n_routed_experts": 2, "num_experts_per_tok": 1}
+    fields = CONFIGS["deepseek_v3"] | experts | {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 8}
+    student = cut_model(tiny("deepseek_v3", **fields), [1, 2, 3])
+    assert student.config.first_k_dense_replace == 1
 
 
 def test_layers_that_have_settings_by_their_place_are_refused() -> None:

@@ -17,6 +17,8 @@ from kvgraft.models.rotary import forget_rotations
 
 # Settings under which what a layer computes depends on its place among the others.
 _BY_PLACE = ("scale_attn_by_inverse_layer_idx", "num_kv_shared_layers", "is_heterogeneous")
+# Settings that say of how many layers, from the first on, something holds; here that their MLP has no experts.
+_FROM_THE_FIRST = ("first_k_dense_replace", "num_dense_layers")
 
 
 def chosen_layers(depth: int, layers: Sequence[int] | int | None = None, every: int | None = None) -> list[int]:
@@ -46,12 +48,12 @@ def chosen_layers(depth: int, layers: Sequence[int] | int | None = None, every: 
 
 
 def cut_config(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
-    """The config of a model of ``config`` that keeps ``layers``; settings with one entry for each layer are cut too.
+    """The config of a model of ``config`` that keeps ``layers``; settings that follow the layers are cut too.
 
     It notes where its layers came from: ``origin_layers``, and ``origin_num_layers`` of the whole model.
 
     Raises:
-        ModelError: layers of this architecture compute something else in another place.
+        ModelError: layers of this architecture compute something else in another place, or none of ``layers`` holds KV.
     """
     made = copy.deepcopy(config)
     text = made.get_text_config()
@@ -61,13 +63,21 @@ def cut_config(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedCon
         raise ModelError(
             f"a {text.model_type} with {', '.join(by_place)} cannot be cut: its layers depend on their place"
         )
-    per_layer = {
+    holding = kv_layers(config)
+    if not set(layers) & set(holding):
+        raise ModelError(f"layers {list(layers)} hold no KV, which is in layers {list(holding)}; keep one of those")
+    settings = {
         name: [value[layer] for layer in layers]
         for name, value in vars(text).items()
         if isinstance(value, list | tuple) and len(value) == depth and not name.endswith("_id")
     }
+    settings |= {
+        name: sum(layer < getattr(text, name) for layer in layers)
+        for name in _FROM_THE_FIRST
+        if isinstance(getattr(text, name, None), int)
+    }
     text.num_hidden_layers = len(layers)
-    for name, value in per_layer.items():
+    for name, value in settings.items():
         setattr(text, name, value)
     text.origin_layers, text.origin_num_layers = list(layers), depth
     return made
