@@ -77,11 +77,11 @@ def intercepted_attention(
                     "attention a layer, such as Llama, Qwen, Mistral, Gemma, Phi or GPT-2"
                 )
             attended.add(layer)
-            if not keeps_latents(module):
-                return around(layer, attention, module, query, key, value, *rest, **options)
-            vectors = shared_vectors(module, latents.pop(module), key)
-            reading = reading_vectors(attention, vectors, key, value)
-            return around(layer, reading, module, query, vectors, vectors, *rest, **options)
+            if keeps_latents(module) and module in latents:
+                vectors = shared_vectors(module, latents.pop(module), key)
+                reading = reading_vectors(attention, vectors, key, value)
+                return around(layer, reading, module, query, vectors, vectors, *rest, **options)
+            return around(layer, attention, module, query, key, value, *rest, **options)
 
         return called
 
