@@ -190,10 +190,11 @@ def own_cache(model: PreTrainedModel) -> tuple[Tensor, Tensor, list[Any]]:
     mask = torch.ones_like(input_ids)
     mask[1, 8:] = 0
     try:
-        cache = model(input_ids=input_ids, attention_mask=mask, use_cache=True).past_key_values
+        output = model(input_ids=input_ids, attention_mask=mask, use_cache=True)
     except Exception as error:  # as above
         raise NotTriedError("does not run by these settings") from error
-    return input_ids, mask, list(getattr(cache, "layers", ()))
+    # A model without attention has a cache of another name or kind.
+    return input_ids, mask, list(getattr(getattr(output, "past_key_values", None), "layers", ()))
 
 
 def difference_from_own(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, cache: list[Any]) -> float | None:

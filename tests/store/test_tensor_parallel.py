@@ -17,6 +17,11 @@ from tests.models.test_capture import config_of
 from tests.store.process import run_in_two_processes
 from tests.store.tensor_parallel import fill
 
+can_share = pytest.mark.skipif(
+    "tp_plan" not in {field.name for field in fields(DistributedConfig)},
+    reason="this transformers cannot share a model among processes",
+)
+
 
 @pytest.fixture
 def plain(tiny_teacher: Path) -> PreTrainedModel:
@@ -24,10 +29,7 @@ def plain(tiny_teacher: Path) -> PreTrainedModel:
     return load_model(str(tiny_teacher), device="cpu", tensor_parallel=True)
 
 
-@pytest.mark.skipif(
-    "tp_plan" not in {field.name for field in fields(DistributedConfig)},
-    reason="this transformers cannot share a model among processes",
-)
+@can_share
 def test_two_processes_with_one_teacher_store_what_one_does(
     tiny_teacher: Path, plain: PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -53,14 +55,19 @@ def test_two_processes_with_one_teacher_store_what_one_does(
         )
 
 
-def test_heads_that_do_not_divide_are_refused(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class ThreeProcesses:
-        num_processes = 3
+class ThreeProcesses:
+    num_processes = 3
 
+
+def test_heads_that_do_not_divide_are_refused(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_parallel, "process_state", ThreeProcesses)
     with pytest.raises(ModelError, match=r"has 2 KV heads, which 3 processes cannot share evenly"):
         load_model(str(tiny_teacher), device="cpu", tensor_parallel=True)
-    # Every process has the latents that its heads read.
+
+
+@can_share
+def test_latents_are_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_parallel, "process_state", ThreeProcesses)
     assert tensor_parallel.tensor_parallel_options("latents", config_of("deepseek_v3")).keys() == {"distributed_config"}
 
 
