@@ -36,7 +36,8 @@ demo: setup ## the main job on its embedded defaults, in a run folder of its own
 	$(BIN)/kvgraft train recipes/quickstart.yaml --output runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: models ## all tests, on two processes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	# Compiled files are kept also where the environment forbids it: many tests start processes of their own.
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 bench: models ## speed and size: tables, and benchmarks.json; give the machine nothing else to do
 	$(BIN)/python benchmarks/run.py --output benchmarks.json

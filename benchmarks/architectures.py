@@ -59,6 +59,38 @@ SMALL: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 6,
     "v_head_dim": 8,
+    "moe_topk": 2,
+    "n_shared_experts": 1,
+    "num_dense_layers": 1,
+    "rotary_dim": 4,
+    "decoder_layers": 4,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+}
+# What else makes a type small, where its defaults are for as many layers as its authors' model has.
+SMALL_BY_TYPE: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "mlp_layer_types": ["dense"] * 4},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "laurel_rank": 4,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2, "mlp_layer_types": ["dense"] * 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"num_layers": 2, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48, "zero_expert_num": 2},
 }
 
 
@@ -179,7 +211,7 @@ def known_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     if known.get("multi_query"):
         fields.pop("num_key_value_heads", None)
-    return fields
+    return fields | SMALL_BY_TYPE.get(config_class.model_type, {})
 
 
 @torch.no_grad()
@@ -229,6 +261,7 @@ def _reason(message: str) -> str:
         ("do not pass keys and values", "its attention is not called through transformers' interface"),
         ("compressed or uneven", "keys and values of other widths than its config says"),
         ("does not hand cosines", "rotates keys without handing cosines and sines to its layers"),
+        ("rotates in a way", "rotates keys in a way that is not covered"),
         ("depend on the tokens behind", "keys depend on what comes after them, or on other positions"),
         ("more than once", "attends more than once in a layer"),
         ("names no layer", "no attention"),
