@@ -266,7 +266,7 @@ def _reason(message: str) -> str:
         ("more than once", "attends more than once in a layer"),
         ("names no layer", "no attention"),
         ("its own holds", "its cache holds more than keys and values"),
-        ("of their own and of one", "not all of its layers hold KV alike"),
+        ("do so in one shape", "not all of its layers hold KV alike"),
         ("one list of modules", "its layers are not one list"),
         ("allows no such layers", "its config allows no such layers"),
         ("make something else", "its layers depend on how many there are, or on their place"),

@@ -14,11 +14,15 @@ def student_of(family: str, attention: str = "sdpa", **fields: object) -> PreTra
     config = config_of(family)
     for name, value in fields.items():
         setattr(config, name, value)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
+    return sharpened(AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval())
+
+
+@torch.no_grad()
+def sharpened(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` with weights five times as large."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(5)
     return model
 
 

@@ -183,7 +183,7 @@ def test_students_without_a_cache_of_keys_and_values_are_refused(family: str, me
 
 def test_a_student_whose_layers_keep_unlike_kv_is_refused() -> None:
     model = mixed("gemma4_text")
-    with pytest.raises(GraftError, match="5 of its 6 layers hold KV of their own and of one shape"):
+    with pytest.raises(GraftError, match="5 of the 6 layers that hold KV do so in one shape"):
         cache_from_kv(model, capture(model, ids(1, 5)))
 
 

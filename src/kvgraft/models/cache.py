@@ -30,6 +30,8 @@ CACHE_ARGUMENT = (
 _GENERATE_COUNTS_POSITIONS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 2)
 
 _CACHE_LAYERS = {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+# Stands for a layer that reads the KV of one before it.
+_PLACEHOLDER = "DummyLayer"
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -168,10 +170,10 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def require_cache_support(model: PreTrainedModel) -> None:
-    """Refuse a model whose cache is not one of keys and values for every layer.
+    """Refuse a model whose cache is not one of keys and values for every layer that does not read another's.
 
     Raises:
-        GraftError: an encoder-decoder, a recurrent or hybrid model, shared KV, or no cache at all.
+        GraftError: an encoder-decoder, a recurrent or hybrid model, heads of unlike width, or no cache at all.
     """
     name = type(model).__name__
     advice = (
@@ -181,7 +183,8 @@ def require_cache_support(model: PreTrainedModel) -> None:
         raise GraftError(
             f"{name} cannot take a grafted cache: it is no causal language model of transformers; {advice}"
         )
-    layers = DynamicCache(config=model.config).layers
+    made = DynamicCache(config=model.config).layers
+    layers = [layer for layer in made if type(layer).__name__ != _PLACEHOLDER]
     # transformers 5.1 makes ordinary cache layers also for recurrent ones; the config tells.
     types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     others = sorted({type(layer).__name__ for layer in layers} - _CACHE_LAYERS) + sorted(set(types) - _LAYER_TYPES)
@@ -192,8 +195,8 @@ def require_cache_support(model: PreTrainedModel) -> None:
     alike = len(kv_layers(model.config))
     if len(layers) != alike:
         raise GraftError(
-            f"{name} cannot take a grafted cache: {alike} of its {len(layers)} layers hold KV of their own and of one "
-            f"shape; {advice}"
+            f"{name} cannot take a grafted cache: {alike} of the {len(layers)} layers that hold KV do so in one shape; "
+            f"{advice}"
         )
 
 
@@ -210,6 +213,7 @@ def fill_cache(model: PreTrainedModel, kv: KV, token_ids: Tensor) -> GraftedCach
     cache = GraftedCache(model, kv.mask.long(), kv.positions[:, -1] + 1, token_ids.to(model.device))
     # Bart's kin have two attentions a layer, of one kind.
     modules = {layer: module for module, layer in attention_layers(model).items()}
+    places = kv_layers(model.config)
     for layer, rotation in enumerate(rotations_at(model, kv.positions)):
         module, keys, values = modules[layer], kv.keys[:, layer], kv.values[:, layer]
         if keeps_latents(module):
@@ -219,5 +223,5 @@ def fill_cache(model: PreTrainedModel, kv: KV, token_ids: Tensor) -> GraftedCach
             # In float32 also for a half-precision student: the product is rounded once, at the end.
             keys = rotate(keys.to(torch.promote_types(keys.dtype, torch.float32)), *rotation)
         keys, values = keys.to(model.dtype), values.to(model.dtype)
-        cache.update(*(cache_entry(module, keys) if keeps_latents(module) else (keys, values)), layer)
+        cache.update(*(cache_entry(module, keys) if keeps_latents(module) else (keys, values)), places[layer])
     return cache
