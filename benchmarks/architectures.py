@@ -30,7 +30,7 @@ from kvgraft.models.capture import capture, record_kv
 from kvgraft.models.cut import cut_model
 from kvgraft.models.geometry import depth_of, kv_geometry, kv_layers
 from kvgraft.models.interception import attention_layers
-from kvgraft.models.latent import cache_entry, keeps_latents
+from kvgraft.models.latent import cache_entry
 from kvgraft.models.loading import model_without_weights
 from kvgraft.models.rope import rotate
 
@@ -243,10 +243,9 @@ def difference_from_own(model: PreTrainedModel, input_ids: Tensor, mask: Tensor,
     real, largest, scale = mask.bool()[:, None, :, None], 0.0, 0.0
     modules = {layer: module for module, layer in attention_layers(model).items()}
     for layer, place in enumerate(kv_layers(model.config)):
-        rotation, module, values = recorder.rotation(layer), modules[layer], kv.values[:, layer]
+        rotation = recorder.rotation(layer)
         keys = kv.keys[:, layer] if rotation is None else rotate(kv.keys[:, layer], *rotation)
-        if keeps_latents(module):
-            keys, values = cache_entry(module, keys)
+        keys, values = cache_entry(modules[layer], keys, kv.values[:, layer])
         for ours, theirs in ((keys, cache[place].keys), (values, cache[place].values)):
             # A window's cache holds the last tokens only.
             kept = theirs.shape[2]

@@ -18,7 +18,7 @@ from kvgraft.models.attention import attention_output_cosine, read_attention
 from kvgraft.models.capture import capture, record_kv
 from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.interception import intercepted_attention
-from kvgraft.models.latent import keeps_latents, meeting_vectors
+from kvgraft.models.latent import meeting_vectors
 from kvgraft.models.rope import rotate
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 8}
@@ -90,7 +90,7 @@ def test_query_moments_tell_how_far_an_error_of_a_key_moves_scores(
     seen = {}
 
     def note(layer, attend, module, query, key, *rest, **options):
-        seen[layer] = meeting_vectors(module, query) if keeps_latents(module) else query
+        seen[layer] = meeting_vectors(module, query)
         return attend(module, query, key, *rest, **options)
 
     with torch.no_grad(), intercepted_attention(model, note) as rotations:

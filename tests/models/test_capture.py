@@ -16,7 +16,7 @@ from kvgraft.models.decoder import decoder_of
 from kvgraft.models.geometry import kv_geometry, kv_layers, relative_depths
 from kvgraft.models.head import head_of
 from kvgraft.models.interception import attention_layers
-from kvgraft.models.latent import cache_entry, keeps_latents
+from kvgraft.models.latent import cache_entry
 from kvgraft.models.rope import Rotation, Turning, find_turning, read_rotation, rotate, unrotate
 
 VOCABULARY = 97
@@ -117,7 +117,7 @@ def own_cache(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
 def cached(model: PreTrainedModel, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Captured KV, rotated, as transformers' cache holds it."""
     (module,) = (module for module, number in attention_layers(model).items() if number == layer)
-    return cache_entry(module, keys) if keeps_latents(module) else (keys, values)
+    return cache_entry(module, keys, values)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

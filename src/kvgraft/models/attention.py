@@ -16,7 +16,7 @@ from kvgraft.models.capture import turnings_of
 from kvgraft.models.decoder import decoder_of
 from kvgraft.models.geometry import kv_geometry
 from kvgraft.models.interception import intercepted_attention
-from kvgraft.models.latent import keeps_latents, meeting_vectors
+from kvgraft.models.latent import meeting_vectors
 from kvgraft.models.rope import Rotation, rotate, unrotate
 
 # Places of a text whose keys tell how queries meet keys.
@@ -106,7 +106,7 @@ def read_attention(model: PreTrainedModel, input_ids: Tensor) -> Reading:
         **options: Any,
     ) -> Any:
         scale = options.get("scaling") or query.shape[-1] ** -0.5
-        meeting = meeting_vectors(module, query) if keeps_latents(module) else query
+        meeting = meeting_vectors(module, query)
         received[layer] = _received(meeting[0].float(), key[0].float(), scale)
         moments[layer] = _query_moments(meeting, key.shape[1], rotations.get(layer))
         return attention(module, query, key, *rest, **options)

@@ -222,6 +222,5 @@ def fill_cache(model: PreTrainedModel, kv: KV, token_ids: Tensor) -> GraftedCach
         if rotation is not None:
             # In float32 also for a half-precision student: the product is rounded once, at the end.
             keys = rotate(keys.to(torch.promote_types(keys.dtype, torch.float32)), *rotation)
-        keys, values = keys.to(model.dtype), values.to(model.dtype)
-        cache.update(*(cache_entry(module, keys) if keeps_latents(module) else (keys, values)), places[layer])
+        cache.update(*cache_entry(module, keys.to(model.dtype), values.to(model.dtype)), places[layer])
     return cache

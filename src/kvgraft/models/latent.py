@@ -94,19 +94,29 @@ def reading_vectors(attention: Attention, vectors: Tensor, keys: Tensor, values:
     return attend
 
 
-def meeting_vectors(module: LatentAttention, query: Tensor) -> Tensor:
-    """Queries ``[batch, heads, tokens, width]`` whose products with :func:`shared_vectors` are those with keys."""
+def meeting_vectors(module: nn.Module, query: Tensor) -> Tensor:
+    """Queries ``[batch, heads, tokens, width]`` whose products with :func:`shared_vectors` are those with keys.
+
+    They are ``query`` itself in a layer that keeps no latents.
+    """
+    if not keeps_latents(module):
+        return query
     unit = torch.eye(module.kv_lora_rank, device=query.device, dtype=query.dtype)
     keys, _ = heads_of(module, nn.functional.pad(unit, (module.qk_rope_head_dim, 0))[None, None])
     still, turning = torch.split(query, [module.qk_nope_head_dim, module.qk_rope_head_dim], -1)
     return torch.cat([turning, still @ keys[..., : module.qk_nope_head_dim].transpose(2, 3)], -1)
 
 
-def cache_entry(module: LatentAttention, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """What transformers' cache holds of rotated :func:`shared_vectors`: they, or in older releases heads' KV."""
+def cache_entry(module: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What transformers' cache holds of a layer's rotated ``keys`` and of its ``values``.
+
+    Of :func:`shared_vectors`, given as keys, it holds latents and rotated keys, in older releases the heads' KV.
+    """
+    if not keeps_latents(module):
+        return keys, values
     if not hasattr(module, "expand_kv"):
-        return heads_of(module, vectors)
-    turning, latents = _parts(module, vectors)
+        return heads_of(module, keys)
+    turning, latents = _parts(module, keys)
     return latents, turning
 
 
